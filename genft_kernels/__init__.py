@@ -1,0 +1,1 @@
+"""Fused operations that adapt a frozen linear layer: tensors in, tensors out."""

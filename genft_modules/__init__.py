@@ -1,0 +1,1 @@
+"""Drop-in modules and peft methods on top of genft_kernels."""
