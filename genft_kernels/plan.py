@@ -108,7 +108,7 @@ class Problem:
             raise ValueError(f"operation: got {self.operation!r}, expected one of {OPERATIONS}")
 
 
-# The widest rank of an entry, and its blocks. Wide factors want more warps: at 4 warps a [128, 128] tile and r = 64 spill.
+# The widest rank that an entry serves, and its blocks; a test compiles each for every target and refuses spills.
 DEFAULTS: tuple[tuple[int, SkinnyPlan, ProductPlan], ...] = (
     (16, SkinnyPlan(rows=64, columns=128, warps=4), ProductPlan()),
     (64, SkinnyPlan(rows=64, columns=64, warps=4), ProductPlan()),
@@ -128,12 +128,10 @@ def _narrowed(skinny: SkinnyPlan, product: ProductPlan, itemsize: int) -> tuple[
 
 def default_plan(problem: Problem, facts: DeviceFacts) -> LaunchPlan:
     """The plan of an unmeasured device: the library's product, skinny passes around it, safe block sizes."""
-    for widest, skinny, product in DEFAULTS:
-        if problem.r <= widest:
-            break
-    else:
+    if problem.r > MAX_TRITON_RANK:
         return LaunchPlan("reference")
-    skinny, product = _narrowed(skinny, product, problem.itemsize)
+    blocks = next((skinny, product) for widest, skinny, product in DEFAULTS if problem.r <= widest)
+    skinny, product = _narrowed(*blocks, problem.itemsize)
     # Enough programs to fill the card, never more partial sums than the rows need.
     rows = skinny.rows
     while rows > 16 and problem.m < rows * facts.processors:

@@ -80,10 +80,10 @@ def lowrank_linear_forward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns y [M,N] and t = drop(x) P [M,r], which the backward wants."""
-    t = _project(x, p.to(x.dtype), dropout, seed)
+    """Returns y [M,N] and t = s drop(x) P [M,r], which the backward wants."""
+    t = _project(x, p.to(x.dtype) * scale, dropout, seed)
     y = F.linear(x, weight, bias)
-    return y.addmm_(t, q.to(x.dtype).t(), alpha=scale), t
+    return y.addmm_(t, q.to(x.dtype).t()), t
 
 
 def lowrank_linear_backward(
@@ -98,7 +98,7 @@ def lowrank_linear_backward(
     seed: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """u = s dY Q; dX = dY W0 + drop(u Pᵀ), dP = drop(x)ᵀ u, dQ = s dYᵀ t, db = Σ dY."""
+    """u = s dY Q; dX = dY W0 + drop(u Pᵀ), dP = drop(x)ᵀ u, dQ = dYᵀ t, db = Σ dY."""
     need_x, need_p, need_q, need_bias = needs
     dx = dp = dq = None
     if need_x or need_p:
@@ -108,7 +108,7 @@ def lowrank_linear_backward(
         if need_p:
             dp = _outer(u, x, dropout, seed).t().to(p.dtype)
     if need_q:
-        dq = (_outer(t, dy).t() * scale).to(q.dtype)
+        dq = _outer(t, dy).t().to(q.dtype)
     return dx, dp, dq, dy.sum(0) if need_bias else None
 
 
@@ -116,9 +116,9 @@ def lowrank_linear_backward(
 
 
 def input_edit_forward(x: Tensor, psi: Tensor, phi: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Returns x' [M,K] and t = x ψᵀ [M,r]."""
-    t = x @ psi.to(x.dtype).t()
-    return torch.addmm(x, t, phi.to(x.dtype), alpha=scale), t
+    """Returns x' [M,K] and t = s x ψᵀ [M,r]."""
+    t = x @ (psi.to(x.dtype) * scale).t()
+    return torch.addmm(x, t, phi.to(x.dtype)), t
 
 
 def input_edit_backward(
@@ -131,11 +131,11 @@ def input_edit_backward(
     needs: tuple[bool, bool, bool],
     overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """From g = dL/dx': u = s g φᵀ; dX = g + u ψ, dψ = uᵀ x, dφ = s tᵀ g. `overwrite`: dX may be written into g."""
+    """From g = dL/dx': u = s g φᵀ; dX = g + u ψ, dψ = uᵀ x, dφ = tᵀ g. `overwrite`: dX may be written into g."""
     need_x, need_psi, need_phi = needs
     dx = dpsi = dphi = None
     if need_phi:
-        dphi = (_outer(t, g) * scale).to(phi.dtype)
+        dphi = _outer(t, g).to(phi.dtype)
     if need_x or need_psi:
         u = g @ (phi.to(g.dtype) * scale).t()
         if need_psi:
@@ -152,7 +152,7 @@ def input_edit_linear_forward(
     """Returns y = x' W0ᵀ + b [M,N] and t [M,r]; x' is not kept.
 
     With more rows than outputs, x' would be the larger of the two passes: then the same y is made from the features
-    W0 φᵀ [N,r], y = x W0ᵀ + s t (W0 φᵀ)ᵀ + b.
+    W0 φᵀ [N,r], y = x W0ᵀ + t (W0 φᵀ)ᵀ + b.
     """
     if x.shape[0] > weight.shape[0]:
         return lowrank_linear_forward(x, weight, psi.t(), weight @ phi.to(weight.dtype).t(), bias, scale, 0.0, None)

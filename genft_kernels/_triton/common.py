@@ -1,0 +1,71 @@
+"""What every kernel shares: the dot product that the interpreter gets right, the dropout mask, launch helpers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dropout import COLUMN, MIX_1, MIX_2, SEED_HIGH
+from ..plan import triton_can_run
+
+INTERPRETING = triton_can_run(torch.device("cpu"))
+
+_MIX_1 = tl.constexpr(MIX_1)
+_MIX_2 = tl.constexpr(MIX_2)
+_COLUMN = tl.constexpr(COLUMN)
+_SEED_HIGH = tl.constexpr(SEED_HIGH)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """acc + a @ b, fp32 accumulator. Triton's interpreter multiplies bf16 operands as integers, hence the cast."""
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc=acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _mix(h):
+    h ^= h >> 16
+    h *= _MIX_1
+    h ^= h >> 15
+    h *= _MIX_2
+    h ^= h >> 16
+    return h
+
+
+@triton.jit
+def keep_mask(p_seed, threshold, o_row, o_col):
+    """The mask of `genft_kernels.dropout.keep_mask` for a tile: True is kept. o_row [R], o_col [C] -> [R, C]."""
+    seed = tl.load(p_seed)
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = (seed >> 32).to(tl.uint32) ^ _SEED_HIGH
+    key = _mix(_mix(o_row.to(tl.uint32) ^ _mix(low)) ^ _mix(high))
+    column = o_col.to(tl.uint32) * _COLUMN
+    return _mix(key[:, None] ^ column[None, :]) >= tl.cast(threshold, tl.uint32)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 operands are multiplied: as torch is told to multiply them."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"
+
+
+def rank_block(r: int) -> int:
+    """The padded rank: a power of two that tl.dot takes."""
+    return max(16, triton.next_power_of_2(r))
+
+
+def unit(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """The tensor, or a valid pointer for an argument that the kernel's flags say it never reads."""
+    return like if tensor is None else tensor
+
+
+def strides(tensor: Tensor | None) -> tuple[Any, Any]:
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
