@@ -1,1 +1,23 @@
-"""Drop-in modules and peft methods on top of genft_kernels."""
+"""Drop-in modules and peft methods on top of genft_kernels.
+
+Importing this package makes its methods known to peft: `get_peft_model`, `PeftModel.from_pretrained` and transformers'
+`add_adapter` and `load_adapter` then take their configs and checkpoints.
+"""
+
+from genft_modules.forms import InputEdit, LowRank
+from genft_modules.generators import METHODS, GeneratorConfig, GIFTConfig, LoRAConfig, WeGeFTConfig
+from genft_modules.linear import FusedGenLinear
+from genft_modules.tuner import GenFTModel, SharedGenerators
+
+__all__ = [
+    "METHODS",
+    "FusedGenLinear",
+    "GIFTConfig",
+    "GenFTModel",
+    "GeneratorConfig",
+    "InputEdit",
+    "LoRAConfig",
+    "LowRank",
+    "SharedGenerators",
+    "WeGeFTConfig",
+]

@@ -1,0 +1,109 @@
+"""What a generator yields: the form of its update, that is, which fused operation applies it.
+
+Notation: x [..., K] activations, W0 [N, K] the frozen weight as `nn.Linear` stores it, ΔW [N, K] the update. Factors
+have the dtype of W0 or a wider one. Updates are added by setting factors side by side along r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from genft_kernels import draw_seed, input_edit, input_edit_linear, lowrank_linear, weight_features
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """ΔW = scale·Q Pᵀ with p = P [K, r] and q = Q [N, r]; `dropout` acts on the elements of x before P."""
+
+    p: Tensor
+    q: Tensor
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+        """x (W0 + ΔW)ᵀ + b [..., N] as one operation."""
+        return lowrank_linear(
+            x,
+            weight,
+            self.p,
+            self.q,
+            bias,
+            scale=self.scale,
+            dropout=self.dropout,
+            seed=draw_seed(x.device) if self.dropout else None,
+            backend=backend,
+        )
+
+    def update(self, x: Tensor) -> Tensor:
+        """x ΔWᵀ [..., N] alone, for a base layer that has to make its own product."""
+        t = F.dropout(x, self.dropout) @ self.p.to(x.dtype)
+        return (t @ self.q.to(t.dtype).t()) * self.scale
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """ΔW [N, K], in float32 or wider."""
+        p, q = _wide(self.p), _wide(self.q)
+        return (q @ p.t()) * self.scale
+
+
+@dataclass(frozen=True)
+class InputEdit:
+    """ΔW = scale·(W0 φᵀ) ψ with psi = ψ [r, K] and phi = φ [r, K]: x is edited, the weight is not looked at."""
+
+    psi: Tensor
+    phi: Tensor
+    scale: float = 1.0
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+        """x (W0 + ΔW)ᵀ + b [..., N] as one operation."""
+        return input_edit_linear(x, weight, self.psi, self.phi, bias, scale=self.scale, backend=backend)
+
+    def edit(self, x: Tensor, backend: str) -> Tensor:
+        """x' [..., K] with base(x') = x (W0 + ΔW)ᵀ + b, for a base layer that has to make its own product."""
+        return input_edit(x, self.psi, self.phi, scale=self.scale, backend=backend)
+
+    def low_rank(self, weight: Tensor, backend: str) -> LowRank:
+        """The same update in the other form: P = ψᵀ, Q = W0 φᵀ."""
+        return LowRank(self.psi.t(), weight_features(weight, self.phi, backend=backend), self.scale)
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """ΔW [N, K], in float32 or wider."""
+        psi, phi = _wide(self.psi), _wide(self.phi)
+        return (weight.to(phi.dtype) @ phi.t()) @ psi * self.scale
+
+
+Form = LowRank | InputEdit
+
+
+def side_by_side(forms: Sequence[Form], weight: Tensor, backend: str) -> list[Form]:
+    """The sum of several updates as the fewest forms: one, unless they differ in dropout on x.
+
+    Input edits stay an input edit; beside a low-rank form they become low rank, at the price of one pass over W0.
+    """
+    if len(forms) == 1:
+        return list(forms)
+    edits = [form for form in forms if isinstance(form, InputEdit)]
+    if len(edits) == len(forms):
+        psi = torch.cat([form.psi for form in edits])
+        return [InputEdit(psi, torch.cat([form.phi * form.scale for form in edits]))]
+    groups: dict[float, list[LowRank]] = {}
+    for form in forms:
+        low = form.low_rank(weight, backend) if isinstance(form, InputEdit) else form
+        groups.setdefault(low.dropout, []).append(low)
+    return [
+        replace(
+            group[0],
+            p=torch.cat([form.p for form in group], dim=1),
+            q=torch.cat([form.q * form.scale for form in group], dim=1),
+            scale=1.0,
+        )
+        for group in groups.values()
+    ]
+
+
+def _wide(factor: Tensor) -> Tensor:
+    return factor.to(torch.promote_types(factor.dtype, torch.float32))

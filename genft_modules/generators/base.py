@@ -1,0 +1,239 @@
+"""What every method shares: the fields of its config, the contract of its generator, the sharing of tensors.
+
+A method is one file beside this one: a config (a `GeneratorConfig`) whose `build` makes, for one layer, a `Generator`
+that yields the form of the layer's update. Where a method is applied, how it is saved and merged is peft's business and
+is written once, in `genft_modules.tuner` and `genft_modules.linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar, cast
+
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from genft_modules.forms import Form
+
+BACKENDS = ("auto", "triton", "reference")
+
+FactorsT = TypeVar("FactorsT", bound="Factors")
+
+
+class MethodType(str):
+    """The peft name of one of our methods. peft's own enum is closed, but all that peft asks of a name is this."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return str.__str__(self)
+
+    @property
+    def name(self) -> str:
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"  # as peft's members print; peft's status report splits it
+
+
+@dataclass
+class GeneratorConfig(PeftConfig):
+    """Where and how a method is applied: the fields that mean in every peft method what they mean here.
+
+    Args:
+        target_modules: names of the layers to adapt: a list (a name fits if it is the layer's name or its end), a
+            regular expression (must match the whole name), "all-linear", or None for the architecture's usual ones.
+        exclude_modules: names of layers to leave out, in the same way.
+        modules_to_save: other modules to train and save in full, such as a new head.
+        layers_to_transform: indices of the transformer layers to adapt; None for all. Needs a list of target_modules.
+        layers_pattern: name of the `nn.ModuleList` that `layers_to_transform` counts in.
+        bias: which biases of the base model train: "none", "all" or "<method>_only" (those of the adapted layers).
+        backend: what runs the operations: "auto" (Triton on a GPU, else the reference), "triton" or "reference".
+            A matter of the machine: it is not saved.
+
+    Raises:
+        ValueError, TypeError: naming the field, what came and what fits.
+    """
+
+    method: ClassVar[str]  # the name in METHODS; the peft type is GENFT_<METHOD>
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    bias: str = "none"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MethodType(f"GENFT_{self.method.upper()}")
+        self.target_modules = _names("target_modules", self.target_modules)
+        self.exclude_modules = _names("exclude_modules", self.exclude_modules)
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform: got {self.layers_to_transform!r}, expected None because target_modules is a "
+                "string; say it in the regular expression"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern: got {self.layers_pattern!r}, expected None because layers_to_transform is None"
+            )
+        check_choice("bias", self.bias, ("none", "all", f"{self.method}_only"))
+        check_choice("backend", self.backend, BACKENDS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are saved."""
+        fields: dict[str, Any] = super().to_dict()
+        del fields["backend"]
+        return fields
+
+    def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> Generator:
+        """The generator of one layer, its parameters initialised, on the CPU and in float32.
+
+        Args:
+            name: the layer's name in the model, "" for a layer on its own.
+            in_features, out_features: K and N.
+            shared: the adapter's shared factors, to read and to add to (see `share`); None for a layer on its own.
+        """
+        raise NotImplementedError
+
+    def module_patterns(self) -> dict[str, list[str]]:
+        """Field → patterns of layer names in it. The tuner warns about those that fit no adapted layer."""
+        return {}
+
+
+class Factors(nn.Module):
+    """Parameters that one layer owns or several share. `sizes` is what layers must have in common to share them."""
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+
+class Generator(nn.Module):
+    """The adapter of one layer.
+
+    Parameters of the layer's own are registered here. Shared ones live in the model's `shared_generators`; this module
+    holds a reference to the *module* that has them (`refer`), because peft, FSDP and `load_state_dict(assign=True)`
+    replace parameters, and does not register it, so that a checkpoint has them once.
+    """
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+        self.shared: tuple[Factors, ...] = ()
+
+    def refer(self, name: str, factors: Factors, *, own: bool) -> None:
+        """Makes `factors` self.<name>, registered only if it is this layer's own."""
+        if own:
+            self.add_module(name, factors)
+        else:
+            self.__dict__[name] = factors
+            self.shared = (*self.shared, factors)
+
+    def form(self, weight: Tensor, *, dropout: bool = True) -> Form:
+        """The form of ΔW for W0 `weight` [N, K]. `dropout`: False leaves every dropout out, also in training."""
+        raise NotImplementedError
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """ΔW [N, K] without dropout, in float32 or wider."""
+        return self.form(weight, dropout=False).delta_weight(weight)
+
+    def modules_with_shared(self) -> tuple[nn.Module, ...]:
+        """This module and the factors that it only refers to."""
+        return (self, *self.shared)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter that makes ΔW, own and shared, by the released code's name."""
+        return dict(self.named_parameters())
+
+
+def share(
+    shared: nn.ModuleDict, key: str, layer: str, make: Callable[[], FactorsT], sizes: dict[str, int], *, split: str = ""
+) -> FactorsT:
+    """The factors of `shared` under `key`, made by the first layer that asks.
+
+    A layer whose sizes differ gets factors under a longer key, together with others of its sizes; or, if `split` names
+    the field that told it to share, ValueError.
+    """
+    if key not in shared and hasattr(shared, key):
+        key += "_"  # nn.ModuleDict refuses the names of its own attributes, such as "keys"
+    if key in shared and (others := cast(Factors, shared[key]).sizes) != sizes:
+        if split:
+            raise ValueError(f"{split}: {layer} has {_sizes(sizes)}, expected {_sizes(others)} as the layers it joins")
+        key = "_".join([key, *(f"{size}{value}" for size, value in sizes.items())])
+    if key not in shared:
+        shared[key] = make()
+    return cast(FactorsT, shared[key])
+
+
+def module_type(name: str) -> str:
+    """The last part of a layer's name: "q_proj" of "model.layers.0.self_attn.q_proj"."""
+    return name.rpartition(".")[2]
+
+
+def pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """The entry for layer `name` of a rank_pattern or alpha_pattern, by peft's matching."""
+    return patterns.get(get_pattern_key(list(patterns), name), default)
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether layer `name` is meant by `pattern`, by peft's matching: the expression fits the end of the name."""
+    return bool(get_pattern_key([pattern], name) == pattern)
+
+
+def beside(weight: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+    """The factors where W0 is. They are on one device; layers that share them may be spread over several."""
+    if factors[0].device == weight.device:
+        return factors
+    return tuple(factor.to(weight.device) for factor in factors)
+
+
+# ---- checks of fields
+
+
+def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{field}: got {value!r}, expected one of {choices}")
+
+
+def check_rank(field: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{field}: got {value!r}, expected an integer >= 1")
+    if value < 1:
+        raise ValueError(f"{field}: got {value}, expected an integer >= 1")
+
+
+def check_number(field: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{field}: got {value!r}, expected a number")
+
+
+def check_dropout(field: str, value: object) -> None:
+    check_number(field, value)
+    if not 0.0 <= value < 1.0:  # type: ignore[operator]
+        raise ValueError(f"{field}: got {value}, expected 0 <= {field} < 1")
+
+
+def check_patterns(field: str, patterns: object, check: Callable[[str, object], None]) -> None:
+    if not isinstance(patterns, dict):
+        raise TypeError(f"{field}: got {patterns!r}, expected a dict from layer name or regular expression to value")
+    for pattern, value in patterns.items():
+        check(f"{field}[{pattern!r}]", value)
+
+
+def _names(field: str, value: Any) -> Any:
+    """Module names as peft keeps them: a string as it is, a list as a set."""
+    if value is None or isinstance(value, (str, set)):
+        return value
+    if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
+        return set(value)
+    raise TypeError(f"{field}: got {value!r}, expected a list of names, a regular expression or None")
+
+
+def _sizes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in sizes.items())

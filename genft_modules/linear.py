@@ -1,0 +1,247 @@
+"""FusedGenLinear: a frozen linear layer, its adapters, and the one fused operation of their form."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from genft_modules.forms import InputEdit, LowRank, side_by_side
+from genft_modules.generators import Generator, GeneratorConfig
+from genft_modules.generators.base import BACKENDS, check_choice
+
+_PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
+_PLAIN_TENSORS = (nn.Parameter, Tensor)  # not a quantised or a distributed one
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class FusedGenLinear(nn.Module, BaseTunerLayer):
+    """y = x (W0 + ΔW)ᵀ + b [..., N] for x [..., K]: `base_layer` with the updates of its active adapters.
+
+    The forward pass is one operation of `genft_kernels`, whatever the number of active adapters (two, if adapters that
+    drop elements of x differ in how many). Where the base layer is not simply its weight, because it is quantised,
+    offloaded or hooked, it makes its own product and the update is applied around it.
+
+    Two ways to get one: `FusedGenLinear.from_linear` for a single layer, `peft.get_peft_model` for a model.
+
+    Args:
+        base_layer: `torch.nn.Linear` or transformers' `Conv1D`, without adapters so far.
+
+    Raises:
+        TypeError: for any other layer, by name.
+    """
+
+    adapter_layer_names = ("genft_generators",)
+
+    base_layer: Any  # nn.Linear or Conv1D
+    original_weight: Tensor | None
+    active_adapters: Any  # peft's, untyped
+    set_adapter: Any
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+            raise TypeError(
+                f"base_layer: got {type(base_layer).__name__}, expected torch.nn.Linear or transformers' Conv1D"
+            )
+        if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+            raise TypeError(
+                "base_layer: got the out_proj of an nn.MultiheadAttention, which uses its weight and never calls it, "
+                'so that an adapter would do nothing; leave it out with exclude_modules=["out_proj"]'
+            )
+        self.base_layer = base_layer
+        self.plain_forward = type(base_layer).forward in _PLAIN_FORWARDS
+        self.transposed = isinstance(base_layer, Conv1D)  # a Conv1D keeps W0ᵀ, [K, N]
+        if isinstance(base_layer, Conv1D):
+            self.in_features, self.out_features = base_layer.nx, base_layer.nf
+        else:
+            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.genft_generators = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        # W0 while adapters are merged. A buffer, so that it moves with the layer; not saved.
+        self.register_buffer("original_weight", None, persistent=False)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, config: GeneratorConfig, adapter_name: str = "default", *, backend: str | None = None
+    ) -> FusedGenLinear:
+        """A layer with one adapter around `linear`, which is kept, not copied, and frozen.
+
+        The adapter owns its parameters, whatever the config says of sharing. They are float32, or float64 beside a
+        float64 weight, and ΔW = 0 unless the config asks for another start.
+
+        Args:
+            linear: `torch.nn.Linear` or transformers' `Conv1D`.
+            config: of the method, such as `WeGeFTConfig(r=16)`.
+            adapter_name: its name.
+            backend: "auto", "triton" or "reference"; None for the config's.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what came and what fits.
+        """
+        layer = cls(linear)
+        layer.add_adapter(adapter_name, config, backend=backend)
+        linear.requires_grad_(False)
+        if config.bias != "none" and layer.bias is not None:
+            layer.bias.requires_grad_(True)
+        generator = layer.genft_generators[adapter_name]
+        generator.to(torch.promote_types(next(generator.parameters()).dtype, torch.float32))
+        return layer.train(linear.training)
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: GeneratorConfig,
+        *,
+        name: str = "",
+        shared: nn.ModuleDict | None = None,
+        backend: str | None = None,
+    ) -> None:
+        """Adds an adapter on the device and in the dtype of the base layer; active if it is the first.
+
+        Args:
+            adapter_name: its name, not taken yet.
+            config: of the method.
+            name: the layer's name in its model, for the config's patterns.
+            shared: the adapter's shared factors in the model; None lets the layer own its parameters.
+            backend: as in `from_linear`.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what came and what fits.
+        """
+        if not isinstance(config, GeneratorConfig):
+            raise TypeError(f"config: got {type(config).__name__}, expected a config of genft_modules.METHODS")
+        if adapter_name in self.genft_generators:
+            raise ValueError(f"adapter_name: {adapter_name!r} exists already, expected a new name")
+        generator = config.build(name, self.in_features, self.out_features, shared)
+        if backend is not None:
+            check_choice("backend", backend, BACKENDS)
+            generator.backend = backend
+        if not self.genft_generators:
+            self._active_adapter = adapter_name
+        self.genft_generators[adapter_name] = generator.train(self.training)
+        if self.base_layer.weight.dtype in _FLOATS:
+            for module in generator.modules_with_shared():
+                module.to(self.base_layer.weight.dtype)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., N] in the dtype of x (under autocast, in the autocast dtype) from x [..., K]."""
+        base = self.base_layer
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        generators = self._active_generators()
+        if self._disable_adapters or self.merged_adapters or not generators:
+            return cast(Tensor, base(x))
+        weight = base.weight.t() if self.transposed else base.weight
+        backend = generators[0].backend
+        first, *others = side_by_side([generator.form(weight) for generator in generators], weight, backend)
+        if self._is_plain(weight):
+            y = first.linear(x, weight, base.bias, backend)
+        elif isinstance(first, InputEdit):
+            y = base(first.edit(x, backend))
+        else:
+            y = base(x) + first.update(x)
+        for form in others:
+            y = y + cast(LowRank, form).update(x)
+        return y
+
+    def _active_generators(self) -> list[Generator]:
+        # The plain dict inside: its look-ups cost a third of the ModuleDict's, in every call of every layer.
+        generators = self.genft_generators._modules
+        return [cast(Generator, generators[name]) for name in self.active_adapters if name in generators]
+
+    def _is_plain(self, weight: Tensor) -> bool:
+        """Whether y = x W0ᵀ + b is all that the base layer does: no hook, no other forward, no other kind of weight."""
+        base = self.base_layer
+        hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
+        return self.plain_forward and type(weight) in _PLAIN_TENSORS and not hooked
+
+    def adapter_parameters(self, adapter_name: str = "default") -> dict[str, nn.Parameter]:
+        """The parameters that make the adapter's ΔW, those shared with other layers included, by the released names."""
+        return self._generator(adapter_name).adapter_parameters()
+
+    def get_delta_weight(self, adapter_name: str = "default") -> Tensor:
+        """ΔW [N, K], as `nn.Linear` orients it also where the base layer is a `Conv1D`; without dropout, in float32 or
+        wider. While adapters are merged, it is still made from W0."""
+        generator = self._generator(adapter_name)
+        with torch.autocast(self.base_layer.weight.device.type, enabled=False):
+            return generator.delta_weight(self._frozen_weight())
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Puts W0 + Σ ΔW, summed in float32 or wider, in the place of W0.
+
+        W0 itself is kept for `unmerge`, so a merged layer takes the memory of two weights; `merge_and_unload` lets W0
+        of one layer go before it merges the next.
+
+        Args:
+            safe_merge: refuse a merged weight that is not finite.
+            adapter_names: the adapters to merge; None for the active ones.
+
+        Raises:
+            TypeError: the weight is quantised.
+            ValueError: `safe_merge` and the merged weight is not finite; the layer is left as it was.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.genft_generators]
+        if not names:
+            return
+        base = self.base_layer
+        if type(base.weight) not in _PLAIN_TENSORS or base.weight.dtype not in _FLOATS:
+            raise TypeError(
+                f"merge: the weight is a {type(base.weight).__name__} of {base.weight.dtype}, expected a plain "
+                "floating-point weight"
+            )
+        original: Tensor = base.weight.data if self.original_weight is None else self.original_weight
+        names = [*self.merged_adapters, *names]
+        with torch.no_grad():
+            merged = original.to(torch.promote_types(original.dtype, torch.float32), copy=True)
+            for name in names:
+                delta = self.get_delta_weight(name)
+                merged += delta.t() if self.transposed else delta
+            merged = merged.to(original.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"safe_merge: the weight merged with {names} has elements that are not finite")
+        self.original_weight = original
+        base.weight.data = merged
+        self.merged_adapters = names
+
+    def unmerge(self) -> None:
+        """Puts W0 back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.base_layer.weight.data = self.original_weight
+        self.original_weight = None
+        self.merged_adapters = []
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True where `peft.convert_to_lora` fits: it expects ΔW of a Conv1D transposed."""
+        return not self.transposed
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, active={self.active_adapters}"
+
+    def _generator(self, adapter_name: str) -> Generator:
+        if adapter_name not in self.genft_generators:
+            raise ValueError(f"adapter_name: got {adapter_name!r}, expected one of {list(self.genft_generators)}")
+        return cast(Generator, self.genft_generators[adapter_name])
+
+    def _frozen_weight(self) -> Tensor:
+        """W0 [N, K]."""
+        weight: Tensor = self.base_layer.weight if self.original_weight is None else self.original_weight
+        return weight.t() if self.transposed else weight
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As in peft for the adapter's own and shared factors, except for dtype: peft calls this after loading with
+        low_cpu_mem_usage, too, where its cast to a half-precision base layer would cut a float32 adapter."""
+        if adapter_name not in self.genft_generators:
+            return
+        for module in self._generator(adapter_name).modules_with_shared():
+            if not any(parameter.is_meta for parameter in module.parameters()):
+                module.to(device or self.base_layer.weight.device)

@@ -1,0 +1,141 @@
+"""The methods as peft tuners. Matching, injection, saving, loading and merging of models are peft's own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from genft_modules.generators import METHODS, GeneratorConfig
+from genft_modules.generators.base import fits
+from genft_modules.linear import FusedGenLinear
+
+SHARED = "shared_generators"
+
+
+class SharedGenerators(nn.Module, BaseTunerLayer):
+    """The factors that layers share: adapter → key → module. A child of the adapted model, so that it is there with and
+    without a `PeftModel` around; a tuner layer, so that peft saves, casts, freezes and deletes what is in it.
+    """
+
+    adapter_layer_names = ("genft_shared",)
+    weight = None  # peft's properties of that name ask the base layer, and here is none
+    bias = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.genft_shared = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: where the adapted model is an `nn.Sequential`, this is one of its steps."""
+        return x
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Notes what the layers merge."""
+        names = check_adapters_to_merge(self, adapter_names)
+        self.merged_adapters = [*self.merged_adapters, *(name for name in names if name in self.genft_shared)]
+
+    def unmerge(self) -> None:
+        self.merged_adapters = []
+
+
+class GenFTModel(BaseTuner):
+    """A model whose target layers are `FusedGenLinear`; what `peft.get_peft_model` makes of any of our configs."""
+
+    prefix = "genft_"
+    tuner_layer_cls = (FusedGenLinear, SharedGenerators)
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _create_and_replace(
+        self,
+        peft_config: GeneratorConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        try:
+            layer = target if isinstance(target, FusedGenLinear) else FusedGenLinear(target)
+        except TypeError as error:
+            raise TypeError(f"target_modules: {current_key}: {error}") from None
+        shared = self._shared(adapter_name)
+        layer.add_adapter(adapter_name, peft_config, name=current_key, shared=shared)
+        if shared:
+            self._keep(adapter_name, shared)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer.train(target.training), target)
+
+    def _shared(self, adapter_name: str) -> nn.ModuleDict:
+        """The adapter's shared factors: those in the model, or an empty start."""
+        container = getattr(self.model, SHARED, None)
+        if container is None or adapter_name not in container.genft_shared:
+            return nn.ModuleDict()
+        return cast(nn.ModuleDict, container.genft_shared[adapter_name])
+
+    def _keep(self, adapter_name: str, shared: nn.ModuleDict) -> None:
+        container = getattr(self.model, SHARED, None)
+        if container is None:
+            container = SharedGenerators().train(self.model.training)
+            self.model.add_module(SHARED, container)
+        container.genft_shared[adapter_name] = shared
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in peft; then warns about patterns in the config that fit none of the adapted layers."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        adapted = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, FusedGenLinear) and adapter_name in module.genft_generators
+        ]
+        for field, patterns in self.peft_config[adapter_name].module_patterns().items():
+            idle = [pattern for pattern in patterns if not any(fits(pattern, name) for name in adapted)]
+            if idle:
+                warnings.warn(f"{field}: {idle} fit none of the adapted layers.", RuntimeWarning, stacklevel=2)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
+        if hasattr(model, SHARED):
+            delattr(model, SHARED)
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Iterator[None]:
+        """peft enters this around a forward pass. Refuses what would be ignored without a word."""
+        if adapter_names is not None:
+            raise ValueError(
+                f"adapter_names: got {adapter_names!r}, expected None; batches that mix adapters are for peft's LoRA"
+            )
+        yield
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """peft looks for the name near the end of a key; here it follows its container and a path comes after."""
+        for container in FusedGenLinear.adapter_layer_names + SharedGenerators.adapter_layer_names:
+            before, found, after = key.partition(f"{container}.{adapter_name}.")
+            if found:
+                return f"{before}{container}.{after}"
+        return cast(str, super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+def register(config: type[GeneratorConfig]) -> None:
+    """Makes the method known to peft. (`peft.utils.register_peft_method` accepts only names of peft's closed enum.)"""
+    peft_type = cast(PeftConfig, config()).peft_type
+    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config
+    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = GenFTModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = GenFTModel.prefix
+
+
+for _config in METHODS.values():
+    register(_config)

@@ -1,0 +1,98 @@
+"""The methods with their options, and models of a few thousand parameters to put them into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.pytorch_utils import Conv1D
+
+from genft_modules import GeneratorConfig, GIFTConfig, LoRAConfig, WeGeFTConfig
+
+# name → config of rank 4 with the given further fields
+CASES: dict[str, Callable[..., GeneratorConfig]] = {
+    "wegeft": lambda **kw: WeGeFTConfig(r=4, wegeft_alpha=6, **kw),
+    "wegeft_own": lambda **kw: WeGeFTConfig(r=4, tied_modules=None, **kw),
+    "gift": lambda **kw: GIFTConfig(r=4, **kw),
+    "gift_gelu": lambda **kw: GIFTConfig(r=4, block_kwargs={"act_layer": "gelu"}, **kw),
+    "gift_sigmoid_biases": lambda **kw: GIFTConfig(
+        r=4, block_kwargs={"act_layer": "sigmoid"}, in_projection_bias=True, out_projection_bias=True, **kw
+    ),
+    "gift_mlp": lambda **kw: GIFTConfig(r=4, block="mlp", block_kwargs={"norm_layer": "ln", "num_blocks": 2}, **kw),
+    "gift_mlp_mixer": lambda **kw: GIFTConfig(r=4, block="mlp_mixer", **kw),
+    "gift_transformer": lambda **kw: GIFTConfig(r=4, block="transformer", block_kwargs={"num_heads": 2}, **kw),
+    "gift_pamcat_attn": lambda **kw: GIFTConfig(r=4, block="pamcat_attn", **kw),
+    "gift_pamcat_transformer": lambda **kw: GIFTConfig(r=4, block="pamcat_transformer", **kw),
+    "lora": lambda **kw: LoRAConfig(r=4, lora_alpha=6, **kw),
+}
+# one per way of keeping and applying parameters: shared edit, own edit, shared low rank with a block, own low rank
+KINDS = ("wegeft", "wegeft_own", "gift_mlp", "lora")
+
+LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
+    "Linear": nn.Linear,
+    "Linear_no_bias": lambda k, n: nn.Linear(k, n, bias=False),
+    "Conv1D": lambda k, n: Conv1D(n, k),
+}
+
+
+def llama(**kw: Any) -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **kw,
+    )
+    return _seeded(lambda: LlamaForCausalLM(config))
+
+
+def gpt2() -> nn.Module:
+    return _seeded(lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=32, n_embd=32, n_layer=2, n_head=4)))
+
+
+def bert() -> nn.Module:
+    config = BertConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=3
+    )
+    return _seeded(lambda: BertForSequenceClassification(config))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "llama": (llama, ["q_proj", "k_proj", "down_proj"]),
+    "gpt2": (gpt2, ["c_attn", "c_proj"]),  # two layers called c_proj, with K = 32 and K = 128
+    "bert": (bert, ["query", "dense"]),
+}
+
+IDS = torch.arange(18).reshape(2, 9) * 7 % 61
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def randomize(module: nn.Module, seed: int = 1, std: float = 0.1) -> nn.Module:
+    """Gives every trainable parameter another value, so that ΔW is not zero."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=std)
+    return module
+
+
+def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make().eval()

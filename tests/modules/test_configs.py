@@ -1,0 +1,96 @@
+"""Configs: what they refuse, how they are saved, how peft knows them."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from genft_modules import METHODS, GenFTModel, GIFTConfig, LoRAConfig, WeGeFTConfig
+
+ALL = list(METHODS.values())
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_peft_knows_the_method(config, tmp_path):
+    fields = {"target_modules": ["b", "a"], "exclude_modules": ["c"], "backend": "reference", "r": 3}
+    original = config(**fields)
+    peft_type = original.peft_type
+    assert (peft_type, peft_type.value, peft_type.name) == (f"GENFT_{config.method.upper()}",) * 3
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[str.__str__(peft_type)] is config
+    assert PEFT_TYPE_TO_TUNER_MAPPING[peft_type] is GenFTModel
+    original.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is config
+    assert loaded.target_modules == {"a", "b"}
+    assert loaded.backend == "auto"
+    assert "backend" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    loaded.backend = "reference"
+    assert loaded == original
+    assert copy.deepcopy(original).peft_type == peft_type
+
+
+def test_tied_modules_survive_saving(tmp_path):
+    for tied in ("type", None, [["a", "b"], ["c"]]):
+        WeGeFTConfig(tied_modules=tied).save_pretrained(tmp_path)
+        assert PeftConfig.from_pretrained(tmp_path).tied_modules == tied
+
+
+REFUSED = [
+    (ValueError, "r: got 0, expected an integer >= 1", lambda config: config(r=0)),
+    (TypeError, "r: got 2.0", lambda config: config(r=2.0)),
+    (TypeError, "r: got True", lambda config: config(r=True)),
+    (TypeError, "target_modules: got 3, expected a list", lambda config: config(target_modules=3)),
+    (TypeError, "exclude_modules: got ", lambda config: config(exclude_modules=[1])),
+    (ValueError, "bias: got 'some', expected one of", lambda config: config(bias="some")),
+    (ValueError, "backend: got 'cuda', expected one of", lambda config: config(backend="cuda")),
+    (ValueError, "layers_to_transform: got 1", lambda config: config(target_modules="a.*", layers_to_transform=1)),
+    (ValueError, "layers_pattern: got 'h'", lambda config: config(target_modules=["a"], layers_pattern="h")),
+    (ValueError, "Invalid task type", lambda config: config(task_type="PAINTING")),
+]
+
+
+@pytest.mark.parametrize("config", ALL)
+@pytest.mark.parametrize(("error", "message", "make"), REFUSED, ids=[message for _, message, _ in REFUSED])
+def test_every_method_refuses(config, error, message, make):
+    with pytest.raises(error, match=message):
+        make(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "error", "message"),
+    [
+        (WeGeFTConfig, {"wegeft_dropout": 1.0}, ValueError, "wegeft_dropout: got 1.0, expected 0 <="),
+        (WeGeFTConfig, {"wegeft_dropout": "a"}, TypeError, "wegeft_dropout: got 'a', expected a number"),
+        (WeGeFTConfig, {"wegeft_alpha": None}, TypeError, "wegeft_alpha: got None"),
+        (WeGeFTConfig, {"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\]: got 0"),
+        (WeGeFTConfig, {"alpha_pattern": 3}, TypeError, "alpha_pattern: got 3, expected a dict"),
+        (WeGeFTConfig, {"tied_modules": "layer"}, TypeError, "tied_modules: got 'layer', expected 'type', None or"),
+        (WeGeFTConfig, {"tied_modules": ["q_proj"]}, TypeError, "tied_modules: got"),
+        (WeGeFTConfig, {"tied_modules": [[]]}, TypeError, "tied_modules: got"),
+        (LoRAConfig, {"lora_dropout": -0.1}, ValueError, "lora_dropout: got -0.1"),
+        (LoRAConfig, {"init_lora_weights": "pissa"}, ValueError, "init_lora_weights: got 'pissa'"),
+        (GIFTConfig, {"block": "cnn"}, ValueError, "block: got 'cnn', expected one of"),
+        (GIFTConfig, {"block_kwargs": []}, TypeError, "block_kwargs: got"),
+        (GIFTConfig, {"block_kwargs": {"mlp_ratio": 2}}, ValueError, r"got 'mlp_ratio', expected .*act_layer"),
+        (GIFTConfig, {"block_kwargs": {"act_layer": "relu"}}, ValueError, "act_layer: got 'relu'"),
+        (GIFTConfig, {"block": "mlp", "block_kwargs": {"norm_layer": "rms"}}, ValueError, "norm_layer: got 'rms'"),
+        (GIFTConfig, {"block": "mlp", "block_kwargs": {"mlp_ratio": 0}}, ValueError, "mlp_ratio: got 0"),
+        (GIFTConfig, {"block": "mlp", "block_kwargs": {"num_blocks": 1.5}}, TypeError, "num_blocks: got 1.5"),
+        (
+            GIFTConfig,
+            {"r": 3, "block": "transformer", "block_kwargs": {"num_heads": 2}},
+            ValueError,
+            "num_heads: got 2",
+        ),
+        (GIFTConfig, {"enable_gift": [True]}, TypeError, "enable_gift: got"),
+        (GIFTConfig, {"enable_gift": {"qkv": "qv"}}, TypeError, r"enable_gift\['qkv'\]: got 'qv'"),
+        (GIFTConfig, {"enable_gift": {"qkv": [False]}}, ValueError, "at least one True"),
+    ],
+)
+def test_a_method_refuses(config, fields, error, message):
+    with pytest.raises(error, match=message):
+        config(**fields)
