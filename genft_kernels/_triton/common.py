@@ -67,5 +67,10 @@ def unit(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like if tensor is None else tensor
 
 
+def vector(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """The same for a vector, which kernels read with stride one."""
+    return like if tensor is None else tensor.contiguous()
+
+
 def strides(tensor: Tensor | None) -> tuple[Any, Any]:
     return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))

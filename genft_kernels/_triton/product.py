@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..dropout import threshold
 from ..plan import ProductPlan
-from .common import INTERPRETING, dot, keep_mask, precision, rank_block, unit
+from .common import INTERPRETING, dot, keep_mask, precision, rank_block, unit, vector
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def launch_product(
     out = torch.empty((rows, columns), dtype=a.dtype, device=a.device)
     if rows:
         _product_kernel[(triton.cdiv(rows, plan.m) * triton.cdiv(columns, plan.n),)](
-            a, b, u, v, unit(bias, a), out, unit(seed, a),
+            a, b, u, v, vector(bias, a), out, unit(seed, a),
             rows, columns, depth, r,
             *a.stride(), *b.stride(), *u.stride(), *v.stride(), *out.stride(),
             threshold(dropout), 1.0 / (1.0 - dropout),

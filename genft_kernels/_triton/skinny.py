@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..dropout import threshold
 from ..plan import SkinnyPlan
-from .common import INTERPRETING, dot, keep_mask, precision, rank_block, strides, unit
+from .common import INTERPRETING, dot, keep_mask, precision, rank_block, strides, unit, vector
 
 
 @triton.jit
@@ -54,7 +54,8 @@ def _skinny_kernel(
     o_r = tl.arange(0, BR)
     m_r = o_r < R
     row_blocks = tl.cdiv(M, BM)
-    for block in range(group * blocks_per_group, tl.minimum((group + 1) * blocks_per_group, row_blocks)):
+    last_block = tl.minimum((group + 1) * blocks_per_group, row_blocks)
+    for block in tl.range(group * blocks_per_group, last_block, num_stages=1, disable_licm=True):
         # A slab is written by its first row block and added to by the later ones: no zeroing pass.
         later = block > group * blocks_per_group
         o_m = (block * BM + tl.arange(0, BM)).to(tl.int64)
@@ -76,7 +77,7 @@ def _skinny_kernel(
                 )  # [BM, BC]
                 if DROPOUT:
                     keep = keep_mask(p_seed, dropout_threshold, o_m, o_c)
-                    s = tl.where(keep, s * dropout_scale, 0.0).to(dtype)
+                    s = tl.where(keep, s.to(tl.float32) * dropout_scale, 0.0).to(dtype)
                 if PROJECT:
                     a = tl.load(
                         p_a + o_c[:, None] * s_ac + o_r[None, :] * s_ar, mask=m_c[:, None] & m_r[None, :], other=0.0
@@ -119,7 +120,7 @@ def _skinny_kernel(
                 if REDUCE_Z:
                     z = tl.load(p_z + o_m[:, None] * s_zm + o_c[None, :] * s_zc, mask=m_tile, other=0.0)
                     if DROPOUT:
-                        z = tl.where(keep, z * dropout_scale, 0.0).to(dtype)
+                        z = tl.where(keep, z.to(tl.float32) * dropout_scale, 0.0).to(dtype)
                     p_slab = p_gz + group.to(tl.int64) * s_gzg + o_r[:, None] * s_gzr + o_c[None, :] * s_gzc
                     m_slab = m_r[:, None] & m_c[None, :]
                     slab = tl.load(p_slab, mask=m_slab & later, other=0.0)
@@ -181,7 +182,7 @@ def launch_skinny(
     slab_z = None if z is None else s.new_empty((groups, r, columns), dtype=torch.float32)
     if rows:
         _skinny_kernel[(groups, triton.cdiv(columns, columns_per_program))](
-            s, unit(a, s), unit(bias, s), unit(left, s), unit(u, s), unit(b, s), unit(out, s), unit(z, s),
+            s, unit(a, s), vector(bias, s), unit(left, s), unit(u, s), unit(b, s), unit(out, s), unit(z, s),
             unit(slab_s, s), unit(slab_z, s), unit(seed, s),
             rows, columns, r,
             *strides(s), *strides(a), *strides(left), *strides(u), *strides(b), *strides(out), *strides(z),

@@ -1,0 +1,349 @@
+"""Every operation on every algorithm against the float64 truth: values, gradients, shapes, strides, memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import genft_kernels as gk
+from genft_kernels import LaunchPlan, ProductPlan, SkinnyPlan, ops
+
+from .truth import OPERATIONS, Case, assert_close_to_truth, make_case, run
+
+# Small blocks, so that small shapes have several row blocks in a group, several groups and ragged edges.
+SKINNY = SkinnyPlan(rows=16, columns=32, groups=3, warps=4, stages=2)
+PRODUCT = ProductPlan(m=32, n=32, k=32, group=2, warps=4, stages=2)
+PLANS = {name: LaunchPlan(name, SKINNY, PRODUCT) for name in ("reference", "thin", "fused")}
+ALGORITHMS = tuple(PLANS)
+
+# The edit alone and the features have no product with W0: for them "fused" is "thin".
+PAIRS = [
+    (name, algorithm)
+    for name in OPERATIONS
+    for algorithm in PLANS
+    if algorithm != "fused" or name in ("lowrank_linear", "input_edit_linear")
+]
+
+SHAPES = [(70, 45, 130, 5), (1, 16, 17, 1), (129, 64, 64, 20), (33, 131, 31, 16)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(("name", "algorithm"), PAIRS)
+class TestAgainstTruth:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=short)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_shapes_and_dtypes(self, name, algorithm, shape, dtype, device, poisoned):
+        assert_close_to_truth(make_case(name, *shape, dtype, device), dtype, plan=PLANS[algorithm])
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=short)
+    def test_float32_factors(self, name, algorithm, dtype, device, poisoned):
+        case = make_case(name, 50, 40, 70, 8, dtype, device, factor_dtype=torch.float32)
+        assert_close_to_truth(case, dtype, plan=PLANS[algorithm])
+
+    def test_without_bias(self, name, algorithm, device, poisoned):
+        case = make_case(name, 20, 40, 36, 3, torch.float32, device, bias=False)
+        assert_close_to_truth(case, torch.float32, plan=PLANS[algorithm])
+
+    @pytest.mark.parametrize("lead", [(3, 5), (2, 1, 4), (0, 7), (0,), ()], ids=str)
+    def test_leading_shapes(self, name, algorithm, lead, device, poisoned):
+        case = make_case(name, lead, 24, 19, 4, torch.float32, device)
+        assert_close_to_truth(case, torch.float32, plan=PLANS[algorithm])
+
+    def test_wide_rank(self, name, algorithm, device, poisoned):
+        case = make_case(name, 40, 50, 60, 100, torch.float32, device)
+        assert_close_to_truth(case, torch.float32, plan=PLANS[algorithm])
+
+    def test_strided_operands(self, name, algorithm, device, poisoned):
+        """x from a wider buffer, a transposed weight (as Conv1D stores it), factors and bias with gaps."""
+        case = make_case(name, 37, 48, 33, 6, torch.float32, device)
+
+        def gapped(tensor: torch.Tensor) -> torch.Tensor:
+            wide = torch.empty(*tensor.shape[:-1], 2 * tensor.shape[-1], device=device)
+            view = wide[..., ::2]
+            view.copy_(tensor.detach())
+            return view.requires_grad_(tensor.requires_grad)
+
+        tensors = {key: None if value is None else gapped(value) for key, value in case.tensors.items()}
+        if "weight" in tensors:
+            tensors["weight"] = case.tensors["weight"].t().contiguous().t()
+        assert_close_to_truth(replace(case, tensors=tensors), torch.float32, plan=PLANS[algorithm])
+
+    def test_same_bits_twice(self, name, algorithm, device):
+        case = make_case(name, 100, 40, 50, 7, torch.float32, device)
+        first, second = (run(case.operation, case, plan=PLANS[algorithm]) for _ in range(2))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", ["lowrank_linear", "weight_features"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_dropout_is_exact(name, algorithm, dtype, device, poisoned):
+    case = make_case(name, 70, 45, 61, 5, dtype, device, dropout=0.3)
+    assert_close_to_truth(case, dtype, plan=PLANS[algorithm])
+
+
+@pytest.mark.parametrize("activation", sorted(gk.ops.ACTIVATIONS))
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_activations_of_features(activation, algorithm, device):
+    case = make_case("weight_features", 1, 45, 61, 5, torch.float32, device, activation=activation)
+    assert_close_to_truth(case, torch.float32, plan=PLANS[algorithm])
+
+
+@pytest.mark.parametrize("algorithm", ["thin", "fused"])
+@pytest.mark.parametrize("name", ["lowrank_linear", "input_edit"])
+def test_rows_past_int32_offsets(name, algorithm, device):
+    """Three rows spread over more than 2^31 elements (only the touched pages of the buffer become real)."""
+    case = make_case(name, 3, 16, 24, 2, torch.float16, device)
+    step = 2**30 + 4096
+    try:
+        buffer = torch.empty(2 * step + 64, dtype=torch.float16, device=device)
+    except RuntimeError:
+        pytest.skip("this machine cannot reserve 4.3 GB of address space")
+    x = buffer.as_strided((3, 24), (step, 1))
+    x.copy_(case.tensors["x"].detach())
+    far = replace(case, tensors={**case.tensors, "x": x.requires_grad_()})
+    found = run(far.operation, far, plan=PLANS[algorithm])
+    near = run(case.operation, case, plan=PLANS[algorithm])
+    assert all(torch.equal(found[key], near[key]) for key in near)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(OPERATIONS),
+    algorithm=st.sampled_from(ALGORITHMS),
+    m=st.integers(0, 70),
+    n=st.integers(1, 70),
+    k=st.integers(1, 70),
+    r=st.integers(1, 24),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+)
+def test_any_shape(device, name, algorithm, m, n, k, r, dtype, bias):
+    torch.manual_seed(m + 71 * n)
+    assert_close_to_truth(make_case(name, m, n, k, r, dtype, device, bias=bias), dtype, plan=PLANS[algorithm])
+
+
+# ---- what autograd asks for
+
+
+def _tensors(device, *, grads: set[str], m: int = 12, n: int = 9, k: int = 10, r: int = 3) -> dict[str, torch.Tensor]:
+    case = make_case("lowrank_linear", m, n, k, r, torch.float32, device)
+    return {name: t.detach().requires_grad_(name in grads) for name, t in case.tensors.items()}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("wanted", [{"x"}, {"p"}, {"q"}, {"bias"}, {"p", "q"}, {"x", "bias"}], ids=sorted)
+def test_only_the_gradients_asked_for(algorithm, wanted, device):
+    tensors = _tensors(device, grads=wanted)
+    gk.lowrank_linear(*tensors.values(), plan=PLANS[algorithm]).sum().backward()
+    assert {name for name, t in tensors.items() if t.grad is not None} == wanted
+    everything = _tensors(device, grads={"x", "p", "q", "bias"})
+    for name, t in tensors.items():
+        everything[name].data.copy_(t.detach())
+    gk.lowrank_linear(*everything.values(), plan=PLANS[algorithm]).sum().backward()
+    for name in wanted:
+        torch.testing.assert_close(tensors[name].grad, everything[name].grad)
+
+
+class Inside(TorchDispatchMode):
+    """Sees every call of aten, those within our operators too: a mode is off while an operator's body runs, so the
+    body is called here, with the mode on."""
+
+    BODIES: ClassVar = {
+        value._opoverload: value._init_fn
+        for value in vars(ops).values()
+        if isinstance(value, torch.library.CustomOpDef)
+    }
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in self.BODIES:
+            with self:
+                return self.BODIES[function](*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        self.see(function, out)
+        return out
+
+
+class Products(Inside):
+    """The shapes of the products made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def see(self, function, out) -> None:
+        aten = torch.ops.aten
+        if function.overloadpacket in (aten.mm, aten.matmul, aten.addmm, aten.addmm_):
+            self.shapes.append(tuple(out.shape))
+
+
+class Allocations(Inside):
+    """The largest new storage, in elements."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.known = {t.untyped_storage().data_ptr() for t in known}
+        self.largest = 0
+
+    def see(self, function, out) -> None:
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+
+
+@pytest.mark.parametrize("algorithm", ["reference", "thin"])
+def test_no_product_for_a_gradient_that_nobody_wants(algorithm, device):
+    """x needs no gradient: the backward makes no [M,N]·[N,K] product."""
+    for grads, expected in (({"p", "q"}, False), ({"x"}, True)):
+        tensors = _tensors(device, grads=grads, m=12, n=90, k=80)
+        y = gk.lowrank_linear(*tensors.values(), plan=PLANS[algorithm])
+        with Products() as products:
+            y.sum().backward()
+        assert ((12, 80) in products.shapes) is expected
+
+
+def test_second_derivative_is_refused(device):
+    tensors = _tensors(device, grads={"x", "p", "q"})
+    y = gk.lowrank_linear(*tensors.values(), backend="reference")
+    (g,) = torch.autograd.grad(y.square().sum(), tensors["x"], create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(g.sum(), tensors["p"])
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_gradcheck(name, device):
+    dropout = 0.25 if name in ("lowrank_linear", "weight_features") else 0.0
+    case = make_case(name, 6, 5, 7, 2, torch.float64, device, dropout=dropout, activation="gelu")
+    inputs = tuple(t.detach().requires_grad_(t.requires_grad) for t in case.tensors.values())
+    assert torch.autograd.gradcheck(lambda *t: case.operation(*t, **case.options, backend="reference"), inputs)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_opcheck(algorithm, device):
+    plan = str(PLANS[algorithm])
+    seed = gk.draw_seed(device)
+    x, weight, p, q, bias = _tensors(device, grads={"x", "p", "q", "bias"}).values()
+    psi, phi = p.detach().t().contiguous().requires_grad_(), torch.randn(3, 10, device=device, requires_grad=True)
+    t, dy = torch.randn(12, 3, device=device), torch.randn(12, 9, device=device)
+    samples = [
+        (ops._lowrank_linear, (x, weight, p, q, bias, 0.5, 0.2, seed, plan)),
+        (ops._lowrank_linear, (x, weight, p, q, None, 0.5, 0.0, None, plan)),
+        (ops._input_edit_linear, (x, weight, psi, phi, bias, 0.5, plan)),
+        (ops._input_edit, (x, psi, phi, 0.5, plan)),
+        (ops._weight_features, (weight, psi, phi[:, 0].detach().requires_grad_(), 0.5, 0.2, seed, plan)),
+    ]
+    for operator, arguments in samples:
+        torch.library.opcheck(operator, arguments)
+    with torch.no_grad():
+        x, p, q, psi, phi = (v.detach() for v in (x, p, q, psi, phi))
+        backward = [
+            (
+                ops._lowrank_linear_backward,
+                (dy, x, weight, p, q, t, 0.5, 0.2, seed, plan, [True, True, False, True]),
+            ),
+            (ops._input_edit_linear_backward, (dy, x, weight, psi, phi, t, 0.5, plan, [True] * 4)),
+            (ops._input_edit_backward, (x, x, psi, phi, t, 0.5, plan, [True, False, True])),
+            (ops._weight_features_backward, (q, weight, 0.5, 0.2, seed, plan)),
+        ]
+        for operator, arguments in backward:
+            torch.library.opcheck(operator, arguments)
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize(("name", "algorithm"), PAIRS)
+def test_nothing_of_n_by_k_is_allocated(name, algorithm, device):
+    n, k = 320, 256
+    wide = SkinnyPlan(rows=64, columns=64, groups=2)
+    plan = LaunchPlan(algorithm, wide, ProductPlan(m=64, n=64, k=64))
+    dropout = 0.3 if name in ("lowrank_linear", "weight_features") else 0.0
+    case = make_case(name, 8, n, k, 4, torch.float32, device, dropout=dropout)
+    tensors = [t for t in case.tensors.values() if t is not None]
+    with Allocations(*tensors) as seen:
+        y = case.operation(*case.tensors.values(), **case.options, plan=plan)
+        torch.autograd.grad(y.sum(), [t for t in tensors if t.requires_grad])
+    # The panels of the reference's dropout and the slabs of the kernels are bounded.
+    assert 8 * k <= seen.largest < n * k
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", ["lowrank_linear", "input_edit_linear", "input_edit"])
+def test_saved_for_backward_is_t_at_most(name, algorithm, device):
+    """P5: beyond x and the parameters, t [M,r]."""
+    m, r = 50, 4
+    case = make_case(name, m, 64, 48, r, torch.float16, device)
+    own = {t.untyped_storage().data_ptr() for t in case.tensors.values()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = case.operation(*case.tensors.values(), **case.options, plan=PLANS[algorithm])
+    assert y.requires_grad
+    assert sum(saved.values()) == m * r * 2
+
+
+# ---- around the operation
+
+
+def _autocast_case(device) -> Case:
+    return make_case("lowrank_linear", 20, 24, 28, 4, torch.float32, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=short)
+def test_autocast_casts_as_linear_does(dtype, device):
+    case = _autocast_case(device)
+    x, weight, *_, bias = case.tensors.values()
+    with torch.autocast(device.type, dtype):
+        y = gk.lowrank_linear(*case.tensors.values(), **case.options)
+        linear = torch.nn.functional.linear(x, weight, bias)
+    assert y.dtype == linear.dtype == dtype
+    gradients = torch.autograd.grad(y.float().sum(), [t for t in case.tensors.values() if t.requires_grad])
+    assert all(g.dtype == torch.float32 for g in gradients)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_compiled_in_one_graph(name, device):
+    """fullgraph, dynamic rows, the values of the eager call."""
+    case = make_case(name, 12, 16, 20, 3, torch.float32, device)
+    compiled = torch.compile(case.operation, fullgraph=True, dynamic=True, backend="aot_eager")
+    eager, traced = run(case.operation, case), run(compiled, case)
+    for key, value in eager.items():
+        torch.testing.assert_close(traced[key], value)
+
+
+def test_checkpointing_replays_the_dropout_mask(device):
+    case = make_case("lowrank_linear", 20, 24, 28, 4, torch.float32, device)
+    x, weight, p, q, bias = case.tensors.values()
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return gk.lowrank_linear(x, weight, p, q, bias, dropout=0.5, seed=gk.draw_seed(device))
+
+    grads = []
+    for reentrant in (None, True, False):
+        torch.manual_seed(3)
+        if reentrant is None:
+            y = layer(x)
+        else:
+            y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
+        y.square().sum().backward()
+        grads.append([t.grad.clone() for t in (x, p, q)])
+        for t in (x, p, q):
+            t.grad = None
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))

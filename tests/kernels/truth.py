@@ -1,0 +1,153 @@
+"""What every kernel is held to: the formulas of methods with ΔW written out, in float64, differentiated by autograd.
+
+Nothing here is shared with genft_kernels but the dropout mask, which has tests of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import genft_kernels as gk
+from genft_kernels.dropout import keep_mask
+
+# err(kernel) <= 2 · err(torch at that dtype) + EPSILON. The one table; nothing loosens it.
+EPSILON = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def dropped(source: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    if seed is None:
+        return source
+    keep = keep_mask(seed, p, range(source.shape[0]), range(source.shape[1]))
+    return source * keep / (1.0 - p)
+
+
+def lowrank_linear(x, weight, p, q, bias=None, *, scale=1.0, dropout=0.0, seed=None):
+    flat = x.reshape(-1, x.shape[-1])
+    y = F.linear(flat, weight, bias) + scale * (dropped(flat, dropout, seed) @ p) @ q.t()
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def input_edit_linear(x, weight, psi, phi, bias=None, *, scale=1.0):
+    return F.linear(x, weight + scale * (weight @ phi.t()) @ psi, bias)
+
+
+def input_edit(x, psi, phi, *, scale=1.0):
+    return x + scale * (x @ psi.t()) @ phi
+
+
+def weight_features(weight, a, bias=None, *, ratio=1.0, activation="none", dropout=0.0, seed=None):
+    z = ratio * dropped(weight, dropout, seed) @ a.t()
+    z = z if bias is None else z + bias
+    functions = {
+        "none": lambda v: v,
+        "relu": torch.relu,
+        "leakyrelu": F.leaky_relu,
+        "gelu": F.gelu,
+        "tanh": torch.tanh,
+        "sigmoid": torch.sigmoid,
+    }
+    return functions[activation](z)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operation: the operation, its truth, tensors by name in order, keyword arguments."""
+
+    operation: Callable[..., Tensor]
+    truth: Callable[..., Tensor]
+    tensors: dict[str, Tensor | None]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def make_case(
+    name: str,
+    m: int | tuple[int, ...],
+    n: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    factor_dtype: torch.dtype | None = None,
+    bias: bool = True,
+    dropout: float = 0.0,
+    activation: str = "none",
+    scale: float = 0.7,
+) -> Case:
+    """Random inputs for the operation called `name`; everything but the weight requires grad."""
+    factor_dtype = factor_dtype or dtype
+
+    def tensor(*shape: int, kind: torch.dtype = dtype, grad: bool = True, size: float = 1.0) -> Tensor:
+        return (size * torch.randn(*shape, dtype=torch.float64, device=device)).to(kind).requires_grad_(grad)
+
+    lead = m if isinstance(m, tuple) else (m,)
+    x, weight = tensor(*lead, k), tensor(n, k, grad=False, size=k**-0.5)
+    b = tensor(n) if bias else None
+    drop = {"dropout": dropout, "seed": gk.draw_seed(device)} if dropout else {}
+    if name == "lowrank_linear":
+        p = tensor(k, r, kind=factor_dtype, size=k**-0.5)
+        q = tensor(n, r, kind=factor_dtype)
+        tensors = {"x": x, "weight": weight, "p": p, "q": q, "bias": b}
+        return Case(gk.lowrank_linear, lowrank_linear, tensors, {"scale": scale, **drop})
+    psi, phi = (tensor(r, k, kind=factor_dtype, size=k**-0.5) for _ in range(2))
+    if name == "input_edit_linear":
+        tensors = {"x": x, "weight": weight, "psi": psi, "phi": phi, "bias": b}
+        return Case(gk.input_edit_linear, input_edit_linear, tensors, {"scale": scale})
+    if name == "input_edit":
+        return Case(gk.input_edit, input_edit, {"x": x, "psi": psi, "phi": phi}, {"scale": scale})
+    if name == "weight_features":
+        rank_bias = tensor(r, kind=factor_dtype) if bias else None
+        options = {"ratio": scale, "activation": activation, **drop}
+        return Case(gk.weight_features, weight_features, {"weight": weight, "a": psi, "bias": rank_bias}, options)
+    raise ValueError(f"name: {name!r} is no operation")
+
+
+OPERATIONS = ("lowrank_linear", "input_edit_linear", "input_edit", "weight_features")
+
+
+def run(
+    function: Callable[..., Tensor], case: Case, dtype: torch.dtype | None = None, **extra: Any
+) -> dict[str, Tensor]:
+    """Output and gradients, by name. With `dtype`, every tensor is cast to it first."""
+    leaves = {}
+    for name, tensor in case.tensors.items():
+        if tensor is not None:
+            cast = tensor.detach().to(dtype or tensor.dtype)
+            # A cast keeps the strides that the test chose; detach alone shares memory, which no call may write.
+            leaves[name] = cast.requires_grad_(tensor.requires_grad)
+    y = function(*(leaves.get(name) for name in case.tensors), **case.options, **extra)
+    generator = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(y.shape, dtype=torch.float64, generator=generator).to(y)
+    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    gradients = torch.autograd.grad(y, wanted, cotangent)
+    names = [name for name, leaf in leaves.items() if leaf.requires_grad]
+    return {"y": y.detach(), **{f"grad.{name}": g for name, g in zip(names, gradients, strict=True)}}
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """‖found − truth‖ / ‖truth‖; the plain norm where the truth is zero. NaN stays NaN and passes nothing."""
+    difference = (found.double() - truth.double()).norm()
+    size = truth.double().norm()
+    return float(difference / size if size > 0 else difference)
+
+
+def assert_close_to_truth(case: Case, dtype: torch.dtype, **extra: Any) -> None:
+    """The 2× rule on the output and on every gradient."""
+    truth = run(case.truth, case, torch.float64)
+    torch_own = run(case.truth, case, dtype)
+    found = run(case.operation, case, **extra)
+    for name, value in truth.items():
+        assert found[name].shape == value.shape, name
+        source = name.removeprefix("grad.")
+        expected = dtype if name == "y" else case.tensors[source].dtype
+        if case.operation is not gk.weight_features:
+            assert found[name].dtype == expected, (name, found[name].dtype)
+        budget = 2.0 * error(torch_own[name], value) + EPSILON[dtype]
+        actual = error(found[name], value)
+        assert actual <= budget, f"{name}: error {actual:.2e}, budget {budget:.2e}"

@@ -1,0 +1,58 @@
+"""The house rules that a reader relies on: who imports whom, and that importing costs nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# A package may import those to its right, and of genft_kernels only the public names.
+ORDER = ["tests", "benchmarks", "genft_modules", "genft_kernels"]
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            found.add(".".join((*base, node.module or "")).strip("."))
+    return found
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_run_one_way(package):
+    forbidden = ORDER[: ORDER.index(package)]
+    for path in (ROOT / package).rglob("*.py"):
+        for name in imports_of(path):
+            assert name.split(".")[0] not in forbidden, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_modules_use_public_names_of_the_kernels():
+    for path in (ROOT / "genft_modules").rglob("*.py"):
+        for name in imports_of(path):
+            assert not name.startswith(("genft_kernels._", "genft_kernels.ops")), f"{path.name} imports {name}"
+
+
+def test_the_reference_never_imports_triton():
+    for path in (ROOT / "genft_kernels").glob("*.py"):
+        assert not any(name.split(".")[0] == "triton" for name in imports_of(path)), path.name
+
+
+@pytest.mark.parametrize("package", ["genft_kernels", "genft_modules"])
+def test_importing_starts_no_gpu_and_no_triton(package):
+    """genft_kernels imports no triton at all; genft_modules none but what peft and transformers may bring."""
+    code = (
+        f"import sys, torch, {package}\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert not any(name.startswith('genft_kernels._triton') for name in sys.modules)\n"
+    )
+    if package == "genft_kernels":
+        code += "assert 'triton' not in sys.modules\n"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
