@@ -1,0 +1,191 @@
+"""The command `genft`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from genft_modules.console import UserError, one_line
+
+_EXAMPLES = """\
+examples:
+  genft finetune                          the embedded demo: five methods side by side, some five minutes on two cores
+  genft finetune --model ./llama --dataset notes.txt --method wegeft --r 64
+  genft finetune --model ./llama --dataset dialogues.jsonl --method lora --epochs 2 --save-every 100
+  genft finetune --model ./llama --dataset dialogues.jsonl --method lora --epochs 2 --save-every 100 --resume
+  genft doctor                            versions, device, the plan for one shape, a numerical self-check
+"""
+
+_FINETUNE = """\
+Without --model and --dataset: the embedded demo. It pre-trains a small byte-level Llama on the source code of Python's
+standard library (kept in a cache), adapts it to the prose of Python's documentation with every method, and prints a
+table. With both: the same job for your model and your data.
+
+data: .txt (one long text), .jsonl with "text", or with "prompt" and "completion" (only the completion is learned),
+or the name of a data set on the hub (needs: pip install datasets) with these columns.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="genft",
+        description="Fine-tuning that generates the weight update from the pretrained weight.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    doctor = commands.add_parser(
+        "doctor",
+        help="versions, device, backend, the plan for one shape, and a numerical self-check",
+        description="Print versions, devices, the backend in force and the plan for one shape, then compare the "
+        "operations with float64 for some seconds. Exit code 1 if they disagree.",
+    )
+    doctor.add_argument("--seconds", type=float, default=10.0, metavar="S", help="how long to check (10)")
+    _add_finetune(commands)
+    return parser
+
+
+def _add_finetune(commands: Any) -> None:
+    # Options that are not given stay out of the namespace: the defaults live in finetune.Job and in recipes.
+    sub = commands.add_parser(
+        "finetune",
+        help="fine-tune a model; without arguments, the embedded demo",
+        description=_FINETUNE,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    what = sub.add_argument_group("what")
+    what.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a local model directory, or its name on the hub")
+    what.add_argument("--dataset", metavar="FILE_OR_HUB_ID", help=".txt, .jsonl, or a data set on the hub")
+    what.add_argument("--dataset-split", metavar="NAME", help="which split of a data set on the hub (train)")
+    what.add_argument("--eval-dataset", metavar="FILE_OR_HUB_ID", help="held-out data; else a part of --dataset")
+    what.add_argument("--eval-fraction", type=float, metavar="F", help="share of --dataset that is held out (0.05)")
+    what.add_argument("--evaluations", type=int, metavar="N", help="held-out measurements during training (4)")
+    what.add_argument("--output", metavar="DIR", help="where everything goes (runs/METHOD; the demo: runs/demo)")
+    what.add_argument("--byte-level", action="store_true", help="read text as bytes; for a model without tokenizer")
+    what.add_argument("--cache-dir", metavar="DIR", help="the demo's cache (~/.cache/genft)")
+
+    how = sub.add_argument_group("method")
+    how.add_argument("--method", metavar="NAME", help="wegeft (default), gift, lora, peft-lora, full")
+    how.add_argument("--r", type=int, help="rank (wegeft and gift 64, lora 16)")
+    how.add_argument("--alpha", type=float, help="scale: the update is multiplied by alpha / r (twice the rank)")
+    how.add_argument("--dropout", type=float, metavar="P", help="the method's own dropout (0)")
+    how.add_argument("--target-modules", nargs="+", metavar="NAME", help="names of layers, or one regular expression")
+    how.add_argument("--config", nargs="+", metavar="KEY=VALUE", help="further fields of the method's configuration")
+    how.add_argument("--backend", choices=("auto", "triton", "reference"), help="kernels of the genft methods (auto)")
+
+    train = sub.add_argument_group("training")
+    train.add_argument("--lr", type=float, help="peak learning rate, then cosine (depends on the method)")
+    length = train.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="optimizer steps")
+    length.add_argument("--epochs", type=float, help="passes over the data (1)")
+    train.add_argument("--batch-size", type=int, metavar="N", help="windows per batch (8)")
+    train.add_argument("--grad-accumulation", type=int, metavar="N", help="batches per step (1)")
+    train.add_argument("--seq-len", type=int, metavar="N", help="tokens per window (512, or what the model allows)")
+    train.add_argument("--warmup", type=float, metavar="N", help="warm-up steps, or below 1 their share (0.05)")
+    train.add_argument("--seed", type=int, help="of initialisation, order and dropout (0)")
+    train.add_argument("--dtype", metavar="NAME", help="auto, float32, bfloat16, float16 (auto: bfloat16 on a GPU)")
+    train.add_argument("--device", metavar="NAME", help="auto, cuda, cpu")
+    train.add_argument("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
+    train.add_argument("--save-every", type=int, metavar="N", help="checkpoint every N steps (never)")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    train.add_argument("--overwrite", action="store_true", help="replace an earlier run in --output")
+    train.add_argument("--no-verify", dest="verify", action="store_false", help="do not reload what was saved")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code: 0 done, 1 a check failed, 2 a mistake of the user's, 130 interrupted."""
+    try:
+        return _main(arguments)
+    except UserError as error:
+        print(f"genft: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("genft: interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
+    command = options.pop("command")
+    if options.pop("version"):
+        from importlib.metadata import version
+
+        print(f"genft {version('genft')}")
+        return 0
+    if command == "doctor":
+        from genft_modules import doctor
+
+        return doctor.run(options["seconds"])
+    if command == "finetune":
+        _quiet()
+        return _finetune(options) if options.keys() - {"output", "cache_dir"} else _demo(options)
+    parser.print_help()
+    return 0
+
+
+def _quiet() -> None:
+    """Our own progress bars tell what happens: silence those of the libraries, and their chatter."""
+    # The Trainer would spread one process over all GPUs with DataParallel, which no adapter is made for.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate)\b")
+
+
+def _demo(options: dict[str, Any]) -> int:
+    from genft_modules import demo
+
+    cache = Path(options.get("cache_dir") or demo.default_cache()).expanduser()
+    results = demo.run(demo.Demo(), Path(options.get("output", "runs/demo")).expanduser(), cache)
+    print(demo.report(results))
+    print(f"\nsaved: {options.get('output', 'runs/demo')} (results.json, table.md, loss.png, one folder per method)")
+    return 0 if demo.agrees(results) else 1
+
+
+def _finetune(options: dict[str, Any]) -> int:
+    from genft_modules import finetune, recipes
+
+    for name in ("model", "dataset"):
+        if name not in options:
+            raise UserError(f"--{name} is missing: give --model and --dataset, or neither for the demo")
+    if "cache_dir" in options:
+        raise UserError("--cache-dir: only the demo has a cache")
+    resume, overwrite = options.pop("resume", False), options.pop("overwrite", False)
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    try:
+        options["config"] = dict(recipes.parse_field(text) for text in options.get("config", ()))
+    except ValueError as error:
+        raise UserError(f"--config {error}") from None
+    if "target_modules" in options:
+        options["target_modules"] = tuple(options["target_modules"])
+    options.setdefault("output", f"runs/{options.get('method', 'wegeft')}")
+    job = finetune.Job(**options)
+    record = finetune.run(job, resume=resume, overwrite=overwrite)
+    print(finetune.summary(record, job.output))
+    return 0 if record.get("reload", {"agree": True})["agree"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

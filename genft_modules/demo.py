@@ -1,0 +1,291 @@
+"""The embedded demo: pre-train a small byte-level Llama on Python's source code, adapt it to the documentation's prose.
+
+Each method runs as the command `genft finetune --model ... --dataset ...` in a process of its own, so that its peak
+memory is its own; then all of them take turns at single steps for the comparison of time, and a new process reloads
+every adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genft_modules import corpora, finetune, recipes
+from genft_modules.console import say, table
+from genft_modules.data import Windows, byte_tokenizer, collate, encode, read_records
+from genft_modules.measure import ratio, step_seconds
+
+REFERENCE = "peft-lora"  # what the others' time is relative to
+NAMES = {
+    "wegeft": "WeGeFT",
+    "gift": "GIFT",
+    "peft-lora": "LoRA (peft)",
+    "lora": "LoRA (genft)",
+    "full": "full fine-tuning",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Sizes of the demo: a small Llama, and training short enough for two cores."""
+
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 4
+    feed_forward: int = 704
+    seq_len: int = 256
+    batch_size: int = 8
+    pretrain_steps: int = 350
+    pretrain_batch: int = 4
+    pretrain_lr: float = 2e-3
+    adapt_steps: int = 60
+    timing_rounds: int = 15
+    held_out: float = 0.08
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    methods: tuple[str, ...] = tuple(NAMES)
+    seed: int = 0
+
+
+def default_cache() -> Path:
+    """~/.cache/genft, or where XDG_CACHE_HOME points."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genft"
+
+
+def run(demo: Demo, output: Path, cache: Path) -> dict[str, Any]:
+    """The whole demo; what it measured, as written to OUTPUT/results.json beside table.md and loss.png."""
+    began = time.perf_counter()
+    output.mkdir(parents=True, exist_ok=True)
+    texts = {}
+    for name, text in zip(("train", "held-out"), corpora.pydoc_prose(demo.held_out), strict=True):
+        texts[name] = output / f"{name}.txt"
+        texts[name].write_text(text, encoding="utf-8")
+    base, pretrained = pretrained_base(demo, cache)
+    runs = {}
+    for number, method in enumerate(demo.methods, start=1):
+        say(f"[{number}/{len(demo.methods)}] {NAMES[method]}")
+        runs[method] = _adapt(demo, method, base, texts, output / method)
+    times = _time(demo, base, texts["train"])
+    from genft_modules.verify import verify_in_new_process
+
+    reloads = verify_in_new_process([output / method for method in demo.methods])
+    for method, reload in zip(demo.methods, reloads, strict=True):
+        runs[method]["reload"] = reload
+        runs[method]["timed_seconds_per_step"] = statistics.median(times[method])
+        runs[method]["relative_time"] = ratio(times, method, REFERENCE)
+    from genft_modules.plotting import loss_curves
+
+    loss_curves({NAMES[method]: record for method, record in runs.items()}, output / "loss.png")
+    results = {
+        "demo": dataclasses.asdict(demo),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "base": str(base),
+        "base_was_cached": not pretrained,
+        "runs": runs,
+        "seconds": time.perf_counter() - began,
+    }
+    (output / "table.md").write_text(report(results) + "\n", encoding="utf-8")
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+# --- the base ----------------------------------------------------------------------------------------------------
+
+
+def pretrained_base(demo: Demo, cache: Path) -> tuple[Path, bool]:
+    """(the base model's directory in the cache, whether it was trained just now).
+
+    The directory's name says on what it depends: the demo's sizes, Python's version and the very text.
+    """
+    code = corpora.stdlib_code(demo.pretrain_steps * demo.pretrain_batch * demo.seq_len)
+    key = json.dumps(
+        [
+            {
+                name: value
+                for name, value in dataclasses.asdict(demo).items()
+                if name not in {"adapt_steps", "timing_rounds", "held_out", "target_modules", "methods"}
+            },
+            platform.python_version(),
+            hashlib.sha256(code.encode()).hexdigest(),
+        ]
+    )
+    place = cache / f"base-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if (place / "config.json").is_file():
+        say(f"the pre-trained base is in the cache: {place}")
+        return place, False
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".base-", dir=cache))
+    try:
+        _pretrain(demo, code, partial)
+        try:
+            os.replace(partial, place)
+        except OSError:
+            if not (place / "config.json").is_file():  # else another process was as quick: the bases are the same
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return place, True
+
+
+def _pretrain(demo: Demo, code: str, directory: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    from genft_modules.data import Record
+    from genft_modules.training import Schedule, train
+
+    set_seed(demo.seed)
+    tokenizer = byte_tokenizer()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=demo.hidden,
+            intermediate_size=demo.feed_forward,
+            num_hidden_layers=demo.layers,
+            num_attention_heads=demo.heads,
+            max_position_embeddings=demo.seq_len,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    device = finetune.check_device("auto")
+    windows = encode([Record(code)], tokenizer, demo.seq_len, title="source code")
+    parameters = sum(p.numel() for p in model.parameters())
+    say(
+        f"pre-training {parameters / 1e6:.1f} M parameters on {len(code) / 1e6:.2f} MB of the standard library's source"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        train(
+            model.to(device),
+            windows,
+            Schedule(
+                steps=demo.pretrain_steps,
+                lr=demo.pretrain_lr,
+                batch_size=demo.pretrain_batch,
+                weight_decay=0.1,
+                beta2=0.98,
+                seed=demo.seed,
+            ),
+            Path(scratch),
+            pad_id=tokenizer.pad_token_id,
+            title="pre-training",
+            device=device,
+        )
+    model.save_pretrained(str(directory))
+    tokenizer.save_pretrained(str(directory))
+
+
+# --- the methods -------------------------------------------------------------------------------------------------
+
+
+def _adapt(demo: Demo, method: str, base: Path, texts: dict[str, Path], output: Path) -> dict[str, Any]:
+    command = [
+        sys.executable, "-m", "genft_modules.cli", "finetune",
+        "--model", str(base), "--dataset", str(texts["train"]), "--eval-dataset", str(texts["held-out"]),
+        "--method", method, "--steps", str(demo.adapt_steps), "--batch-size", str(demo.batch_size),
+        "--seq-len", str(demo.seq_len), "--seed", str(demo.seed), "--dtype", "float32",
+        "--output", str(output), "--overwrite", "--no-verify",
+    ]  # fmt: skip
+    if method != "full":
+        command += ["--target-modules", *demo.target_modules]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}")
+    record: dict[str, Any] = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    return record
+
+
+def _time(demo: Demo, base: Path, text: Path) -> dict[str, list[float]]:
+    from transformers import AutoModelForCausalLM, set_seed
+
+    tokenizer, device = byte_tokenizer(), finetune.check_device("auto")
+    windows: Windows = encode(read_records(str(text)), tokenizer, demo.seq_len)
+    batch = collate([windows[i] for i in range(demo.batch_size)], tokenizer.pad_token_id)
+    set_seed(demo.seed)
+    models = {}
+    for method in demo.methods:
+        config = recipes.peft_config(method, target_modules=None if method == "full" else demo.target_modules)
+        model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
+        models[method] = finetune.adapt(model, config).to(device)
+    return step_seconds(
+        models,
+        {name: value.to(device) for name, value in batch.items()},
+        rounds=demo.timing_rounds,
+        title="time per step, in turns",
+    )
+
+
+# --- the result --------------------------------------------------------------------------------------------------
+
+
+def report(results: dict[str, Any]) -> str:
+    """The table of the demo, and what a new process found when it reloaded each adapter."""
+    runs: dict[str, dict[str, Any]] = results["runs"]
+    header = (
+        "method",
+        "trainable",
+        "bits/byte before",
+        "after",
+        "time/step",
+        "s/step",
+        "peak MiB",
+        "max Δ logit",
+        "merged",
+    )
+    rows = []
+    for method, record in runs.items():
+        reload = record["reload"]
+        rows.append(
+            (
+                NAMES[method],
+                f"{record['trainable_parameters']:,}",
+                f"{record['bits_per_byte_before']:.3f}",
+                f"{record['bits_per_byte_after']:.3f}",
+                f"{record['relative_time']:.2f}",
+                f"{record['timed_seconds_per_step']:.3f}",
+                f"{record['peak_memory_mib']:.0f}",
+                f"{reload['loaded']:.1e}",
+                "—" if reload["merged"] is None else f"{reload['merged']:.1e}",
+            )
+        )
+    idle = statistics.median(record["idle_memory_mib"] for record in runs.values())
+    device = next(iter(runs.values()))["device"]
+    memory = (
+        f"the process's largest resident memory while training (the bare process holds {idle:.0f} MiB)"
+        if device == "cpu"
+        else "what torch's allocator handed out at most while training"
+    )
+    agree = all(record["reload"]["agree"] for record in runs.values())
+    return "\n".join(
+        [
+            table(header, rows),
+            "",
+            "bits/byte: on held-out prose. time/step: relative to LoRA (peft), median over "
+            f"{results['demo']['timing_rounds']} rounds in which all take turns.",
+            f"peak MiB: {memory}.",
+            "max Δ logit: adapter saved, reloaded in a new process on the saved base, as loaded and merged; "
+            + ("all agree." if agree else "NOT ALL AGREE."),
+            f"total: {results['seconds']:.0f} s, the base "
+            + ("from the cache." if results["base_was_cached"] else "pre-trained in this time."),
+        ]
+    )
+
+
+def agrees(results: dict[str, Any]) -> bool:
+    """Whether every reloaded adapter gave the logits of the trained one."""
+    return all(record["reload"]["agree"] for record in results["runs"].values())

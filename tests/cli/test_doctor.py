@@ -1,0 +1,64 @@
+"""`genft doctor` and the command's own options."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import torch
+
+from genft_modules import doctor
+from tests.cli.conftest import Genft
+
+
+def test_doctor(genft: Genft) -> None:
+    done = genft("doctor", "--seconds", 0)
+    assert done.code == 0, done.out
+    for word in (version("torch"), version("peft"), "python", "device", "backend", '"algorithm"', "self-check"):
+        assert word in done.out
+    for operation in doctor._CHECKS:
+        assert operation in done.out
+    assert "all operations are right" in done.out
+
+
+@pytest.mark.parametrize("broken", ["gradient", "output", "nan"])
+def test_doctor_sees_a_wrong_operation(genft: Genft, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    right = doctor.input_edit
+
+    def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
+        y = right(*args, **kwargs)
+        if broken == "gradient":
+            return y.detach() + 1.01 * (y - y.detach())
+        return y * (1.01 if broken == "output" else float("nan"))
+
+    monkeypatch.setattr(doctor, "input_edit", wrong)
+    done = genft("doctor", "--seconds", 0)
+    assert done.code == 1
+    assert [line.split()[1] for line in done.out.splitlines() if "WRONG |" in line] == ["input_edit"] * done.out.count(
+        "WRONG |"
+    )
+    assert "AN OPERATION IS WRONG" in done.out
+
+
+def test_version_and_help(genft: Genft, capsys: pytest.CaptureFixture[str]) -> None:
+    assert genft("--version").out == f"genft {version('genft')}\n"
+    assert "examples:" in genft().out
+    for arguments in (("--help",), ("finetune", "--help"), ("doctor", "--help")):
+        with pytest.raises(SystemExit) as exit_:
+            genft(*arguments)
+        assert exit_.value.code == 0
+        assert "usage: genft" in capsys.readouterr().out
+
+
+def test_console_script_has_no_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "genft_modules.cli", "finetune", "--model", "./nowhere", "--dataset", "./nothing.txt"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "genft: error: --dataset ./nothing.txt: no such file\n"
