@@ -24,8 +24,8 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
     """y = x (W0 + ΔW)ᵀ + b [..., N] for x [..., K]: `base_layer` with the updates of its active adapters.
 
     The forward pass is one operation of `genft_kernels`, whatever the number of active adapters (two, if adapters that
-    drop elements of x differ in how many). Where the base layer is not simply its weight, because it is quantised,
-    offloaded or hooked, it makes its own product and the update is applied around it.
+    drop elements of x differ in how many). Where the base layer is more than its weight, because it is quantised
+    or somebody hooked it, it makes its own product and the update is applied around it.
 
     Two ways to get one: `FusedGenLinear.from_linear` for a single layer, `peft.get_peft_model` for a model.
 
@@ -68,7 +68,13 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, config: GeneratorConfig, adapter_name: str = "default", *, backend: str | None = None
+        cls,
+        linear: nn.Module,
+        config: GeneratorConfig,
+        adapter_name: str = "default",
+        *,
+        name: str = "",
+        backend: str | None = None,
     ) -> FusedGenLinear:
         """A layer with one adapter around `linear`, which is kept, not copied, and frozen.
 
@@ -79,13 +85,14 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             linear: `torch.nn.Linear` or transformers' `Conv1D`.
             config: of the method, such as `WeGeFTConfig(r=16)`.
             adapter_name: its name.
+            name: what the patterns in the config (`rank_pattern`, `enable_gift`) are to take for the layer's name.
             backend: "auto", "triton" or "reference"; None for the config's.
 
         Raises:
             ValueError, TypeError: naming the argument, what came and what fits.
         """
         layer = cls(linear)
-        layer.add_adapter(adapter_name, config, backend=backend)
+        layer.add_adapter(adapter_name, config, name=name, backend=backend)
         linear.requires_grad_(False)
         if config.bias != "none" and layer.bias is not None:
             layer.bias.requires_grad_(True)
@@ -107,7 +114,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: its name, not taken yet.
             config: of the method.
-            name: the layer's name in its model, for the config's patterns.
+            name: the layer's name in its model.
             shared: the adapter's shared factors in the model; None lets the layer own its parameters.
             backend: as in `from_linear`.
 
@@ -118,10 +125,10 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             raise TypeError(f"config: got {type(config).__name__}, expected a config of genft_modules.METHODS")
         if adapter_name in self.genft_generators:
             raise ValueError(f"adapter_name: {adapter_name!r} exists already, expected a new name")
-        generator = config.build(name, self.in_features, self.out_features, shared)
         if backend is not None:
             check_choice("backend", backend, BACKENDS)
-            generator.backend = backend
+        generator = config.build(name, self.in_features, self.out_features, shared)
+        generator.backend = backend or config.backend
         if not self.genft_generators:
             self._active_adapter = adapter_name
         self.genft_generators[adapter_name] = generator.train(self.training)
@@ -153,14 +160,19 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         return y
 
     def _active_generators(self) -> list[Generator]:
-        # The plain dict inside: its look-ups cost a third of the ModuleDict's, in every call of every layer.
-        generators = self.genft_generators._modules
+        generators = self.genft_generators._modules  # the plain dict inside: this runs in every call of every layer
         return [cast(Generator, generators[name]) for name in self.active_adapters if name in generators]
 
     def _is_plain(self, weight: Tensor) -> bool:
         """Whether y = x W0ᵀ + b is all that the base layer does: no hook, no other forward, no other kind of weight."""
         base = self.base_layer
-        hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
+        hooked = (
+            base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+            or base._backward_pre_hooks
+            or "forward" in base.__dict__
+        )
         return self.plain_forward and type(weight) in _PLAIN_TENSORS and not hooked
 
     def adapter_parameters(self, adapter_name: str = "default") -> dict[str, nn.Parameter]:

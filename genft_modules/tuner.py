@@ -90,17 +90,33 @@ class GenFTModel(BaseTuner):
         container.genft_shared[adapter_name] = shared
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in peft; then warns about patterns in the config that fit none of the adapted layers."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        adapted = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, FusedGenLinear) and adapter_name in module.genft_generators
-        ]
+        """As in peft, but a failure leaves the model's layers as they were, and patterns in the config that fit none of
+        the adapted layers are warned about."""
+        if _adapted(model, adapter_name):
+            raise ValueError(
+                f"adapter_name: {adapter_name!r} is in the model already, expected a new name; see `unload`"
+            )
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._withdraw(model, adapter_name)
+            raise
+        adapted = _adapted(model, adapter_name)
         for field, patterns in self.peft_config[adapter_name].module_patterns().items():
             idle = [pattern for pattern in patterns if not any(fits(pattern, name) for name in adapted)]
             if idle:
                 warnings.warn(f"{field}: {idle} fit none of the adapted layers.", RuntimeWarning, stacklevel=2)
+
+    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
+        for name, layer in _adapted(model, adapter_name).items():
+            del layer.genft_generators[adapter_name]
+            if not layer.genft_generators:
+                model.set_submodule(name, layer.base_layer)
+        container = getattr(model, SHARED, None)
+        if container is not None and adapter_name in container.genft_shared:
+            del container.genft_shared[adapter_name]
+            if not container.genft_shared:
+                delattr(model, SHARED)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
@@ -127,6 +143,15 @@ class GenFTModel(BaseTuner):
             if found:
                 return f"{before}{container}.{after}"
         return cast(str, super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+def _adapted(model: nn.Module, adapter_name: str) -> dict[str, FusedGenLinear]:
+    """The layers that have the adapter, by name."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, FusedGenLinear) and adapter_name in layer.genft_generators
+    }
 
 
 def register(config: type[GeneratorConfig]) -> None:

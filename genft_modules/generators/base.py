@@ -122,9 +122,10 @@ class Generator(nn.Module):
     replace parameters, and does not register it, so that a checkpoint has them once.
     """
 
-    def __init__(self, backend: str) -> None:
+    backend = "auto"  # what runs its operations; the layer sets it
+
+    def __init__(self) -> None:
         super().__init__()
-        self.backend = backend
         self.shared: tuple[Factors, ...] = ()
 
     def refer(self, name: str, factors: Factors, *, own: bool) -> None:
@@ -153,18 +154,26 @@ class Generator(nn.Module):
 
 
 def share(
-    shared: nn.ModuleDict, key: str, layer: str, make: Callable[[], FactorsT], sizes: dict[str, int], *, split: str = ""
+    shared: nn.ModuleDict,
+    key: str,
+    layer: str,
+    make: Callable[[], FactorsT],
+    sizes: dict[str, int],
+    *,
+    told_by: str = "",
 ) -> FactorsT:
     """The factors of `shared` under `key`, made by the first layer that asks.
 
-    A layer whose sizes differ gets factors under a longer key, together with others of its sizes; or, if `split` names
-    the field that told it to share, ValueError.
+    A layer whose sizes differ gets factors under a longer key, together with others of its sizes; or, if `told_by`
+    names the field that told it to share, ValueError.
     """
     if key not in shared and hasattr(shared, key):
         key += "_"  # nn.ModuleDict refuses the names of its own attributes, such as "keys"
     if key in shared and (others := cast(Factors, shared[key]).sizes) != sizes:
-        if split:
-            raise ValueError(f"{split}: {layer} has {_sizes(sizes)}, expected {_sizes(others)} as the layers it joins")
+        if told_by:
+            raise ValueError(
+                f"{told_by}: {layer} has {_sizes(sizes)}, expected {_sizes(others)} as the layers it joins"
+            )
         key = "_".join([key, *(f"{size}{value}" for size, value in sizes.items())])
     if key not in shared:
         shared[key] = make()

@@ -70,7 +70,7 @@ class GIFTConfig(GeneratorConfig):
                 f"enable_gift: got {len(flags)} flags for {name or 'the layer'}, expected a number of row blocks that "
                 f"divides its {out_features} output features"
             )
-        generator = GIFTGenerator(len(flags), self.backend)
+        generator = GIFTGenerator(len(flags))
         sizes = {"in_features": in_features}
         if self.block == "mlp_mixer":
             sizes["tokens"] = out_features // len(flags)
@@ -87,7 +87,7 @@ class GIFTConfig(GeneratorConfig):
         if shared is None:
             return make()
         if self.share_projections:
-            return share(shared, "all", name, make, sizes, split="share_projections")
+            return share(shared, "all", name, make, sizes, told_by="share_projections")
         key = module_type(name) if blocks == 1 else f"{module_type(name)}_{index}"
         return share(shared, key, name, make, sizes)
 
@@ -114,12 +114,8 @@ class GIFTFactors(Factors):
         if config.out_projection_bias:
             self.psi_bias = nn.Parameter(torch.zeros(in_features))
         self.block = Blocks(config.block, config.r, tokens, **config.block_kwargs)
-        self.linear = config.block == "simple_block" and config.block_kwargs.get("act_layer", "identity") == "identity"
-
-    @property
-    def is_edit(self) -> bool:
-        """Whether ΔW = W0 (φᵀ ψᵀ)."""
-        return self.linear and self.phi_bias is None and self.psi_bias is None
+        identity = config.block == "simple_block" and config.block_kwargs.get("act_layer", "identity") == "identity"
+        self.is_edit = identity and not (config.in_projection_bias or config.out_projection_bias)  # ΔW = W0 (φᵀ ψᵀ)
 
     def edit(self, weight: Tensor) -> InputEdit:
         phi, psi = beside(weight, self.phi, self.psi)
@@ -143,8 +139,8 @@ class GIFTGenerator(Generator):
     Q is block-diagonal: [Q_q 0; 0 0; 0 Q_v] and P = [P_q P_v] for q and v of a fused qkv weight.
     """
 
-    def __init__(self, blocks: int, backend: str) -> None:
-        super().__init__(backend)
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
         self.blocks = blocks
         self.adapted: dict[int, str] = {}  # row block → name of its factors
 

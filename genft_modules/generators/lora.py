@@ -60,7 +60,7 @@ class LoRAConfig(GeneratorConfig):
         r = pattern_value(self.rank_pattern, name, self.r)
         alpha = pattern_value(self.alpha_pattern, name, self.lora_alpha)
         scale = alpha / (math.sqrt(r) if self.use_rslora else r)
-        generator = LoRAGenerator(in_features, out_features, r, scale, self.lora_dropout, self.backend)
+        generator = LoRAGenerator(in_features, out_features, r, scale, self.lora_dropout)
         generator.reset(self.init_lora_weights)
         return generator
 
@@ -68,8 +68,8 @@ class LoRAConfig(GeneratorConfig):
 class LoRAGenerator(Generator):
     """A = lora_A [r, K] and B = lora_B [N, r]."""
 
-    def __init__(self, in_features: int, out_features: int, r: int, scale: float, dropout: float, backend: str) -> None:
-        super().__init__(backend)
+    def __init__(self, in_features: int, out_features: int, r: int, scale: float, dropout: float) -> None:
+        super().__init__()
         self.scale = scale
         self.dropout = dropout
         self.lora_A = nn.Parameter(torch.empty(r, in_features))

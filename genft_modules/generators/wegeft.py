@@ -78,10 +78,10 @@ class WeGeFTConfig(GeneratorConfig):
 
         group = None if shared is None else self._group(name)
         if shared is None or group is None:
-            return WeGeFTGenerator(make(), scale, self.wegeft_dropout, self.backend, own=True)
-        split = "" if self.tied_modules == BY_TYPE else "tied_modules"
-        pair = share(shared, group, name, make, sizes, split=split)
-        return WeGeFTGenerator(pair, scale, self.wegeft_dropout, self.backend, own=False)
+            return WeGeFTGenerator(make(), scale, self.wegeft_dropout, own=True)
+        told_by = "" if self.tied_modules == BY_TYPE else "tied_modules"
+        pair = share(shared, group, name, make, sizes, told_by=told_by)
+        return WeGeFTGenerator(pair, scale, self.wegeft_dropout, own=False)
 
     def _group(self, name: str) -> str | None:
         if self.tied_modules == BY_TYPE:
@@ -112,8 +112,8 @@ class WeGeFTGenerator(Generator):
 
     pair: WeGeFTPair
 
-    def __init__(self, pair: WeGeFTPair, scale: float, dropout: float, backend: str, *, own: bool) -> None:
-        super().__init__(backend)
+    def __init__(self, pair: WeGeFTPair, scale: float, dropout: float, *, own: bool) -> None:
+        super().__init__()
         self.scale = scale
         self.dropout = dropout
         self.refer("pair", pair, own=own)

@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from genft_modules import GeneratorConfig, GIFTConfig, LoRAConfig, WeGeFTConfig
 
+from ..conftest import DEVICE
+
 # name → config of rank 4 with the given further fields
 CASES: dict[str, Callable[..., GeneratorConfig]] = {
     "wegeft": lambda **kw: WeGeFTConfig(r=4, wegeft_alpha=6, **kw),
@@ -75,7 +77,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "bert": (bert, ["query", "dense"]),
 }
 
-IDS = torch.arange(18).reshape(2, 9) * 7 % 61
+IDS = torch.arange(18, device=DEVICE).reshape(2, 9) * 7 % 61
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -95,4 +97,4 @@ def randomize(module: nn.Module, seed: int = 1, std: float = 0.1) -> nn.Module:
 
 def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    return make().eval()
+    return make().to(DEVICE).eval()

@@ -9,11 +9,13 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from genft_modules import FusedGenLinear, GIFTConfig, LoRAConfig, WeGeFTConfig
+from genft_modules import FusedGenLinear, GIFTConfig, LoRAConfig, WeGeFTConfig, forms
 
-from .cases import CASES, KINDS, LAYERS, randomize
+from .cases import CASES, DEVICE, KINDS, LAYERS, randomize
 
 K, N = 10, 6
 all_cases = pytest.mark.parametrize("case", CASES)
@@ -23,13 +25,13 @@ both_layers = pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
 
 def make(case: str, kind: str = "Linear", *, seed: int = 0, start: bool = False, dtype=torch.float64) -> FusedGenLinear:
     torch.manual_seed(seed)
-    linear = LAYERS[kind](K, N).to(dtype)
+    linear = LAYERS[kind](K, N).to(DEVICE, dtype)
     layer = FusedGenLinear.from_linear(linear, CASES[case]())
     return layer if start else randomize(layer)
 
 
 def inputs(*shape: int, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, K, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, K, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(DEVICE, dtype)
 
 
 def weight_of(layer: FusedGenLinear) -> torch.Tensor:
@@ -135,7 +137,11 @@ def test_safe_merge_refuses_what_is_not_finite_and_leaves_the_layer_alone():
     [("wegeft", "wegeft"), ("wegeft", "gift"), ("lora", "gift_mlp"), ("wegeft", "lora", "gift_gelu")],
     ids="+".join,
 )
-def test_several_adapters_at_once(names, kind):
+def test_several_adapters_are_one_operation(names, kind, monkeypatch):
+    operations = []
+    for name in ("lowrank_linear", "input_edit_linear"):
+        function = getattr(forms, name)
+        monkeypatch.setattr(forms, name, lambda *a, f=function, **kw: operations.append(f) or f(*a, **kw))
     layer = make(names[0], kind)
     for index, name in enumerate(names[1:]):
         layer.add_adapter(f"more{index}", CASES[name]())
@@ -146,6 +152,7 @@ def test_several_adapters_at_once(names, kind):
     deltas = [layer.get_delta_weight(name) for name in adapters]
     want = layer.base_layer(x) + x @ sum(deltas).t()
     y = layer(x)
+    assert len(operations) == 1
     torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
     (dx,) = torch.autograd.grad(y.square().sum(), x)
     (expected,) = torch.autograd.grad(want.square().sum(), x)
@@ -222,7 +229,7 @@ def test_autocast(case, kind):
     layer = make(case, kind, dtype=torch.float32)
     x = inputs(7, dtype=torch.float32)
     want = layer(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         y = layer(x)
         assert layer.get_delta_weight().dtype == torch.float32
         again = layer(y.detach().repeat(1, 2)[:, :K])  # the output of a layer before it, in bfloat16
@@ -242,7 +249,7 @@ DROPOUTS = {
 @both_layers
 def test_dropout_acts_in_training_only_and_is_unbiased(case, kind):
     torch.manual_seed(0)
-    layer = randomize(FusedGenLinear.from_linear(LAYERS[kind](K, N).double(), DROPOUTS[case]))
+    layer = randomize(FusedGenLinear.from_linear(LAYERS[kind](K, N).to(DEVICE, torch.float64), DROPOUTS[case]))
     x = inputs(7)
     layer.eval()
     still = layer(x)
@@ -259,7 +266,7 @@ def test_dropout_acts_in_training_only_and_is_unbiased(case, kind):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_replays_the_dropout(case, reentrant):
     torch.manual_seed(0)
-    layer = randomize(FusedGenLinear.from_linear(nn.Linear(K, N).double(), DROPOUTS[case])).train()
+    layer = randomize(FusedGenLinear.from_linear(nn.Linear(K, N).to(DEVICE, torch.float64), DROPOUTS[case])).train()
     gradients = []
     for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant)):
         torch.manual_seed(11)
@@ -273,7 +280,7 @@ def test_checkpointing_replays_the_dropout(case, reentrant):
 
 def test_adapters_that_drop_different_shares_of_x():
     torch.manual_seed(0)
-    layer = FusedGenLinear.from_linear(nn.Linear(K, N).double(), LoRAConfig(r=2, lora_dropout=0.5))
+    layer = FusedGenLinear.from_linear(nn.Linear(K, N).to(DEVICE, torch.float64), LoRAConfig(r=2, lora_dropout=0.5))
     layer.add_adapter("none", LoRAConfig(r=2))
     layer.add_adapter("edit", WeGeFTConfig(r=2))
     layer.set_adapter(["default", "none", "edit"])
@@ -319,10 +326,28 @@ def test_base_layers_that_make_their_own_product(case):
     assert len(seen) == 1
 
     torch.manual_seed(0)
-    doubling = randomize(FusedGenLinear.from_linear(Doubling(K, N).double(), CASES[case]()))
+    doubling = randomize(FusedGenLinear.from_linear(Doubling(K, N).to(DEVICE, torch.float64), CASES[case]()))
     delta = doubling.get_delta_weight()
     factor = 2 if case in ("wegeft", "wegeft_own", "gift") else 1  # an edit of x goes through the base layer
     torch.testing.assert_close(doubling(x), doubling.base_layer(x) + factor * x @ delta.t(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*(CASES[case]() for case in KINDS), *DROPOUTS.values()],
+    ids=[*KINDS, *(f"{case}_dropout" for case in DROPOUTS)],
+)
+def test_backends_agree(config):
+    results = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        layer = randomize(FusedGenLinear.from_linear(nn.Linear(K, N).to(DEVICE), config, backend=backend)).train()
+        x = inputs(7, dtype=torch.float32).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(parameter.grad for parameter in layer.adapter_parameters().values())])
+    for reference, triton in zip(*results, strict=True):
+        torch.testing.assert_close(triton, reference, rtol=1e-3, atol=1e-3)
 
 
 def test_the_config_and_the_argument_choose_the_backend():
@@ -333,10 +358,12 @@ def test_the_config_and_the_argument_choose_the_backend():
         FusedGenLinear.from_linear(nn.Linear(K, N), LoRAConfig(), backend="cuda")
 
 
+QKV = GIFTConfig(r=2, enable_gift={"qkv": [True, False, True]}, block="mlp")
+
+
 def test_fused_qkv_thirds():
-    config = GIFTConfig(r=2, enable_gift={".*": [True, False, True]}, block="mlp")
     torch.manual_seed(0)
-    qkv = randomize(FusedGenLinear.from_linear(nn.Linear(K, 3 * N).double(), config))
+    qkv = randomize(FusedGenLinear.from_linear(nn.Linear(K, 3 * N).to(DEVICE, torch.float64), QKV, name="attn.qkv"))
     assert set(qkv.adapter_parameters()) == {
         f"{block}.{name}"
         for block in (0, 2)
@@ -345,7 +372,7 @@ def test_fused_qkv_thirds():
     delta = qkv.get_delta_weight()
     assert torch.count_nonzero(delta[N : 2 * N]) == 0
     for index, rows in ((0, slice(0, N)), (2, slice(2 * N, 3 * N))):  # each third as a layer of its own
-        linear = nn.Linear(K, N).double()
+        linear = nn.Linear(K, N).to(DEVICE, torch.float64)
         linear.weight.data = qkv.base_layer.weight[rows].clone()
         alone = FusedGenLinear.from_linear(linear, GIFTConfig(r=2, block="mlp"))
         with torch.no_grad():
@@ -356,10 +383,38 @@ def test_fused_qkv_thirds():
     torch.testing.assert_close(qkv(x), qkv.base_layer(x) + x @ delta.t())
 
 
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that any operation made, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            tensors = [tensor for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)]
+            self.elements = max([self.elements, *(tensor.numel() for tensor in tensors)])
+        return out
+
+
+@pytest.mark.parametrize(
+    "config", [*(make() for make in CASES.values()), *DROPOUTS.values(), QKV], ids=lambda c: c.method
+)
+@both_layers
+def test_no_step_makes_a_tensor_of_the_weights_size(config, kind):
+    k, n = 120, 60  # N·K = 7200; the attention of a GIFT block may make N² = 3600
+    layer = randomize(FusedGenLinear.from_linear(LAYERS[kind](k, n).to(DEVICE), config, name="qkv")).train()
+    x = torch.randn(3, k, device=DEVICE, requires_grad=True)
+    with Largest() as largest:
+        layer(x).sum().backward()
+    assert 0 < largest.elements < n * k
+
+
 def test_bias_of_the_base_layer_may_train():
-    layer = FusedGenLinear.from_linear(nn.Linear(K, N), LoRAConfig(bias="lora_only"))
+    layer = FusedGenLinear.from_linear(nn.Linear(K, N), LoRAConfig(bias="lora_only")).to(DEVICE)
     layer(inputs(3, dtype=torch.float32)).sum().backward()
-    assert torch.equal(layer.base_layer.bias.grad, torch.full((N,), 3.0))
+    assert torch.equal(layer.base_layer.bias.grad, torch.full((N,), 3.0, device=DEVICE))
     assert layer.base_layer.weight.grad is None
 
 
@@ -399,9 +454,7 @@ def refusals():
     yield TypeError, "merge: the weight is a Parameter of torch.int8", whole.merge
 
 
-@pytest.mark.parametrize(
-    ("error", "message", "call"), list(refusals()), ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize(("error", "message", "call"), [pytest.param(*it, id=it[1]) for it in refusals()])
 def test_refuses_with_a_message_that_says_what_fits(error, message, call):
     with pytest.raises(error, match=message):
         call()

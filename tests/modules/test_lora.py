@@ -10,17 +10,16 @@ from genft_modules import LoRAConfig
 
 from .cases import IDS, MODELS, logits, randomize
 
+PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\..*": 3}}
 
-@pytest.mark.parametrize("name", MODELS)
+
 @pytest.mark.parametrize(
-    "fields",
-    [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\..*": 3}}],
-    ids=["plain", "rslora", "patterns"],
+    ("name", "fields"),
+    [*((name, fields) for name in MODELS for fields in ({}, {"use_rslora": True})), ("llama", PATTERNS)],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value) or "plain",
 )
 def test_equals_peft(name, fields):
     base, targets = MODELS[name]
-    if name != "llama" and "rank_pattern" in fields:
-        pytest.skip("the patterns name Llama's layers")
     common = {"r": 4, "lora_alpha": 6, "target_modules": targets, **fields}
     peft_fields = {"fan_in_fan_out": True} if name == "gpt2" else {}
     theirs = randomize(get_peft_model(base(), LoraConfig(**common, **peft_fields)))

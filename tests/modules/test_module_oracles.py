@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from genft_modules import METHODS, FusedGenLinear, WeGeFTConfig
 
+from ..conftest import DEVICE
+
 ORACLES = Path(__file__).parents[1] / "oracles"
 CASES = [case for case in json.loads((ORACLES / "index.json").read_text()) if case["method"] in METHODS]
 
@@ -26,9 +28,10 @@ def _config(case):
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_agrees_with_the_released_code(case, kind):
-    oracle = load_file(ORACLES / f"{case['name']}.safetensors")
+    oracle = load_file(ORACLES / f"{case['name']}.safetensors", device=DEVICE)
     n, k = oracle["weight"].shape
     linear = nn.Linear(k, n, dtype=torch.float64) if kind == "Linear" else Conv1D(n, k).double()
+    linear.to(DEVICE)
     with torch.no_grad():
         linear.weight.copy_(oracle["weight"] if kind == "Linear" else oracle["weight"].t())
         linear.bias.copy_(oracle["bias"])

@@ -225,11 +225,8 @@ def test_half_precision_models_have_float32_adapters_unless_told(case, tmp_path)
 
 
 @cases
-def test_models_on_the_meta_device(case, tmp_path):
-    adapt(case).save_pretrained(tmp_path)
-    with torch.device("meta"):
-        empty = llama()
-    model = get_peft_model(empty, CASES[case](target_modules=TARGETS))
+def test_models_on_the_meta_device(case):
+    model = get_peft_model(llama().to("meta"), CASES[case](target_modules=TARGETS))
     assert all(parameter.is_meta for parameter in model.parameters())
     assert model.get_nb_trainable_parameters()[0] == adapt(case).get_nb_trainable_parameters()[0]
 
@@ -322,11 +319,11 @@ def test_trainer(case, tmp_path):
         learning_rate=0.05,
         save_steps=2,
         report_to=[],
-        use_cpu=True,
+        dataloader_pin_memory=False,
         disable_tqdm=True,
         gradient_checkpointing=True,
     )
-    data = [{"input_ids": row, "labels": row} for row in IDS]
+    data = [{"input_ids": row, "labels": row} for row in IDS.cpu()]
     trainer = Trainer(model, arguments, train_dataset=data)
     trainer.train()
     trained = logits(model.eval())
@@ -366,6 +363,25 @@ def test_targets(fields, adapted):
     model.add_adapter("second", GIFTConfig(r=2, block="mlp", **fields))  # adapters are not adapted themselves
     assert len(layers(model)) == adapted
     assert all(len(layer.genft_generators) == 2 for layer in layers(model))
+
+
+def test_a_failure_leaves_the_model_as_it_was():
+    model = llama()
+    names = list(model.state_dict())
+    with pytest.raises(TypeError, match="embed_tokens"):
+        get_peft_model(model, WeGeFTConfig(target_modules=[r"lm_head", "embed_tokens"]))
+    with pytest.raises(ValueError, match="tied_modules"):
+        get_peft_model(model, WeGeFTConfig(target_modules="all-linear", tied_modules=[[".*"]]))
+    assert list(model.state_dict()) == names
+    adapted = randomize(get_peft_model(model, WeGeFTConfig(target_modules=["q_proj"])))
+    want = logits(adapted)
+    with pytest.raises(ValueError, match="tied_modules"):
+        adapted.add_adapter("second", WeGeFTConfig(target_modules="all-linear", tied_modules=[[".*"]]))
+    with pytest.raises(ValueError, match="'default' is in the model already"):
+        get_peft_model(model, WeGeFTConfig(target_modules=["q_proj"]))
+    assert torch.equal(logits(adapted), want)
+    adapted.add_adapter("second", WeGeFTConfig(target_modules=["q_proj", "k_proj"]))
+    assert torch.equal(logits(adapted), want)
 
 
 def test_bad_targets_are_refused():
