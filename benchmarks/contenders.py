@@ -1,0 +1,312 @@
+"""Who runs: one registry for every suite, gate and sweep.
+
+To add a method of ours, add a `Method`: its naive version, the operations with each algorithm forced, the module, its
+place in the suites, the goals and the whole model follow from it. To add a peer, add a `Contender` to `PEERS`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import genft_kernels
+import genft_modules
+from genft_kernels.plan import OPERATIONS, LaunchPlan, Problem, default_plan, device_facts, resolve, triton_can_run
+
+from . import naive
+from .shapes import Case
+
+Build = Callable[[nn.Linear, Case], nn.Module]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of ours.
+
+    Attributes:
+        name: as in `genft_modules.METHODS`, with the setting where there are several.
+        form: "lowrank", "generated" or "slices": which floor it is held to.
+        naive: the class that builds ΔW in full; in float64 it is the truth.
+        config, fields: the config class's name in genft_modules, and its fields at rank r. Where genft_modules does not
+            have the class yet, only the naive version runs.
+        operation: the operation that makes y, for the plan that a result file names.
+        apply: y through the operations from a naive layer's tensors, taking `backend=` or `plan=`; None where only the
+            module is measured.
+        algorithms: families of `operation` that run on their own beside the automatic choice.
+        model: the layers of a language model that its paper adapts, and the rank there.
+    """
+
+    name: str
+    form: str
+    naive: type[naive.Naive]
+    config: str
+    fields: Callable[[int], dict[str, Any]]
+    operation: str
+    apply: Callable[..., Tensor] | None = None
+    algorithms: tuple[str, ...] = ("thin", "fused")
+    model: tuple[tuple[str, ...], int] = (("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"), 64)
+
+
+def _genft(own: type[naive.NaiveGenft], r: int) -> dict[str, Any]:
+    shared, specific = own.split(r)
+    return {
+        "r_shared": shared,
+        "r_specific": specific,
+        "ratio_W0": own.ratio,
+        "scaling": own.scale,
+        "inner_activation": own.inner,
+        "outer_activation": own.outer,
+    }
+
+
+METHODS = (
+    Method(
+        "wegeft",
+        "lowrank",
+        naive.NaiveWegeft,
+        "WeGeFTConfig",
+        lambda r: {"r": r, "wegeft_alpha": naive.NaiveWegeft.scale * r},
+        "input_edit_linear",
+        lambda own, x, **how: genft_kernels.input_edit_linear(
+            x, own.weight, own.psi, own.phi, own.bias, scale=own.scale, **how
+        ),
+    ),
+    Method(
+        "lora",
+        "lowrank",
+        naive.NaiveLora,
+        "LoRAConfig",
+        lambda r: {"r": r, "lora_alpha": naive.NaiveLora.scale * r},
+        "lowrank_linear",
+        lambda own, x, **how: genft_kernels.lowrank_linear(
+            x, own.weight, own.lora_A.t(), own.lora_B, own.bias, scale=own.scale, **how
+        ),
+    ),
+    Method("gift", "lowrank", naive.NaiveGift, "GIFTConfig", lambda r: {"r": r}, "input_edit_linear"),
+    *(
+        Method(
+            name, form, own, "GenFTConfig", partial(_genft, own), "generated_linear", model=(("q_proj", "v_proj"), 8)
+        )
+        for name, form, own in (
+            ("genft-linear", "lowrank", naive.NaiveGenftLinear),
+            ("genft-gelu", "generated", naive.NaiveGenft),
+            ("genft-leakyrelu", "generated", naive.NaiveGenftLeaky),
+        )
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a layer.
+
+    Attributes:
+        name: as tables show it.
+        kind: "floor", "genft", "naive" or "peer".
+        method: what it computes.
+        form: whose floor it is held to, a key of `shapes.PRODUCTS`.
+        build: the layer from a frozen `nn.Linear` (kept, not copied) and a case.
+        twin: a plain-PyTorch module of the same function, with parameters of the same names on tensors of its own;
+            in float64 it is the truth, in the case's dtype the error that is allowed. None: a deep copy of the layer.
+        compiled: whether torch.compile is put around it.
+        operation, algorithm: the operation of ours that makes y, and the family it is told to use ("": its choice).
+        needs: a package that has to be importable.
+    """
+
+    name: str
+    kind: str
+    method: str
+    form: str
+    build: Build
+    twin: Callable[[nn.Module, nn.Linear, Case], nn.Module] | None = None
+    compiled: bool = False
+    operation: str = ""
+    algorithm: str = ""
+    needs: str = ""
+
+    def missing(self, device: torch.device) -> str:
+        """Why it cannot run on `device`; empty if it can."""
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return f"{self.needs} is not installed"
+        if self.algorithm not in ("", "reference") and not triton_can_run(device):
+            return f"{self.algorithm}: Triton does not run on {device.type}"
+        return ""
+
+    def plan(self, case: Case, n: int | None = None) -> LaunchPlan | None:
+        """What our operation runs for a layer of the case (its first, unless `n` says which)."""
+        if self.operation not in OPERATIONS:
+            return None
+        n = case.shape.n[0] if n is None else n
+        if self.algorithm in ("", "reference"):
+            choice = self.algorithm or "auto"
+            return resolve(choice, self.operation, case.shape.m, n, case.shape.k, case.r, case.dtype, case.device)
+        problem = Problem(self.operation, case.shape.m, n, case.shape.k, case.r, case.itemsize)
+        return replace(default_plan(problem, device_facts(case.device)), algorithm=self.algorithm)
+
+
+def trainable(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a layer trains, by name; of ours by the released name."""
+    if isinstance(layer, genft_modules.FusedGenLinear):
+        return layer.adapter_parameters("default")
+    return {name: p for name, p in layer.named_parameters() if p.requires_grad}
+
+
+# ---- ours
+
+
+class Kernel(nn.Module):
+    """The operations on a naive layer's tensors, without the module around them."""
+
+    def __init__(self, own: naive.Naive, apply: Callable[..., Tensor], plan: LaunchPlan | None) -> None:
+        super().__init__()
+        self.own, self.apply_operation, self.plan = own, apply, plan
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apply_operation(self.own, x, plan=self.plan)
+
+
+def _copied(own: dict[str, nn.Parameter], twin: naive.Naive) -> naive.Naive:
+    with torch.no_grad():
+        for name, parameter in trainable(twin).items():
+            parameter.copy_(own[name])
+    return twin
+
+
+def _naive(method: Method) -> Contender:
+    return Contender(
+        f"naive-{method.name}", "naive", method.name, method.form, lambda linear, case: method.naive(linear, case.r)
+    )
+
+
+def _module(method: Method) -> Contender:
+    def build(linear: nn.Linear, case: Case) -> nn.Module:
+        config = getattr(genft_modules, method.config)(**method.fields(case.r))
+        return genft_modules.FusedGenLinear.from_linear(linear, config).to(case.dtype)
+
+    def twin(layer: nn.Module, linear: nn.Linear, case: Case) -> nn.Module:
+        return _copied(trainable(layer), method.naive(linear, case.r))
+
+    return Contender(f"genft-{method.name}", "genft", method.name, method.form, build, twin, operation=method.operation)
+
+
+def _kernel(method: Method, algorithm: str) -> Contender:
+    def build(linear: nn.Linear, case: Case) -> nn.Module:
+        return Kernel(method.naive(linear, case.r), method.apply, contender.plan(case, linear.out_features))
+
+    def twin(layer: nn.Module, linear: nn.Linear, case: Case) -> nn.Module:
+        own = {name.removeprefix("own."): p for name, p in trainable(layer).items()}
+        return _copied(own, method.naive(linear, case.r))
+
+    contender = Contender(
+        f"genft-{method.name}-{algorithm}",
+        "genft",
+        method.name,
+        method.form,
+        build,
+        twin,
+        operation=method.operation,
+        algorithm=algorithm,
+    )
+    return contender
+
+
+def _ours(method: Method) -> list[Contender]:
+    found = [_naive(method)]
+    if method.form == "generated":  # the released formulation under torch.compile is a peer of its own
+        found.append(replace(_naive(method), name=f"naive-{method.name}-compiled", compiled=True))
+    if hasattr(genft_modules, method.config):
+        found.append(_module(method))
+    if method.apply is not None:
+        found.extend(_kernel(method, algorithm) for algorithm in method.algorithms)
+    return found
+
+
+# ---- floors and peers
+
+
+def _frozen(linear: nn.Linear, case: Case) -> nn.Module:
+    return linear
+
+
+def _trainable(linear: nn.Linear, case: Case) -> nn.Module:
+    """The weight is trained, a bias is not: what an update of full rank cannot do without."""
+    copy = nn.Linear(linear.in_features, linear.out_features, bias=False, device=case.device, dtype=case.dtype)
+    copy.weight = nn.Parameter(linear.weight.detach().clone())
+    copy.bias = linear.bias
+    return copy
+
+
+def _peft(config: Callable[[int], Any]) -> Build:
+    """peft's own layer. Its parameters are in the model's dtype, as ours are: float32 ones would make peft cast x."""
+
+    def build(linear: nn.Linear, case: Case) -> nn.Module:
+        holder = nn.ModuleDict({"layer": linear})
+        model = peft.get_peft_model(holder, config(case.r), autocast_adapter_dtype=False)
+        return model.base_model.model["layer"].to(case.dtype)
+
+    return build
+
+
+def _lora(r: int, **more: Any) -> Any:
+    return peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=["layer"], **more)
+
+
+def _loralib(linear: nn.Linear, case: Case) -> nn.Module:
+    import loralib
+
+    copy = loralib.Linear(linear.in_features, linear.out_features, r=case.r, lora_alpha=2 * case.r, merge_weights=False)
+    copy.weight, copy.bias = linear.weight, linear.bias
+    return copy.to(case.device, case.dtype)
+
+
+def _torchtune(linear: nn.Linear, case: Case) -> nn.Module:
+    from torchtune.modules.peft import LoRALinear
+
+    bias = linear.bias is not None
+    copy = LoRALinear(linear.in_features, linear.out_features, rank=case.r, alpha=2 * case.r, use_bias=bias)
+    copy = copy.to(case.device, case.dtype)
+    copy.weight = linear.weight
+    if bias:
+        copy.bias = linear.bias
+    return copy
+
+
+PEERS = (
+    Contender("frozen", "floor", "none", "frozen", _frozen),
+    Contender("trainable", "floor", "full", "trainable", _trainable),
+    Contender("peft-lora", "peer", "lora", "lowrank", _peft(_lora)),
+    Contender("peft-lora-compiled", "peer", "lora", "lowrank", _peft(_lora), compiled=True),
+    Contender("peft-dora", "peer", "dora", "lowrank", _peft(lambda r: _lora(r, use_dora=True))),
+    Contender("peft-vera", "peer", "vera", "lowrank", _peft(lambda r: peft.VeraConfig(r=r, target_modules=["layer"]))),
+    Contender(
+        "peft-peanut", "peer", "peanut", "lowrank", _peft(lambda r: peft.PeanutConfig(r=r, target_modules=["layer"]))
+    ),
+    Contender("loralib-lora", "peer", "lora", "lowrank", _loralib, needs="loralib"),
+    Contender("torchtune-lora", "peer", "lora", "lowrank", _torchtune, needs="torchtune"),
+)
+
+CONTENDERS = {c.name: c for c in (*PEERS, *(c for method in METHODS for c in _ours(method)))}
+
+
+def names(*kinds: str, method: str = "", form: str = "", compiled: bool = True) -> list[str]:
+    """Registered contenders of these kinds (all, if none is named), of a method or a form."""
+    return [
+        c.name
+        for c in CONTENDERS.values()
+        if (not kinds or c.kind in kinds)
+        and method in ("", c.method)
+        and form in ("", c.form)
+        and (compiled or not c.compiled)
+    ]
+
+
+def methods(form: str = "") -> list[Method]:
+    """The methods whose module exists, of a form."""
+    return [m for m in METHODS if form in ("", m.form) and f"genft-{m.name}" in CONTENDERS]

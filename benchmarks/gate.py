@@ -1,0 +1,89 @@
+"""The correctness gate: nothing is timed that is not right, on the same device, in the same run.
+
+The rule: err(tested, float64 truth) ≤ 2·err(plain torch at that dtype, float64 truth) + ε, for the output and every
+gradient, in the relative Euclidean norm and in the largest deviation over the largest value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The table of tests/kernels/truth.py (a test holds the two together): about the rounding of one stored result.
+EPSILON = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether all tensors were within budget, and the one that used most of it."""
+
+    ok: bool
+    worst: str
+    error: float
+    budget: float
+
+    def __str__(self) -> str:
+        return f"{self.worst}: error {self.error:.2e}, budget {self.budget:.2e}"
+
+    def json(self) -> dict[str, Any]:
+        return {"ok": self.ok, "worst": self.worst, "error": self.error, "budget": self.budget}
+
+
+def errors(got: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Relative Euclidean error, and largest deviation over largest value. Inf where the truth is 0 and `got` is not, or
+    where `got` is not finite or of another shape."""
+    if got.shape != truth.shape:
+        return float("inf"), float("inf")
+    if not truth.numel():
+        return 0.0, 0.0
+    difference = got.double() - truth
+    pairs = ((difference.norm(), truth.norm()), (difference.abs().max(), truth.abs().max()))
+    found = [float(d) / float(t) if float(t) else (0.0 if float(d) == 0.0 else float("inf")) for d, t in pairs]
+    return tuple(e if e == e else float("inf") for e in found)  # type: ignore[return-value]
+
+
+def judge(got: Tensors, truth: Tensors, torch_own: Tensors, dtype: torch.dtype) -> Verdict:
+    """The rule over named tensors: the same names in all three."""
+    if not set(got) == set(truth) == set(torch_own):
+        return Verdict(False, f"names {sorted(got)} against {sorted(truth)}", float("inf"), 0.0)
+    verdicts = []
+    for name, exact in truth.items():
+        for error, own in zip(errors(got[name], exact), errors(torch_own[name], exact), strict=True):
+            budget = 2 * own + EPSILON[dtype]
+            verdicts.append(Verdict(error <= budget, name, error, budget))
+    return max(verdicts, key=lambda v: (not v.ok, v.error / v.budget))
+
+
+def gradients(outputs: Sequence[Tensor], inputs: Tensors, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Output and gradient tensors by name, for the loss Σ outputs · cotangents."""
+    grads = torch.autograd.grad(outputs, list(inputs.values()), list(cotangents))
+    named = {f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}
+    return {f"y{i}" if i else "y": out.detach() for i, out in enumerate(outputs)} | named
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that is allocated and not written holds NaN, as far as torch fills it: an element that a kernel forgets is
+    then found."""
+    mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def differing(run: Callable[[], Tensors]) -> list[str]:
+    """Names of the tensors that are not bit-equal in two runs."""
+    first, second = run(), run()
+    return [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]

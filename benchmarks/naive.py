@@ -1,0 +1,129 @@
+"""Every method as its released code does it: ΔW [N,K] built in full, autograd for the rest.
+
+These are peers (what a user of the released code pays) and, in float64, the truth that the gate of every timing
+compares with. Parameters carry the released names.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genft_kernels.activations import ACTIVATIONS
+
+
+class Naive(nn.Module):
+    """y = x (W0 + ΔW)ᵀ + b with W0 [N,K] and b of a frozen `nn.Linear`; `delta` makes ΔW from the parameters."""
+
+    def __init__(self, linear: nn.Linear, r: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.n, self.k = linear.weight.shape
+        self.r = r
+        self.reset()
+
+    def reset(self) -> None:
+        """Makes the parameters, by `factor`."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + self.delta(), self.bias)
+
+    def factor(self, *shape: int) -> nn.Parameter:
+        """A random factor that keeps the size of what it multiplies."""
+        return nn.Parameter(torch.randn(shape, dtype=self.weight.dtype, device=self.weight.device) * shape[-1] ** -0.5)
+
+
+class NaiveLora(Naive):
+    scale = 2.0
+
+    def reset(self) -> None:
+        self.lora_A, self.lora_B = self.factor(self.r, self.k), self.factor(self.n, self.r)
+
+    def delta(self) -> Tensor:
+        return self.scale * (self.lora_B @ self.lora_A)
+
+
+class NaiveWegeft(Naive):
+    scale = 2.0
+
+    def reset(self) -> None:
+        self.phi, self.psi = self.factor(self.r, self.k), self.factor(self.r, self.k)
+
+    def delta(self) -> Tensor:
+        return self.scale * ((self.weight @ self.phi.t()) @ self.psi)
+
+
+class NaiveGift(Naive):
+    def reset(self) -> None:
+        self.phi, self.psi = self.factor(self.r, self.k), self.factor(self.k, self.r)
+
+    def delta(self) -> Tensor:
+        return (self.weight @ self.phi.t()) @ self.psi.t()
+
+
+class NaivePeanut(Naive):
+    """Depth 0, relu."""
+
+    def reset(self) -> None:
+        self.A, self.B = self.factor(self.r, self.n), self.factor(self.n, self.r)
+
+    def delta(self) -> Tensor:
+        return (torch.relu(self.weight.t() @ self.A.t()) @ self.B.t()).t()
+
+
+class NaiveGenft(Naive):
+    """Both stages, ΔW = s·D2ᵀ, with generator biases; a rectangular W0 has a specific pair for each side."""
+
+    inner = outer = "gelu"
+    ratio = scale = 1.0
+
+    @classmethod
+    def split(cls, r: int) -> tuple[int, int]:
+        """r_shared and r_specific: halves, as in the released LLaMA setting."""
+        return r - r // 2, r // 2
+
+    def reset(self) -> None:
+        shared, specific = self.split(self.r)
+        self.shared_1_a, self.shared_1_b = self.factor(shared, self.k), self.factor(self.k, shared)
+        self.shared_2_a, self.shared_2_b = self.factor(shared, self.n), self.factor(self.n, shared)
+        self.specific_a, self.specific_b = self.factor(specific, self.k), self.factor(self.k, specific)
+        if self.n != self.k:
+            self.specific_2_a, self.specific_2_b = self.factor(specific, self.n), self.factor(self.n, specific)
+        self.bias_1_a, self.bias_1_b = self.factor(self.r), self.factor(self.k)
+        self.bias_2_a, self.bias_2_b = self.factor(self.r), self.factor(self.n)
+
+    def delta(self) -> Tensor:
+        inner, outer = ACTIVATIONS[self.inner].forward, ACTIVATIONS[self.outer].forward
+        side = "2_" if self.n != self.k else ""
+        second_a, second_b = getattr(self, f"specific_{side}a"), getattr(self, f"specific_{side}b")
+        h = inner(F.linear(self.ratio * self.weight, torch.cat([self.shared_1_a, self.specific_a]), self.bias_1_a))
+        d = outer(F.linear(h, torch.cat([self.shared_1_b, self.specific_b], dim=1), self.bias_1_b))  # [N, K]
+        h = inner(F.linear(d.t(), torch.cat([self.shared_2_a, second_a]), self.bias_2_a))
+        d = outer(F.linear(h, torch.cat([self.shared_2_b, second_b], dim=1), self.bias_2_b))  # [K, N]
+        return self.scale * d.t()
+
+
+class NaiveGenftLinear(NaiveGenft):
+    """The released GLUE setting without its dropout: linear throughout, so low rank."""
+
+    inner = outer = "none"
+    ratio, scale = 0.5, 0.05
+
+
+class NaiveGenftLeaky(NaiveGenft):
+    """The activations of the released ViT setting."""
+
+    inner, outer = "none", "leakyrelu"
+    ratio = 1.4
+
+    @classmethod
+    def split(cls, r: int) -> tuple[int, int]:
+        """32 and 5 of 37, as released, and that proportion of other ranks."""
+        specific = max(1, r * 5 // 37)
+        return r - specific, specific

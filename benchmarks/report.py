@@ -1,0 +1,605 @@
+"""From result files to docs/benchmarks.md, its charts and the README's table; nothing in them is typed by hand.
+
+python -m benchmarks.report                       writes docs/benchmarks.md, docs/charts, the README between markers
+python -m benchmarks.report --compare OLD NEW     what became slower or larger; exit code 1 past --threshold
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import goals, results
+from .results import key
+from .shapes import CPU_GOAL
+
+Record = dict[str, Any]
+ROOT = results.ROOT.parent
+START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+UNMEASURED = {"gpu": "not measured (needs a GPU)", "cpu": "not measured"}
+
+
+# ---- text
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _ms(record: Record) -> str:
+    ms = record["ms"]
+    return f"{ms['median']:.4g} [{ms['q1']:.4g}, {ms['q3']:.4g}]"
+
+
+def _ratio(record: Record | None) -> str:
+    if record is None:
+        return ""
+    if "ratio" not in record:
+        return "withheld" if "withheld" in record else ""
+    return f"{record['ratio']['median']:.2f}"
+
+
+def _shape(record: Record) -> str:
+    if "model" in record:
+        return str(record["model"]["name"])
+    return f"{record['m']}×{'+'.join(map(str, record['n']))}×{record['k']}"
+
+
+def _grouped(records: Iterable[Record]) -> dict[tuple[Any, ...], list[Record]]:
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return groups
+
+
+def _value(finding: goals.Finding) -> str:
+    return f"{finding.value:.3g}{finding.unit}"
+
+
+def _goal_rows(devices: dict[str, Device]) -> list[list[str]]:
+    rows = []
+    for goal in goals.GOALS:
+        first = True
+        for device in devices.values():
+            findings = goal.read(device.records) if device.type in goal.needs else []
+            for finding in findings:
+                sign = "≥" if finding.least else "≤"
+                rows.append(
+                    [
+                        f"**{goal.id}**" if first else "",
+                        f"{goal.what}: {goal.target}" if first else "",
+                        f"{finding.what}{f' ({finding.note})' if finding.note else ''}",
+                        f"{_value(finding)} (goal {sign} {finding.limit:g})",
+                        "met" if finding.met else "**missed**",
+                        device.name if first else "",
+                    ]
+                )
+                first = False
+        if first:
+            needed = UNMEASURED["gpu" if goal.needs == ("gpu",) else "cpu"]
+            rows.append([f"**{goal.id}**", f"{goal.what}: {goal.target}", "", needed, "", ""])
+    return rows
+
+
+class Device:
+    """What is known of one device: its runs, oldest first, and each comparison as its newest run measured it."""
+
+    def __init__(self, slug: str, runs: list[dict[str, Any]]) -> None:
+        self.slug, self.runs = slug, runs
+        self.records = results.newest(runs)
+        last = runs[-1]["run"]
+        self.type, self.name = last["device"]["type"], last["device"]["name"]
+
+    def last(self, field: str) -> Any:
+        return next((run[field] for run in reversed(self.runs) if run[field]), None)
+
+    def typical(self) -> list[Record]:
+        """The comparison that stands for the device in short tables: most contenders, then goal P8's or the largest
+        square layer."""
+        groups = _grouped(r for r in self.records if r["suite"] == "layer" and r["mode"] == "step" and "ms" in r)
+        if not groups:
+            return []
+
+        def rank(records: list[Record]) -> tuple[Any, ...]:
+            first = records[0]
+            goal = (first["m"], first["n"], first["k"]) in (
+                (CPU_GOAL.m, list(CPU_GOAL.n), CPU_GOAL.k),
+                (8192, [4096], 4096),
+            )
+            return goal, len(records), first["m"] * first["k"] * sum(first["n"])
+
+        return max(groups.values(), key=rank)
+
+
+def _environment(device: Device) -> list[str]:
+    run, ceilings, gate = device.runs[-1]["run"], device.last("ceilings"), device.last("gate")
+    about = run["device"]
+    facts = [f"torch {run['torch']}", f"triton {run['triton']}", f"peft {run['peft']}", f"Python {run['python']}"]
+    if about["type"] == "gpu":
+        facts[:0] = [f"driver {about['driver']}", f"CUDA {run['cuda']}", f"{about['processors']} multiprocessors"]
+    else:
+        facts[:0] = [f"{about['threads']} threads"]
+    lines = [f"{device.name}: {', '.join(facts)}.", ""]
+    if ceilings:
+        products = ", ".join(f"{name} {value:.3g} TFLOP/s" for name, value in ceilings["product_tflops"].items())
+        lines += [
+            f"Ceilings of the run: copy {ceilings['copy_gb_per_s']:.3g} GB/s (read plus written), product of "
+            f"{ceilings['product_side']}² matrices {products}.",
+            "",
+        ]
+    if gate:
+        green = gate["checks"] - len(gate["failed"])
+        lines += [f"Hardware gate: {green} of {gate['checks']} set-ups green ({gate['listed']} listed).", ""]
+        lines += [f"- red: {f['what']}: {f.get('error', f.get('worst'))}" for f in gate["failed"]]
+    return lines
+
+
+def _matrix(records: list[Record], what: str) -> list[str]:
+    """Ratios to the frozen layer, one column per comparison."""
+    groups = _grouped(records)
+    if not groups:
+        return []
+    columns = [{r["contender"]: r for r in group} for group in groups.values()]
+    rows: dict[str, None] = {}
+    for column in columns:
+        rows.update(dict.fromkeys(column))
+    shown = [name for name in rows if any("ms" in column.get(name, {}) for column in columns)]
+    head = [f"{_shape(group[0])} r{group[0].get('r', 0)} {group[0]['dtype']}" for group in groups.values()]
+    floor = [f"{column['frozen']['ms']['median']:.4g} ms" if "frozen" in column else "" for column in columns]
+    body = [["frozen, ms", *floor]]
+    body += [[name, *(_ratio(column.get(name)) for column in columns)] for name in shown if name != "frozen"]
+    # A table wider than a page is split.
+    lines = [f"#### {what}", ""]
+    for start in range(0, len(head), 6):
+        part = slice(start, start + 6)
+        lines += _table(["", *head[part]], [[row[0], *row[1:][part]] for row in body if any(row[1:][part])])
+    return lines
+
+
+def _details(records: list[Record]) -> list[str]:
+    rows = []
+    for r in sorted((r for r in records if "ms" in r), key=lambda r: r["ms"]["median"]):
+        memory = r.get("memory", {})
+        rows.append(
+            [
+                r["contender"],
+                _ms(r),
+                f"{r['ratio']['median']:.2f} [{r['ratio']['q1']:.2f}, {r['ratio']['q3']:.2f}]" if "ratio" in r else "",
+                f"{r['percent_of_product']:.0f}" if "percent_of_product" in r else "",
+                _bytes(memory["saved"]) if "saved" in memory else "",
+                _bytes(memory["peak"]) if memory else "",
+                _bytes(memory["parameters"] + memory["gradients"] + memory["optimiser"]) if memory else "",
+                r.get("algorithm", ""),
+            ]
+        )
+    head = ["", "ms [quartiles]", "× frozen", "% of product", "saved beyond x", "peak", "trained state", "algorithm"]
+    return _table(head, rows)
+
+
+def _models(records: list[Record]) -> list[str]:
+    lines: list[str] = []
+    for group in _grouped(records).values():
+        size = group[0]["model"]
+        lines += [
+            f"#### {size['name']}: {size['layers']} layers of {size['hidden']}, {size['batch']}×{size['sequence']} "
+            f"tokens, {group[0]['dtype']}, {group[0]['mode']}",
+            "",
+        ]
+        rows = [
+            [
+                r["contender"],
+                str(r["r"] or ""),
+                _ms(r),
+                _ratio(r),
+                f"{r['tokens_per_s']:.0f}",
+                _bytes(r["memory"]["peak"]) if "memory" in r else "",
+                _bytes(r["memory"]["optimiser"]) if "memory" in r else "",
+            ]
+            for r in group
+            if "ms" in r
+        ]
+        lines += _table(["", "r", "ms [quartiles]", "× frozen", "tokens/s", "peak", "optimiser"], rows)
+    return lines
+
+
+def _sweep(device: Device) -> list[str]:
+    sweep = device.last("sweep")
+    if not sweep:
+        return []
+    rows = [
+        [
+            e["operation"],
+            f"{e['m']}×{e['n']}×{e['k']}",
+            str(e["r"]),
+            e["best"]["algorithm"],
+            f"{e['best']['ratio']:.3f}",
+            f"{e['default']['ratio']:.3f}",
+            ", ".join(f"{name} {ms / e['floor_ms']:.3f}" for name, ms in sorted(e["families"].items())),
+            str(e["measured"]),
+        ]
+        for e in sweep
+    ]
+    head = ["operation", "M×N×K", "r", "won", "× product", "default plan", "best of each family", "plans"]
+    return ["### Plans that were measured", "", *_table(head, rows)]
+
+
+def _device(device: Device, charts: list[Path], docs: Path) -> list[str]:
+    records = device.records
+    lines = [f"## {device.name}", "", *_environment(device)]
+    lines += [f"![{chart.stem}]({chart.relative_to(docs).as_posix()})" for chart in charts] + [""]
+    typical = device.typical()
+    if typical:
+        lines += [f"### One layer: {_shape(typical[0])}, r = {typical[0]['r']}, {typical[0]['dtype']}", ""]
+        lines += ["Forward and backward; the times of one run, interleaved.", "", *_details(typical)]
+    lines += ["### Time over the frozen layer", ""]
+    for suite in ("layer", "generated"):
+        for mode, words in (
+            ("step", "forward and backward"),
+            ("forward", "forward"),
+            ("decode", "decode"),
+            ("call", "host time of a call"),
+        ):
+            for r in sorted({x["r"] for x in records if x["suite"] == suite and "model" not in x}):
+                own = [x for x in records if (x["suite"], x["mode"], x.get("r")) == (suite, mode, r)]
+                lines += _matrix(own, f"{suite}, {words}, r = {r}")
+    models = [r for r in records if r["suite"] in ("model", "block")]
+    if models:
+        lines += ["### Whole models and blocks, one training step", "", *_models(models)]
+    swaps = [r for r in records if r["suite"] == "swap" and "ms" in r]
+    if swaps:
+        lines += [f"### Swapping {swaps[0]['layers']} layers of a {swaps[0]['model']['name']} shape", ""]
+        rows = [[r["contender"], f"{r['ms']['median']:.0f}", f"{r['save_ms']['median']:.0f}"] for r in swaps]
+        lines += _table(["", "adapt, ms", "save, ms"], rows)
+    lines += _sweep(device)
+    withheld = sorted({(r["contender"], r["withheld"]) for r in records if "withheld" in r})
+    if withheld:
+        lines += ["### Withheld", "", *(f"- {name}: {why}" for name, why in withheld), ""]
+    lines += ["### Runs", ""]
+    rows = [[d["run"]["date"], d["run"]["commit"], f"`{d['run']['command']}`"] for d in device.runs]
+    return lines + _table(["date", "commit", "command"], rows)
+
+
+def document(devices: dict[str, Device], charts: dict[str, list[Path]], docs: Path) -> str:
+    """docs/benchmarks.md."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `python -m benchmarks.report` from the files in benchmarks/results; not edited by hand.",
+        "",
+        "A time is the median of interleaved rounds with its quartiles; a ratio is taken within each round. Nothing is "
+        "timed that did not pass the gate in the same run: its error against float64 at most twice that of plain torch "
+        "at the same dtype. `naive-…` builds ΔW in full, as released code does; `genft-…` is a `FusedGenLinear`, with "
+        "`-thin` or `-fused` the operations with that algorithm forced; `frozen` and `trainable` are `nn.Linear`.",
+        "",
+        "## Goals",
+        "",
+        *_table(["", "goal", "measured on", "value", "", "device"], _goal_rows(devices)),
+        "Each has a command: " + "; ".join(f"{goal.id} `{goal.command}`" for goal in goals.GOALS) + ".",
+        "",
+    ]
+    for slug, device in devices.items():
+        lines += _device(device, charts.get(slug, []), docs)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def readme_table(devices: dict[str, Device]) -> str:
+    """What stands between the README's markers: the goals, and one layer per device beside its peers."""
+    lines = _table(["", "goal", "measured on", "value", "", "device"], _goal_rows(devices))
+    for device in devices.values():
+        typical = {r["contender"]: r for r in device.typical() if "ms" in r}
+        if "frozen" not in typical:
+            continue
+        first = typical["frozen"]
+        run = device.runs[-1]["run"]
+        lines += [
+            f"One layer on {device.name}, {_shape(first)} (M×N×K), r = {first['r']}, {first['dtype']}, forward and "
+            f"backward, torch {run['torch']}:",
+            "",
+        ]
+        lora = typical.get("peft-lora")
+        rows = [
+            [
+                name,
+                _ms(r),
+                _ratio(r),
+                f"{r['ms']['median'] / lora['ms']['median']:.2f}" if lora else "",
+                _bytes(r["memory"]["saved"]) if "memory" in r else "",
+            ]
+            for name, r in sorted(typical.items(), key=lambda item: item[1]["ms"]["median"])
+        ]
+        lines += _table(["", "ms [quartiles]", "× frozen", "× peft LoRA", "saved beyond x"], rows)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def refresh_readme(path: Path, table: str) -> bool:
+    """Puts the table between the markers; False where the file or the markers are not there."""
+    if not path.is_file():
+        return False
+    text = path.read_text()
+    if START not in text or END not in text:
+        return False
+    before, rest = text.split(START, 1)
+    after = rest.split(END, 1)[1]
+    path.write_text(f"{before}{START}\n{table}{END}{after}")
+    return True
+
+
+# ---- charts
+
+COLOURS = {"floor": "#7f7f7f", "genft": "#1f77b4", "peer": "#ff7f0e", "naive": "#d62728"}
+MARKS = "os^Dv<>PX*"
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "genft", "font.size": 9, "axes.spines.top": False}
+    )
+    matplotlib.rcParams["axes.spines.right"] = False
+    return pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return path
+
+
+def _chart_ratio(device: Device, path: Path) -> Path | None:
+    """Ratio to the frozen layer, by method and shape."""
+    records = [
+        r for r in device.records if r["suite"] in ("layer", "generated") and r["mode"] == "step" and "ratio" in r
+    ]
+    groups = list(_grouped(records).values())[:10]
+    if not groups:
+        return None
+    best: dict[str, float] = {}
+    for group in groups:
+        for r in group:
+            best[r["contender"]] = min(r["ratio"]["median"], best.get(r["contender"], float("inf")))
+    order = sorted(best, key=lambda name: -best[name])
+    figure, axes = _figure(1, 1, 8, 0.24 * len(order) + 1.6)
+    axis = axes[0][0]
+    for mark, group in zip(MARKS, groups, strict=False):
+        for r in group:
+            ratio = r["ratio"]
+            axis.errorbar(
+                ratio["median"],
+                order.index(r["contender"]),
+                xerr=[[ratio["median"] - ratio["q1"]], [ratio["q3"] - ratio["median"]]],
+                fmt=mark,
+                color=COLOURS[r["kind"]],
+                markersize=5,
+                elinewidth=1,
+            )
+        axis.plot([], [], mark, color="black", label=f"{_shape(group[0])} r{group[0]['r']} {group[0]['dtype']}")
+    axis.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
+    axis.set_yticks(range(len(order)), order)
+    axis.set_xscale("log")
+    axis.set_xlabel(f"time over the frozen layer, forward and backward; {device.name}")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="x", which="minor", labelsize=7)
+    axis.legend(fontsize=7, loc="upper right")
+    return _save(figure, path)
+
+
+def _chart_memory(device: Device, path: Path) -> Path | None:
+    """Peak of a step and bytes saved for backward, on the device's typical layer."""
+    records = sorted((r for r in device.typical() if "memory" in r), key=lambda r: -r["memory"]["peak"])
+    if not records:
+        return None
+    figure, axes = _figure(1, 2, 9, 0.24 * len(records) + 1.2)
+    for axis, field, words in zip(
+        axes[0], ("peak", "saved"), ("peak of a step, MiB", "saved for backward beyond x, MiB"), strict=True
+    ):
+        axis.barh(
+            [r["contender"] for r in records],
+            [r["memory"][field] / 2**20 for r in records],
+            color=[COLOURS[r["kind"]] for r in records],
+        )
+        axis.set_xlabel(words)
+    axes[0][1].set_yticklabels([])
+    figure.suptitle(f"{_shape(records[0])} r{records[0]['r']} {records[0]['dtype']}; {device.name}", fontsize=9)
+    return _save(figure, path)
+
+
+def _chart_roofline(device: Device, path: Path) -> Path | None:
+    """Rates over arithmetic intensity, both of the floor's operations and bytes, under the run's ceilings."""
+    ceilings = device.last("ceilings")
+    records = [
+        r
+        for r in device.records
+        if r["suite"] in ("layer", "generated", "scaling")
+        and r["mode"] in ("step", "decode")
+        and r.get("tflops")
+        and (r["contender"] in ("frozen", "peft-lora") or r["contender"] == f"genft-{r['method']}")
+    ]
+    if not ceilings or not records:
+        return None
+    figure, axes = _figure(1, 1, 8, 4.5)
+    axis = axes[0][0]
+    styles = dict(zip(dict.fromkeys(r["contender"] for r in records), MARKS, strict=False))
+    intensity = [r["floor_operations"] / r["floor_bytes"] for r in records]
+    for r, x in zip(records, intensity, strict=True):
+        mark = styles.get(r["contender"], ".")
+        axis.plot(x, r["tflops"], mark, color=COLOURS[r["kind"]], markersize=4, alpha=0.8)
+    for name, mark in styles.items():
+        kind = next(r["kind"] for r in records if r["contender"] == name)
+        axis.plot([], [], mark, color=COLOURS[kind], label=name)
+    low, high = min(intensity) / 1.5, max(intensity) * 1.5
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    for dtype in dict.fromkeys(r["dtype"] for r in records):
+        top = ceilings["product_tflops"].get(names.get(dtype, dtype))
+        if top:
+            slope = ceilings["copy_gb_per_s"] / 1e3
+            knee = top / slope
+            xs = [low, *([knee] if low < knee < high else []), high]
+            axis.plot(xs, [min(top, slope * x) for x in xs], color="black", linewidth=1)
+            axis.annotate(f"product, {dtype}", (high, top), fontsize=7, ha="right", va="bottom")
+    axis.set(xscale="log", yscale="log", xlabel="operations per byte of the floor", ylabel="TFLOP/s of the floor")
+    axis.set_title(device.name, fontsize=9)
+    axis.legend(fontsize=7)
+    return _save(figure, path)
+
+
+def _chart_scaling(device: Device, path: Path) -> Path | None:
+    """Time and peak memory as M, N = K, r and the number of layers grow, the frozen floor drawn in."""
+    records = [r for r in device.records if r["suite"] == "scaling" and "ms" in r]
+    if not records:
+        return None
+    sized = [r for r in records if "model" not in r]
+    deep = [r for r in records if "model" in r]
+    if not sized:
+        return None
+    # The point that all curves share is the one that most other points differ from in one size only.
+    points = {(r["m"], r["k"], r["r"]) for r in sized}
+    common = max(points, key=lambda p: sum(sum(a != b for a, b in zip(p, q, strict=True)) == 1 for q in points))
+    panels: list[tuple[str, list[Record], Callable[[Record], float]]] = []
+    for index, (words, field) in enumerate((("M", "m"), ("N = K", "k"), ("r", "r"))):
+        own = [
+            r
+            for r in sized
+            if all(value == common[i] for i, value in enumerate((r["m"], r["k"], r["r"])) if i != index)
+        ]
+        panels.append((words, own, lambda r, field=field: r[field]))  # type: ignore[misc]
+    if deep:
+        panels.append(("layers", deep, lambda r: r["model"]["layers"]))
+    figure, axes = _figure(2, len(panels), 3.2 * len(panels), 5.6)
+    for column, (words, own, place) in enumerate(panels):
+        for row, (value, label) in enumerate(
+            ((lambda r: r["ms"]["median"], "ms"), (lambda r: r["memory"]["peak"] / 2**20, "peak, MiB"))
+        ):
+            axis = axes[row][column]
+            for number, name in enumerate(dict.fromkeys(r["contender"] for r in own)):
+                curve = sorted((r for r in own if r["contender"] == name and "memory" in r), key=place)
+                kind = curve[0]["kind"] if curve else "floor"
+                axis.plot(
+                    [place(r) for r in curve],
+                    [value(r) for r in curve],
+                    color="black" if name == "frozen" else COLOURS[kind],
+                    linestyle="--" if name == "frozen" else "-",
+                    marker=MARKS[number % len(MARKS)],
+                    markersize=3,
+                    linewidth=1,
+                    label=name,
+                )
+            axis.set(xscale="log", yscale="log", ylabel=label if column == 0 else "")
+            if row == 1:
+                axis.set_xlabel(words)
+        axes[0][column].legend(fontsize=6)
+    figure.suptitle(
+        f"forward and backward around M = {common[0]}, N = K = {common[1]}, r = {common[2]}; {device.name}", fontsize=9
+    )
+    return _save(figure, path)
+
+
+def draw(device: Device, folder: Path) -> list[Path]:
+    """The device's charts, those for which there are records."""
+    made = (
+        _chart_ratio(device, folder / f"{device.slug}-ratio.svg"),
+        _chart_memory(device, folder / f"{device.slug}-memory.svg"),
+        _chart_roofline(device, folder / f"{device.slug}-roofline.svg"),
+        _chart_scaling(device, folder / f"{device.slug}-scaling.svg"),
+    )
+    return [path for path in made if path is not None]
+
+
+# ---- two runs
+
+
+def regressions(old: dict[str, Any], new: dict[str, Any], threshold: float, absolute: bool = False) -> list[dict]:
+    """Every figure that both runs have, with its change; "worse" where it grew by more than `threshold` and, for times,
+    the quartiles are apart. Times are compared as ratios to the frozen layer of their own run unless `absolute`."""
+    field = "ms" if absolute else "ratio"
+
+    def figures(data: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, float]]:
+        found: dict[tuple[Any, ...], dict[str, float]] = {}
+        for record in data["records"]:
+            own = (*key(record), record["contender"])
+            if field in record:
+                found[(*own, field)] = record[field]
+            for name in ("peak", "saved"):
+                if name in record.get("memory", {}):
+                    value = record["memory"][name]
+                    found[(*own, name)] = {"median": value, "q1": value, "q3": value}
+        return found
+
+    before, after = figures(old), figures(new)
+    changes = []
+    for own, was in before.items():
+        now = after.get(own)
+        if now is None or (own[-2] == "frozen" and field == "ratio" and own[-1] == "ratio"):
+            continue
+        grown = now["median"] / was["median"] - 1 if was["median"] else (0.0 if not now["median"] else float("inf"))
+        worse = grown > threshold and now["q1"] > was["q3"]
+        changes.append({"what": own, "old": was["median"], "new": now["median"], "grown": grown, "worse": worse})
+    return changes
+
+
+def compare_files(old: Path, new: Path, threshold: float, absolute: bool) -> int:
+    """Prints what changed; 1 where something became worse, 2 where the files have nothing in common."""
+    changes = regressions(results.load(old), results.load(new), threshold, absolute)
+    if not changes:
+        print("the two files have no figure in common")
+        return 2
+    worse = [change for change in changes if change["worse"]]
+    better = sum(change["grown"] < -threshold for change in changes)
+    for change in sorted(worse, key=lambda change: -change["grown"]):
+        what = " ".join(str(part) for part in change["what"])
+        print(f"WORSE {100 * change['grown']:+6.1f} %  {change['old']:.4g} -> {change['new']:.4g}  {what}")
+    print(f"{len(changes)} figures: {len(worse)} worse by more than {100 * threshold:g} %, {better} better")
+    return 1 if worse else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of result files")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of benchmarks.md and charts/")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="two result files")
+    parser.add_argument("--threshold", type=float, default=0.05, help="with --compare: share of growth (%(default)s)")
+    parser.add_argument("--absolute", action="store_true", help="with --compare: milliseconds, not ratios to the floor")
+    arguments = parser.parse_args(argv)
+    if arguments.compare:
+        return compare_files(*arguments.compare, arguments.threshold, arguments.absolute)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for slug, data in results.load_folder(arguments.results):
+        if not data["run"]["tiny"]:
+            runs.setdefault(slug, []).append(data)
+    devices = {slug: Device(slug, own) for slug, own in sorted(runs.items(), key=lambda item: _gpu_first(item[1]))}
+    charts = {slug: draw(device, arguments.docs / "charts") for slug, device in devices.items()}
+    arguments.docs.mkdir(parents=True, exist_ok=True)
+    (arguments.docs / "benchmarks.md").write_text(document(devices, charts, arguments.docs))
+    told = "README refreshed" if refresh_readme(arguments.readme, readme_table(devices)) else "README has no markers"
+    print(
+        f"{arguments.docs / 'benchmarks.md'}: {len(devices)} devices, {sum(map(len, charts.values()))} charts; {told}"
+    )
+    return 0
+
+
+def _gpu_first(runs: list[dict[str, Any]]) -> tuple[bool, str]:
+    device = runs[-1]["run"]["device"]
+    return device["type"] != "gpu", device["name"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
