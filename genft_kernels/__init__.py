@@ -4,10 +4,12 @@ Importing this package imports no Triton and touches no GPU.
 """
 
 from .dropout import draw_seed
+from .generated import generated_features, generated_linear
 from .ops import input_edit, input_edit_linear, lowrank_linear, weight_features
-from .plan import DeviceFacts, LaunchPlan, Problem, ProductPlan, SkinnyPlan, choose_plan, device_facts
+from .plan import ContractPlan, DeviceFacts, LaunchPlan, Problem, ProductPlan, SkinnyPlan, choose_plan, device_facts
 
 __all__ = [
+    "ContractPlan",
     "DeviceFacts",
     "LaunchPlan",
     "Problem",
@@ -16,6 +18,8 @@ __all__ = [
     "choose_plan",
     "device_facts",
     "draw_seed",
+    "generated_features",
+    "generated_linear",
     "input_edit",
     "input_edit_linear",
     "lowrank_linear",

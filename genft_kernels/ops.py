@@ -15,14 +15,20 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .activations import ACTIVATIONS, activation
-from .dropout import draw_seed
-from .plan import BACKENDS, LaunchPlan, resolve
+from .activations import activation as activation_named
+from .checks import (
+    autocast,
+    check_activations,
+    check_dropout,
+    check_factor,
+    check_linear,
+    check_weight,
+    choice_of,
+)
+from .plan import LaunchPlan, resolve
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-
-def _launcher(plan: LaunchPlan) -> ModuleType:
+def launcher(plan: LaunchPlan) -> ModuleType:
     if plan.algorithm == "reference":
         return reference
     from . import _triton
@@ -33,16 +39,16 @@ def _launcher(plan: LaunchPlan) -> ModuleType:
 def _resolve(choice: str, operation: str, x: Tensor, n: int, r: int) -> tuple[ModuleType, tuple[LaunchPlan, ...]]:
     """The module that runs the call, and the plan as its extra argument (the reference takes none)."""
     plan = resolve(choice, operation, x.shape[0], n, x.shape[1], r, x.dtype, x.device)
-    return _launcher(plan), (() if plan.algorithm == "reference" else (plan,))
+    return launcher(plan), (() if plan.algorithm == "reference" else (plan,))
 
 
-def _present(gradients: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
+def present(gradients: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
     """Operators return tensors only, in the layout that their fake promises: an empty one stands for a gradient that
     nobody asked for."""
     return [like.new_empty(0) if g is None else g.contiguous() for g in gradients]
 
 
-def _wanted(gradients: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
+def wanted(gradients: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
     return [g if need else None for g, need in zip(gradients, needs, strict=True)]
 
 
@@ -85,7 +91,7 @@ def _lowrank_linear_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     run, extra = _resolve(plan, "lowrank_linear", x, weight.shape[0], p.shape[1])
-    return _present(run.lowrank_linear_backward(dy, x, weight, p, q, t, scale, dropout, seed, tuple(needs), *extra), dy)
+    return present(run.lowrank_linear_backward(dy, x, weight, p, q, t, scale, dropout, seed, tuple(needs), *extra), dy)
 
 
 @_lowrank_linear_backward.register_fake
@@ -111,7 +117,7 @@ def _lowrank_linear_autograd(ctx: Any, dy: Tensor | None, _: Tensor | None) -> t
     x, weight, p, q, t, seed = ctx.saved_tensors
     wants = ctx.needs_input_grad
     needs = [wants[0], wants[2], wants[3], wants[4]]
-    dx, dp, dq, db = _wanted(
+    dx, dp, dq, db = wanted(
         _lowrank_linear_backward(dy, x, weight, p, q, t, ctx.scale, ctx.dropout, seed, ctx.plan, needs), needs
     )
     return dx, None, dp, dq, db, None, None, None, None
@@ -153,14 +159,14 @@ def lowrank_linear(
     Raises:
         ValueError, TypeError: naming the argument, what came and what fits.
     """
-    _check_linear(x, weight, bias)
-    r = _check_factor("p", p, x, (weight.shape[1], None))
-    _check_factor("q", q, x, (weight.shape[0], r))
-    seed = _check_dropout(dropout, seed, x)
-    x, weight, bias = _autocast(x, weight, bias)
-    y, _ = _lowrank_linear(
-        x.reshape(-1, x.shape[-1]), weight, p, q, bias, float(scale), float(dropout), seed, _choice(backend, plan)
-    )
+    check_linear(x, weight, bias)
+    r = check_factor("p", p, x, (weight.shape[1], None))
+    check_factor("q", q, x, (weight.shape[0], r))
+    seed = check_dropout(dropout, seed, x)
+    x, weight, bias = autocast(x, weight, bias)
+    y: Tensor = _lowrank_linear(
+        x.reshape(-1, x.shape[-1]), weight, p, q, bias, float(scale), float(dropout), seed, choice_of(backend, plan)
+    )[0]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -183,7 +189,7 @@ def _input_edit_backward(
     g: Tensor, x: Tensor, psi: Tensor, phi: Tensor, t: Tensor, scale: float, plan: str, needs: list[bool]
 ) -> list[Tensor]:
     run, extra = _resolve(plan, "input_edit", x, x.shape[1], psi.shape[0])
-    return _present(run.input_edit_backward(g, x, psi, phi, t, scale, tuple(needs), *extra), g)
+    return present(run.input_edit_backward(g, x, psi, phi, t, scale, tuple(needs), *extra), g)
 
 
 @_input_edit_backward.register_fake
@@ -206,7 +212,7 @@ def _input_edit_autograd(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[
         return (None,) * 5
     x, psi, phi, t = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    dx, dpsi, dphi = _wanted(_input_edit_backward(g, x, psi, phi, t, ctx.scale, ctx.plan, needs), needs)
+    dx, dpsi, dphi = wanted(_input_edit_backward(g, x, psi, phi, t, ctx.scale, ctx.plan, needs), needs)
     return dx, dpsi, dphi, None, None
 
 
@@ -236,11 +242,11 @@ def input_edit(
     Raises:
         ValueError, TypeError: naming the argument, what came and what fits.
     """
-    _check_activations(x)
-    r = _check_factor("psi", psi, x, (None, x.shape[-1]))
-    _check_factor("phi", phi, x, (r, x.shape[-1]))
-    (x,) = _autocast(x)
-    edited, _ = _input_edit(x.reshape(-1, x.shape[-1]), psi, phi, float(scale), _choice(backend, plan))
+    check_activations(x)
+    r = check_factor("psi", psi, x, (None, x.shape[-1]))
+    check_factor("phi", phi, x, (r, x.shape[-1]))
+    (x,) = autocast(x)
+    edited: Tensor = _input_edit(x.reshape(-1, x.shape[-1]), psi, phi, float(scale), choice_of(backend, plan))[0]
     return edited.view(x.shape)
 
 
@@ -273,7 +279,7 @@ def _input_edit_linear_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     run, extra = _resolve(plan, "input_edit_linear", x, weight.shape[0], psi.shape[0])
-    return _present(run.input_edit_linear_backward(dy, x, weight, psi, phi, t, scale, tuple(needs), *extra), dy)
+    return present(run.input_edit_linear_backward(dy, x, weight, psi, phi, t, scale, tuple(needs), *extra), dy)
 
 
 @_input_edit_linear_backward.register_fake
@@ -299,7 +305,7 @@ def _input_edit_linear_autograd(ctx: Any, dy: Tensor | None, _: Tensor | None) -
     x, weight, psi, phi, t = ctx.saved_tensors
     wants = ctx.needs_input_grad
     needs = [wants[0], wants[2], wants[3], wants[4]]
-    dx, dpsi, dphi, db = _wanted(
+    dx, dpsi, dphi, db = wanted(
         _input_edit_linear_backward(dy, x, weight, psi, phi, t, ctx.scale, ctx.plan, needs), needs
     )
     return dx, None, dpsi, dphi, db, None, None
@@ -337,11 +343,13 @@ def input_edit_linear(
 
     Source: WeGeFT (arXiv 2312.00700 v5); docs/mathematics.md derives the form.
     """
-    _check_linear(x, weight, bias)
-    r = _check_factor("psi", psi, x, (None, weight.shape[1]))
-    _check_factor("phi", phi, x, (r, weight.shape[1]))
-    x, weight, bias = _autocast(x, weight, bias)
-    y, _ = _input_edit_linear(x.reshape(-1, x.shape[-1]), weight, psi, phi, bias, float(scale), _choice(backend, plan))
+    check_linear(x, weight, bias)
+    r = check_factor("psi", psi, x, (None, weight.shape[1]))
+    check_factor("phi", phi, x, (r, weight.shape[1]))
+    x, weight, bias = autocast(x, weight, bias)
+    y, _ = _input_edit_linear(
+        x.reshape(-1, x.shape[-1]), weight, psi, phi, bias, float(scale), choice_of(backend, plan)
+    )
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -422,118 +430,15 @@ def weight_features(
     Raises:
         ValueError, TypeError: naming the argument, what came and what fits.
     """
-    sigma = _activation(activation)
-    _check_weight(weight)
-    r = _check_factor("a", a, weight, (None, weight.shape[1]))
+    sigma = activation_named(activation)
+    check_weight(weight)
+    r = check_factor("a", a, weight, (None, weight.shape[1]))
     if bias is not None:
-        _check_factor("bias", bias, a, (r,))
-    seed = _check_dropout(dropout, seed, weight)
-    z = _weight_features(weight, a, bias, float(ratio), float(dropout), seed, _choice(backend, plan))
+        check_factor("bias", bias, a, (r,))
+    seed = check_dropout(dropout, seed, weight)
+    z = _weight_features(weight, a, bias, float(ratio), float(dropout), seed, choice_of(backend, plan))
     # σ acts on [N, r]: torch's own function, fused by torch.compile, costs less than a kernel of ours would save.
     return sigma.forward(z)
 
 
-_activation = activation  # the public argument of weight_features has the table's name
-
-
-# ---- checks: everything is refused before any work is done
-
-
-def _choice(backend: str, plan: LaunchPlan | None) -> str:
-    if plan is not None:
-        if not isinstance(plan, LaunchPlan):
-            raise TypeError(f"plan: got {type(plan).__name__}, expected a LaunchPlan")
-        return str(plan)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, expected one of {BACKENDS}")
-    return backend
-
-
-def _check_activations(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x: dtype {x.dtype}, expected one of {_FLOATS}")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: shape {tuple(x.shape)}, expected [..., K] with K >= 1")
-
-
-def _check_weight(weight: Tensor) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: got {type(weight).__name__}, expected a tensor")
-    if weight.dtype not in _FLOATS:
-        raise TypeError(
-            f"weight: dtype {weight.dtype} is not supported, expected one of {_FLOATS}; "
-            "for a quantised base layer use input_edit and the layer's own product"
-        )
-    if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"weight: shape {tuple(weight.shape)}, expected [N, K] with N, K >= 1")
-    if weight.requires_grad:
-        raise ValueError("weight: requires grad, expected a frozen weight; call weight.requires_grad_(False)")
-
-
-def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_activations(x)
-    _check_weight(weight)
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x: last dimension {x.shape[-1]}, expected K = {weight.shape[1]} of weight [N, K]")
-    if x.device != weight.device:
-        raise ValueError(f"weight: on {weight.device}, expected the device of x, {x.device}")
-    if x.dtype != weight.dtype and not _autocasting(x):
-        raise TypeError(f"weight: dtype {weight.dtype}, expected that of x, {x.dtype} (autocast is off)")
-    if bias is not None:
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: shape {tuple(bias.shape)}, expected [N] = [{weight.shape[0]}]")
-        if bias.device != x.device:
-            raise ValueError(f"bias: on {bias.device}, expected the device of x, {x.device}")
-        if bias.dtype != x.dtype and not _autocasting(x):
-            raise TypeError(f"bias: dtype {bias.dtype}, expected that of x, {x.dtype} (autocast is off)")
-
-
-def _check_factor(name: str, factor: Tensor, like: Tensor, shape: tuple[int | None, ...]) -> int:
-    """Checks a factor against `shape` (None: the rank, any size of at least 1). Returns the rank, or the last size."""
-    if not isinstance(factor, Tensor):
-        raise TypeError(f"{name}: got {type(factor).__name__}, expected a tensor")
-    if factor.dim() != len(shape) or any(
-        size != want for size, want in zip(factor.shape, shape, strict=True) if want is not None
-    ):
-        expected = ", ".join("r" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name}: shape {tuple(factor.shape)}, expected [{expected}]")
-    rank = next((size for size, want in zip(factor.shape, shape, strict=True) if want is None), factor.shape[-1])
-    if rank < 1:
-        raise ValueError(f"{name}: rank {rank}, expected r >= 1")
-    if factor.device != like.device:
-        raise ValueError(f"{name}: on {factor.device}, expected {like.device}")
-    if factor.dtype not in (like.dtype, torch.float32) and not (_autocasting(like) and factor.dtype in _FLOATS):
-        raise TypeError(f"{name}: dtype {factor.dtype}, expected {like.dtype} or {torch.float32}")
-    return rank
-
-
-def _check_dropout(dropout: float, seed: Tensor | None, like: Tensor) -> Tensor | None:
-    """The seed to use: None where nothing is dropped."""
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: got {dropout}, expected 0 <= dropout < 1")
-    if dropout == 0.0:
-        return None
-    if seed is None:
-        raise ValueError("seed: missing, expected draw_seed(device) because dropout > 0")
-    if seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != like.device:
-        raise ValueError(
-            f"seed: {seed.dtype} {tuple(seed.shape)} on {seed.device}, expected int64 (1,) on {like.device}"
-        )
-    return seed
-
-
-def _autocasting(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
-
-
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The casts that autocast makes around nn.Linear; factors keep their dtype, products accumulate in float32."""
-    if not _autocasting(x) or x.dtype == torch.float64:
-        return (x, *others)
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))
-
-
-__all__ = ["ACTIVATIONS", "draw_seed", "input_edit", "input_edit_linear", "lowrank_linear", "weight_features"]
+__all__ = ["input_edit", "input_edit_linear", "lowrank_linear", "weight_features"]

@@ -4,10 +4,12 @@ A plan is a value: print it, compare it, write it to a file, hand it back to an 
 at import or on first call. A device with a measured table (`genft_kernels/plans/<architecture>.json`, written by
 `python -m benchmarks.gpu`) follows the table; any other device follows `DEFAULTS`.
 
-Algorithms of the low-rank operations:
+Algorithms:
 - "reference": library products only (genft_kernels.reference), on any device.
-- "thin": the library's product with W0, and one Triton pass for each stretch of skinny work before or after it.
-- "fused": one Triton product whose accumulator starts from the low-rank term, fed by the same skinny passes.
+- "thin" (low rank): the library's product with W0, and one Triton pass for each stretch of skinny work around it.
+- "fused": one Triton product; low rank: its accumulator starts from the low-rank term; generated: the tiles of ΔW are
+  made inside it.
+- "panel" (generated): W0 + ΔW for a bounded panel in a reused workspace, then the library's product, panel by panel.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from typing import Any
 import torch
 
 BACKENDS = ("auto", "triton", "reference")
-ALGORITHMS = ("reference", "thin", "fused")
-OPERATIONS = ("lowrank_linear", "input_edit_linear", "input_edit", "weight_features")
+LOW_RANK = ("lowrank_linear", "input_edit_linear", "input_edit", "weight_features")
+GENERATED = ("generated_linear", "generated_features")
+OPERATIONS = LOW_RANK + GENERATED
+ALGORITHMS = ("reference", "thin", "fused", "panel")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_TRITON_RANK = 128  # above it a "skinny" product is an ordinary one and the library's is the better kernel
+MAX_TRITON_RANK = 128  # a kernel holds a factor's whole rank in one block
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class SkinnyPlan:
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """Blocks of the fused product [m, k] @ [k, n] + [m, r] @ [r, n]; `group` rows of tiles share columns in the L2."""
+    """Blocks of a fused product [m, k] @ [k, n]; `group` rows of tiles share columns in the L2."""
 
     m: int = 128
     n: int = 128
@@ -53,21 +57,41 @@ class ProductPlan:
 
 
 @dataclass(frozen=True)
+class ContractPlan:
+    """Blocks of the passes over a generated matrix [n, k] (`depth` of the product dYᵀ x), about `groups` programs.
+
+    `atomic`: sum gradients by atomic additions instead of slabs of partial sums: less memory, another rounding in every
+    run. `panel`: elements of the workspace of the panel algorithm.
+    """
+
+    n: int = 64
+    k: int = 64
+    depth: int = 32
+    groups: int = 128
+    warps: int = 8
+    stages: int = 2
+    atomic: bool = False
+    panel: int = 1 << 20
+
+
+@dataclass(frozen=True)
 class LaunchPlan:
     """What runs: the algorithm and the block sizes of its kernels."""
 
     algorithm: str = "reference"
     skinny: SkinnyPlan = SkinnyPlan()
     product: ProductPlan = ProductPlan()
+    contract: ContractPlan = ContractPlan()
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"plan: algorithm {self.algorithm!r} is unknown, expected one of {ALGORITHMS}")
-        for part in (self.skinny, self.product):
+        for part in (self.skinny, self.product, self.contract):
             for name, value in asdict(part).items():
-                if name in ("rows", "columns", "m", "n", "k") and (value < 16 or value & (value - 1)):
+                block = name in ("rows", "columns", "m", "n", "k", "depth")
+                if block and (value < 16 or value & (value - 1)):
                     raise ValueError(f"plan: {name} is {value}, expected a power of two of at least 16")
-                if value < 1:
+                if name != "atomic" and value < 1:
                     raise ValueError(f"plan: {name} is {value}, expected at least 1")
 
     def __str__(self) -> str:
@@ -79,7 +103,12 @@ class LaunchPlan:
         """The plan written by `str(plan)`. Raises ValueError on anything else."""
         try:
             fields = json.loads(text)
-            return LaunchPlan(fields["algorithm"], SkinnyPlan(**fields["skinny"]), ProductPlan(**fields["product"]))
+            return LaunchPlan(
+                fields["algorithm"],
+                SkinnyPlan(**fields["skinny"]),
+                ProductPlan(**fields["product"]),
+                ContractPlan(**fields["contract"]),
+            )
         except (TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"plan: {text!r} is neither a backend of {BACKENDS} nor a printed LaunchPlan") from error
 
@@ -108,36 +137,49 @@ class Problem:
             raise ValueError(f"operation: got {self.operation!r}, expected one of {OPERATIONS}")
 
 
-# The widest rank that an entry serves, and its blocks; a test compiles each for every target and refuses spills.
-DEFAULTS: tuple[tuple[int, SkinnyPlan, ProductPlan], ...] = (
-    (16, SkinnyPlan(rows=64, columns=128, warps=4), ProductPlan()),
-    (64, SkinnyPlan(rows=64, columns=64, warps=4), ProductPlan()),
-    (128, SkinnyPlan(rows=32, columns=64, warps=4), ProductPlan(stages=2)),
-)
-
-
-def _narrowed(skinny: SkinnyPlan, product: ProductPlan, itemsize: int) -> tuple[SkinnyPlan, ProductPlan]:
-    """fp32 tiles take twice the room: halve the tile's depth and the stages in flight."""
-    if itemsize < 4:
-        return skinny, product
-    return (
-        replace(skinny, rows=max(16, skinny.rows // 2), columns=max(32, skinny.columns // 2), stages=2),
-        replace(product, m=64, n=64, k=32, warps=4, stages=2),
-    )
+# By element size: (widest rank served, skinny blocks for many rows, for few rows). Past the last rank a "skinny"
+# product is an ordinary one, and without tensor cores (fp32) that comes earlier; there the plan is the library's.
+# A test compiles every entry for four targets and refuses spills.
+LOW_RANK_DEFAULTS: dict[int, tuple[tuple[int, SkinnyPlan, SkinnyPlan], ...]] = {
+    2: (
+        (16, SkinnyPlan(64, 128, warps=4, stages=3), SkinnyPlan(16, 64, warps=4, stages=3)),
+        (64, SkinnyPlan(64, 32, warps=8, stages=3), SkinnyPlan(16, 32, warps=4, stages=2)),
+    ),
+    4: (
+        (16, SkinnyPlan(32, 32, warps=4, stages=2), SkinnyPlan(16, 64, warps=4, stages=2)),
+        (32, SkinnyPlan(32, 32, warps=8, stages=2), SkinnyPlan(16, 16, warps=4, stages=2)),
+    ),
+}
+PRODUCT_DEFAULTS = {2: ProductPlan(), 4: ProductPlan(64, 64, 32, warps=4, stages=2)}
+# By element size: (widest rank served, blocks of the generated product, of the passes over the generated matrix).
+GENERATED_DEFAULTS: dict[int, tuple[tuple[int, ProductPlan, ContractPlan], ...]] = {
+    2: (
+        (64, ProductPlan(128, 128, 32, stages=2), ContractPlan(64, 64, 32)),
+        (128, ProductPlan(128, 64, 32, stages=2), ContractPlan(64, 64, 32)),
+    ),
+    4: (
+        (64, ProductPlan(64, 64, 16, warps=8, stages=2), ContractPlan(32, 32, 16)),
+        (128, ProductPlan(32, 32, 16, warps=8, stages=2), ContractPlan(32, 32, 16)),
+    ),
+}
 
 
 def default_plan(problem: Problem, facts: DeviceFacts) -> LaunchPlan:
-    """The plan of an unmeasured device: the library's product, skinny passes around it, safe block sizes."""
-    if problem.r > MAX_TRITON_RANK:
+    """The plan of an unmeasured device: safe blocks; the library's product around them where there is a choice."""
+    if problem.operation in GENERATED:
+        for widest, product, contract in GENERATED_DEFAULTS[problem.itemsize]:
+            if problem.r <= widest:
+                algorithm = "panel" if problem.operation == "generated_linear" else "fused"
+                contract = replace(contract, groups=max(1, facts.processors))
+                return LaunchPlan(algorithm, product=product, contract=contract)
         return LaunchPlan("reference")
-    blocks = next((skinny, product) for widest, skinny, product in DEFAULTS if problem.r <= widest)
-    skinny, product = _narrowed(*blocks, problem.itemsize)
-    # Enough programs to fill the card, never more partial sums than the rows need.
-    rows = skinny.rows
-    while rows > 16 and problem.m < rows * facts.processors:
-        rows //= 2
-    groups = max(1, min(facts.processors, -(-problem.m // rows)))
-    return LaunchPlan("thin", replace(skinny, rows=rows, groups=groups), product)
+    for widest, many, few in LOW_RANK_DEFAULTS[problem.itemsize]:
+        if problem.r <= widest:
+            # Fill the card, and never hold more partial sums than the rows need.
+            skinny = many if problem.m >= many.rows * facts.processors else few
+            groups = max(1, min(facts.processors, -(-problem.m // skinny.rows)))
+            return LaunchPlan("thin", replace(skinny, groups=groups), PRODUCT_DEFAULTS[problem.itemsize])
+    return LaunchPlan("reference")
 
 
 @lru_cache(maxsize=8)

@@ -13,23 +13,27 @@ A backward returns one entry per differentiable input, None where `needs` is Fal
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .activations import activation as activation_named
 from .dropout import keep_mask
 
 _PANEL_ELEMENTS = 1 << 16  # a panel and its mask stay in a core's L2
+_GENERATED_ELEMENTS = 1 << 18  # a panel of a generated weight, which a full product reads: larger, still bounded
 
 
 # ---- skinny products, with dropout where a seed is given
 
 
-def _panels(like: Tensor) -> Iterator[slice]:
-    height = max(1, _PANEL_ELEMENTS // max(like.shape[1], 1))
-    for start in range(0, like.shape[0], height):
-        yield slice(start, min(start + height, like.shape[0]))
+def _panels(rows: int, columns: int, elements: int = _PANEL_ELEMENTS, at_least: int = 1) -> Iterator[slice]:
+    """Stretches of rows that make panels of about `elements`."""
+    height = max(at_least, elements // max(columns, 1))
+    for start in range(0, rows, height):
+        yield slice(start, min(start + height, rows))
 
 
 def _dropped(panel: Tensor, rows: slice, dropout: float, seed: Tensor) -> Tensor:
@@ -43,7 +47,7 @@ def _project(source: Tensor, factor: Tensor, dropout: float = 0.0, seed: Tensor 
     if seed is None:
         return source @ factor
     out = source.new_empty(source.shape[0], factor.shape[1])
-    for rows in _panels(source):
+    for rows in _panels(*source.shape):
         torch.mm(_dropped(source[rows], rows, dropout, seed), factor, out=out[rows])
     return out
 
@@ -53,7 +57,7 @@ def _outer(left: Tensor, source: Tensor, dropout: float = 0.0, seed: Tensor | No
     if seed is None:
         return left.t() @ source
     out = source.new_zeros(left.shape[1], source.shape[1])
-    for rows in _panels(source):
+    for rows in _panels(*source.shape):
         out.addmm_(left[rows].t(), _dropped(source[rows], rows, dropout, seed))
     return out
 
@@ -62,7 +66,7 @@ def _add_(target: Tensor, left: Tensor, factor: Tensor, dropout: float = 0.0, se
     """target += drop(left @ factor) in place: [M,C] += [M,r] @ [r,C]."""
     if seed is None:
         return target.addmm_(left, factor)
-    for rows in _panels(target):
+    for rows in _panels(*target.shape):
         target[rows] += _dropped(left[rows] @ factor, rows, dropout, seed)
     return target
 
@@ -199,3 +203,159 @@ def weight_features_forward(
 def weight_features_backward(dz: Tensor, weight: Tensor, ratio: float, dropout: float, seed: Tensor | None) -> Tensor:
     """dA = ρ dZᵀ drop(W0) [r,K] in dZ's dtype."""
     return _outer(dz.to(weight.dtype), weight, dropout, seed).to(dz.dtype).mul_(ratio)
+
+
+# ---- the generated matrix T = drop(σ(H Bᵀ + row + column)) [N,K], of which only a panel of rows exists at a time
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What T is made from: H [N,r], B [K,r], row [N] or None, column [K] or None, σ, p and the seed of drop."""
+
+    h: Tensor
+    b: Tensor
+    row: Tensor | None
+    column: Tensor | None
+    activation: str
+    dropout: float
+    seed: Tensor | None
+
+    def part(self, rows: slice | None = None, columns: slice | None = None) -> Generated:
+        """What a stretch of rows or columns of T is made from (but for the mask, which is that of the whole)."""
+        rows, columns = rows or slice(None), columns or slice(None)
+        return replace(
+            self,
+            h=self.h[rows],
+            b=self.b[columns],
+            row=None if self.row is None else self.row[rows],
+            column=None if self.column is None else self.column[columns],
+        )
+
+    def preactivation(self, rows: slice) -> Tensor:
+        """Z of a panel of rows [rows, K], in the dtype of the factors."""
+        h = self.h[rows]
+        z = h @ self.b.t() if self.column is None else torch.addmm(self.column, h, self.b.t())
+        return z if self.row is None else z.add_(self.row[rows, None])
+
+    def value(self, z: Tensor, rows: slice) -> Tensor:
+        """T of the panel, from its Z. May share memory with z where σ is none."""
+        t = activation_named(self.activation).forward(z)
+        return t if self.seed is None else _dropped(t, rows, self.dropout, self.seed)
+
+    def backward(self, dt: Tensor, z: Tensor, rows: slice) -> Tensor:
+        """dL/dZ of the panel, from dL/dT."""
+        if self.seed is not None:
+            dt = _dropped(dt, rows, self.dropout, self.seed)
+        return activation_named(self.activation).backward(dt, z)
+
+
+class GeneratedGradients:
+    """Sums dL/dH, dL/dB, dL/drow and dL/dcolumn over panels of E = dL/dZ. `needs` follows that order."""
+
+    def __init__(self, made: Generated, needs: tuple[bool, bool, bool, bool]) -> None:
+        self.made = made
+        self.h = torch.empty_like(made.h) if needs[0] else None
+        self.b = torch.zeros_like(made.b) if needs[1] else None
+        self.row = torch.empty_like(made.row) if needs[2] and made.row is not None else None
+        self.column = torch.zeros_like(made.column) if needs[3] and made.column is not None else None
+
+    def add(self, e: Tensor, rows: slice) -> None:
+        """Takes E of a panel, in the dtype of the factors."""
+        if self.h is not None:
+            torch.mm(e, self.made.b, out=self.h[rows])
+        if self.b is not None:
+            self.b.addmm_(e.t(), self.made.h[rows])
+        if self.row is not None:
+            self.row[rows] = e.sum(1)
+        if self.column is not None:
+            self.column += e.sum(0)
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        return self.h, self.b, self.row, self.column
+
+
+def _generated_panels(weight: Tensor) -> Iterator[slice]:
+    return _panels(weight.shape[0], weight.shape[1], _GENERATED_ELEMENTS, at_least=64)
+
+
+# ---- y = x (W0 + s T)ᵀ + b
+
+
+def _generated_weight(weight: Tensor, made: Generated, z: Tensor, rows: slice, scale: float) -> Tensor:
+    """W0 + s T of a panel, in W0's dtype."""
+    t = made.value(z, rows)
+    return torch.add(weight[rows], t.to(weight.dtype), alpha=scale)
+
+
+def generated_linear_forward(x: Tensor, weight: Tensor, made: Generated, bias: Tensor | None, scale: float) -> Tensor:
+    """Returns y [M,N]. Nothing is kept: the backward generates the panels again."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    for rows in _generated_panels(weight):
+        panel = _generated_weight(weight, made, made.preactivation(rows), rows, scale)
+        if bias is None:
+            torch.mm(x, panel.t(), out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x, panel.t(), out=y[:, rows])
+    return y
+
+
+def generated_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    made: Generated,
+    scale: float,
+    needs: tuple[bool, bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """dX = dY (W0 + s T); E = s drop(dYᵀ x)·σ'(Z); dH = E B, dB = Eᵀ H, drow = E 1, dcolumn = Eᵀ 1; db = Σ dY.
+
+    `needs` and the result follow x, H, B, bias, row, column.
+    """
+    need_x, need_h, need_b, need_bias, need_row, need_column = needs
+    factor_needs = (need_h, need_b, need_row, need_column)
+    dx = torch.zeros_like(x) if need_x else None
+    gradients = GeneratedGradients(made, factor_needs)
+    if need_x or any(factor_needs):
+        for rows in _generated_panels(weight):
+            z = made.preactivation(rows)
+            if dx is not None:
+                dx.addmm_(dy[:, rows], _generated_weight(weight, made, z, rows, scale))
+            if any(factor_needs):
+                dt = (dy[:, rows].t() @ x).to(z.dtype).mul_(scale)
+                gradients.add(made.backward(dt, z, rows), rows)
+    dh, db, drow, dcolumn = gradients.results()
+    return dx, dh, db, dy.sum(0) if need_bias else None, drow, dcolumn
+
+
+# ---- z = Tᵀ Aᵀ + bias: the features of a generated matrix, which the next stage starts from
+
+
+def generated_features_forward(made: Generated, a: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns z [K,r2] from A [r2,N], reduced over N panel by panel."""
+    z2 = made.b.new_zeros(made.b.shape[0], a.shape[0])
+    if bias is not None:
+        z2 += bias
+    for rows in _panels(made.h.shape[0], made.b.shape[0]):
+        t = made.value(made.preactivation(rows), rows)
+        z2.addmm_(t.t(), a[:, rows].t())
+    return z2
+
+
+def generated_features_backward(
+    dz: Tensor, made: Generated, a: Tensor, needs: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """dT = Aᵀ dzᵀ [N,K]; dA = (T dz)ᵀ, and from E = drop(dT)·σ'(Z): dH, dB, dcolumn.
+
+    `needs` and the result follow H, B, A, column.
+    """
+    need_h, need_b, need_a, need_column = needs
+    da = torch.empty_like(a) if need_a else None
+    gradients = GeneratedGradients(made, (need_h, need_b, False, need_column))
+    for rows in _panels(made.h.shape[0], made.b.shape[0]):
+        z = made.preactivation(rows)
+        if da is not None:
+            da[:, rows] = (made.value(z, rows) @ dz).t()
+        if need_h or need_b or need_column:
+            gradients.add(made.backward(a[:, rows].t() @ dz.t(), z, rows), rows)
+    dh, db, _, dcolumn = gradients.results()
+    return dh, db, da, dcolumn

@@ -5,14 +5,23 @@ Imported when an operation first runs a Triton algorithm, never by `import genft
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..plan import LaunchPlan
+from ..reference import Generated
+from .generated import launch_contract, launch_fold, launch_generated_product, launch_panel
 from .product import launch_product
 from .skinny import launch_skinny
 
 __all__ = [
+    "generated_features_backward",
+    "generated_features_forward",
+    "generated_linear_backward",
+    "generated_linear_forward",
     "input_edit_backward",
     "input_edit_forward",
     "input_edit_linear_backward",
@@ -197,3 +206,122 @@ def weight_features_backward(
 ) -> Tensor:
     over_w = launch_skinny(weight, plan.skinny, dz.shape[1], left=dz, dropout=dropout, seed=seed)
     return (over_w.left_s * ratio).to(dz.dtype)
+
+
+def _stretches(length: int, other: int, elements: int) -> Iterator[slice]:
+    """Stretches of an index of `length` whose panels, `other` wide, hold about `elements`."""
+    size = max(64, elements // other // 64 * 64)
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def generated_linear_forward(
+    x: Tensor, weight: Tensor, made: Generated, bias: Tensor | None, scale: float, plan: LaunchPlan
+) -> Tensor:
+    if plan.algorithm == "fused":
+        return launch_generated_product(x, weight, made, scale, plan.product, bias=bias)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    workspace = None
+    for rows in _stretches(*weight.shape, plan.contract.panel):
+        part = weight[rows]
+        workspace = torch.empty(part.shape, dtype=x.dtype, device=x.device) if workspace is None else workspace
+        panel = workspace[: part.shape[0]]
+        launch_panel(part, made.part(rows=rows), scale, plan.contract, panel, first_n=rows.start)
+        if bias is None:
+            torch.mm(x, panel.t(), out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x, panel.t(), out=y[:, rows])
+    return y
+
+
+def generated_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    made: Generated,
+    scale: float,
+    needs: tuple[bool, bool, bool, bool, bool, bool],
+    plan: LaunchPlan,
+) -> Gradients:
+    need_x, need_h, need_b, need_bias, need_row, need_column = needs
+    dx = None
+    if need_x:
+        dx = _generated_input_gradient(dy, weight, made, scale, plan)
+    found: Gradients = (None,) * 4
+    if need_h or need_b or need_row or need_column:
+        found = _generated_factor_gradients(dy, x, made, scale, plan)
+    dh, db, drow, dcolumn = found
+    return (
+        dx,
+        dh if need_h else None,
+        db if need_b else None,
+        dy.sum(0) if need_bias else None,
+        drow if need_row else None,
+        dcolumn if need_column else None,
+    )
+
+
+def _generated_input_gradient(dy: Tensor, weight: Tensor, made: Generated, scale: float, plan: LaunchPlan) -> Tensor:
+    """dX = dY (W0 + s T). Panels lie along K, so that their results are disjoint."""
+    if plan.algorithm == "fused":
+        return launch_generated_product(dy, weight, made, scale, plan.product, swapped=True)
+    dx = dy.new_empty(dy.shape[0], weight.shape[1])
+    workspace = None
+    for columns in _stretches(weight.shape[1], weight.shape[0], plan.contract.panel):
+        part = weight[:, columns]
+        workspace = torch.empty(part.shape, dtype=dy.dtype, device=dy.device) if workspace is None else workspace
+        panel = workspace[:, : part.shape[1]]
+        launch_panel(part, made.part(columns=columns), scale, plan.contract, panel, first_k=columns.start)
+        torch.mm(dy, panel, out=dx[:, columns])
+    return dx
+
+
+def _generated_factor_gradients(dy: Tensor, x: Tensor, made: Generated, scale: float, plan: LaunchPlan) -> Gradients:
+    """dH, dB, drow, dcolumn, in the dtype of the factors."""
+    dtype = made.h.dtype
+    if plan.algorithm == "fused":
+        found = launch_contract(made, plan.contract, left=dy, right=x, scale=scale)
+        return tuple(None if g is None else g.to(dtype) for g in found)
+    n, k, r = made.h.shape[0], made.b.shape[0], made.h.shape[1]
+    dh = made.h.new_empty(n, r)
+    drow = None if made.row is None else torch.empty_like(made.row)
+    db = torch.zeros(k, r, dtype=torch.float32, device=x.device)
+    dcolumn = None if made.column is None else torch.zeros(k, dtype=torch.float32, device=x.device)
+    workspace = None
+    for rows in _stretches(n, k, plan.contract.panel):
+        height = rows.stop - rows.start
+        workspace = torch.empty(height, k, dtype=x.dtype, device=x.device) if workspace is None else workspace
+        g = torch.mm(dy[:, rows].t(), x, out=workspace[:height])
+        part_h, part_b, part_row, part_column = launch_contract(
+            made.part(rows=rows), plan.contract, given=g, scale=scale, first_n=rows.start
+        )
+        dh[rows] = part_h
+        db += part_b
+        if drow is not None:
+            drow[rows] = part_row
+        if dcolumn is not None:
+            dcolumn += part_column
+    return dh, db.to(dtype), drow, None if dcolumn is None else dcolumn.to(dtype)
+
+
+def generated_features_forward(made: Generated, a: Tensor, bias: Tensor | None, plan: LaunchPlan) -> Tensor:
+    z = launch_fold(made, a.t(), plan.contract, swapped=True)
+    return (z if bias is None else z + bias).to(made.h.dtype)
+
+
+def generated_features_backward(
+    dz: Tensor, made: Generated, a: Tensor, needs: tuple[bool, bool, bool, bool], plan: LaunchPlan
+) -> Gradients:
+    need_h, need_b, need_a, need_column = needs
+    dtype = made.h.dtype
+    da = launch_fold(made, dz, plan.contract, swapped=False).t().to(dtype) if need_a else None
+    dh = db = dcolumn = None
+    if need_h or need_b or need_column:
+        # dT = Aᵀ dzᵀ is the product of a "batch" of r2 rows.
+        dh, db, _, dcolumn = launch_contract(made, plan.contract, left=a, right=dz.t())
+    return (
+        dh.to(dtype) if need_h else None,
+        db.to(dtype) if need_b else None,
+        da,
+        dcolumn.to(dtype) if need_column and dcolumn is not None else None,
+    )

@@ -1,0 +1,111 @@
+"""Argument checks: everything is refused before any work is done, by a message that names the argument, says what came
+and what fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import BACKENDS, LaunchPlan
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def choice_of(backend: str, plan: LaunchPlan | None) -> str:
+    if plan is not None:
+        if not isinstance(plan, LaunchPlan):
+            raise TypeError(f"plan: got {type(plan).__name__}, expected a LaunchPlan")
+        return str(plan)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {BACKENDS}")
+    return backend
+
+
+def check_activations(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x: dtype {x.dtype}, expected one of {FLOATS}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: shape {tuple(x.shape)}, expected [..., K] with K >= 1")
+
+
+def check_weight(weight: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: got {type(weight).__name__}, expected a tensor")
+    if weight.dtype not in FLOATS:
+        raise TypeError(
+            f"weight: dtype {weight.dtype} is not supported, expected one of {FLOATS}; "
+            "for a quantised base layer use input_edit and the layer's own product"
+        )
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight: shape {tuple(weight.shape)}, expected [N, K] with N, K >= 1")
+    if weight.requires_grad:
+        raise ValueError("weight: requires grad, expected a frozen weight; call weight.requires_grad_(False)")
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_activations(x)
+    check_weight(weight)
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: last dimension {x.shape[-1]}, expected K = {weight.shape[1]} of weight [N, K]")
+    if x.device != weight.device:
+        raise ValueError(f"weight: on {weight.device}, expected the device of x, {x.device}")
+    if x.dtype != weight.dtype and not _autocasting(x):
+        raise TypeError(f"weight: dtype {weight.dtype}, expected that of x, {x.dtype} (autocast is off)")
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: shape {tuple(bias.shape)}, expected [N] = [{weight.shape[0]}]")
+        if bias.device != x.device:
+            raise ValueError(f"bias: on {bias.device}, expected the device of x, {x.device}")
+        if bias.dtype != x.dtype and not _autocasting(x):
+            raise TypeError(f"bias: dtype {bias.dtype}, expected that of x, {x.dtype} (autocast is off)")
+
+
+def check_factor(name: str, factor: Tensor, like: Tensor, shape: tuple[int | None, ...]) -> int:
+    """Checks a factor against `shape` (None: the rank, any size of at least 1). Returns the rank, or the last size."""
+    if not isinstance(factor, Tensor):
+        raise TypeError(f"{name}: got {type(factor).__name__}, expected a tensor")
+    if factor.dim() != len(shape) or any(
+        size != want for size, want in zip(factor.shape, shape, strict=True) if want is not None
+    ):
+        expected = ", ".join("r" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name}: shape {tuple(factor.shape)}, expected [{expected}]")
+    rank = next((size for size, want in zip(factor.shape, shape, strict=True) if want is None), factor.shape[-1])
+    if rank < 1:
+        raise ValueError(f"{name}: rank {rank}, expected r >= 1")
+    if factor.device != like.device:
+        raise ValueError(f"{name}: on {factor.device}, expected {like.device}")
+    if factor.dtype not in (like.dtype, torch.float32) and not (_autocasting(like) and factor.dtype in FLOATS):
+        raise TypeError(f"{name}: dtype {factor.dtype}, expected {like.dtype} or {torch.float32}")
+    return rank
+
+
+def check_dropout(dropout: float, seed: Tensor | None, like: Tensor) -> Tensor | None:
+    """The seed to use: None where nothing is dropped."""
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: got {dropout}, expected 0 <= dropout < 1")
+    if dropout == 0.0:
+        return None
+    if seed is None:
+        raise ValueError("seed: missing, expected draw_seed(device) because dropout > 0")
+    if seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != like.device:
+        raise ValueError(
+            f"seed: {seed.dtype} {tuple(seed.shape)} on {seed.device}, expected int64 (1,) on {like.device}"
+        )
+    return seed
+
+
+def _autocasting(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The casts that autocast makes around nn.Linear; factors keep their dtype, products accumulate in float32."""
+    if not _autocasting(x) or x.dtype == torch.float64:
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))

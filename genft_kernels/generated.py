@@ -1,0 +1,304 @@
+"""The door to the operations on a generated matrix T = drop(σ(H Bᵀ + row + column)), which never exists as a whole.
+
+The same arrangement as `genft_kernels.ops`: checks, a `genft::` operator on matrices, its backward as an operator.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activations import activation as activation_named
+from .checks import FLOATS, autocast, check_dropout, check_factor, check_linear, choice_of
+from .ops import launcher, present, wanted
+from .plan import LaunchPlan, resolve
+from .reference import Generated
+
+_Extra = tuple[LaunchPlan, ...]
+
+
+def _resolve(choice: str, operation: str, m: int, made: Generated, like: Tensor) -> tuple[ModuleType, _Extra]:
+    n, k, r = made.h.shape[0], made.b.shape[0], made.h.shape[1]
+    plan = resolve(choice, operation, m, n, k, r, like.dtype, like.device)
+    return launcher(plan), (() if plan.algorithm == "reference" else (plan,))
+
+
+def _empties(likes: list[Tensor | None], needs: list[bool]) -> list[Tensor]:
+    """The fake of a backward: one tensor for each input, empty where no gradient is asked for."""
+    anchor = next(like for like in likes if like is not None)
+    return [
+        like.new_empty(like.shape) if need and like is not None else anchor.new_empty(0)
+        for like, need in zip(likes, needs, strict=True)
+    ]
+
+
+# ---- generated_linear
+
+
+@torch.library.custom_op("genft::generated_linear", mutates_args=())
+def _generated_linear(
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    row: Tensor | None,
+    column: Tensor | None,
+    scale: float,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+    plan: str,
+) -> Tensor:
+    made = Generated(h, b, row, column, activation, dropout, seed)
+    run, extra = _resolve(plan, "generated_linear", x.shape[0], made, x)
+    y: Tensor = run.generated_linear_forward(x, weight, made, bias, scale, *extra)
+    return y
+
+
+@_generated_linear.register_fake
+def _(x, weight, h, b, bias, row, column, scale, activation, dropout, seed, plan):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("genft::generated_linear_backward", mutates_args=())
+def _generated_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    b: Tensor,
+    row: Tensor | None,
+    column: Tensor | None,
+    scale: float,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+    plan: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    made = Generated(h, b, row, column, activation, dropout, seed)
+    run, extra = _resolve(plan, "generated_linear", x.shape[0], made, x)
+    return present(run.generated_linear_backward(dy, x, weight, made, scale, tuple(needs), *extra), dy)
+
+
+@_generated_linear_backward.register_fake
+def _(dy, x, weight, h, b, row, column, scale, activation, dropout, seed, plan, needs):  # type: ignore[no-untyped-def]
+    return _empties([x, h, b, dy.new_empty(dy.shape[1]), row, column], needs)
+
+
+def _generated_linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, h, b, _, row, column, ctx.scale, ctx.activation, ctx.dropout, seed, ctx.plan = inputs
+    ctx.save_for_backward(x, weight, h, b, row, column, seed)
+
+
+def _generated_linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, h, b, row, column, seed = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    needs = [wants[0], *wants[2:7]]
+    gradients = _generated_linear_backward(
+        dy, x, weight, h, b, row, column, ctx.scale, ctx.activation, ctx.dropout, seed, ctx.plan, needs
+    )
+    dx, *others = wanted(gradients, needs)
+    return dx, None, *others, None, None, None, None, None
+
+
+_generated_linear.register_autograd(_generated_linear_autograd, setup_context=_generated_linear_context)
+
+
+def generated_linear(
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    row_bias: Tensor | None = None,
+    column_bias: Tensor | None = None,
+    scale: float = 1.0,
+    activation: str = "none",
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+    plan: LaunchPlan | None = None,
+) -> Tensor:
+    """A frozen linear layer with a generated, full-rank update: y = x (W0 + scale·drop(σ(H Bᵀ + row + column)))ᵀ + b.
+
+    Args:
+        x: activations [..., K].
+        weight: frozen W0 [N, K], any strides, the dtype of x.
+        h: H [N, r], the dtype of x or float32; all factors and their biases have one dtype.
+        b: B [K, r].
+        bias: the layer's bias [N] or None, the dtype of x.
+        row_bias: [N] or None, added to the rows of H Bᵀ.
+        column_bias: [K] or None, added to its columns.
+        scale: s.
+        activation: σ, a name of `genft_kernels.activations.ACTIVATIONS`.
+        dropout: the share of elements of ΔW that are dropped, 0 <= dropout < 1.
+        seed: int64 [1] from `draw_seed`, required when dropout > 0.
+        backend, plan: as in `lowrank_linear`.
+
+    Returns:
+        y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable once in x, h, b, bias,
+        row_bias and column_bias. ΔW is made tile by tile, forward and backward; nothing of it is kept.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what fits.
+
+    Source: GenFT (arXiv 2506.11042), second stage, or the first where it stands alone; docs/mathematics.md.
+    """
+    activation_named(activation)
+    check_linear(x, weight, bias)
+    r = check_factor("h", h, x, (weight.shape[0], None))
+    check_factor("b", b, x, (weight.shape[1], r))
+    _check_companions(h, b=b, row_bias=(row_bias, weight.shape[0]), column_bias=(column_bias, weight.shape[1]))
+    seed = check_dropout(dropout, seed, x)
+    x, weight, bias = autocast(x, weight, bias)
+    y: Tensor = _generated_linear(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        h,
+        b,
+        bias,
+        row_bias,
+        column_bias,
+        float(scale),
+        activation,
+        float(dropout),
+        seed,
+        choice_of(backend, plan),
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+# ---- generated_features
+
+
+@torch.library.custom_op("genft::generated_features", mutates_args=())
+def _generated_features(
+    h: Tensor,
+    b: Tensor,
+    a: Tensor,
+    bias: Tensor | None,
+    column: Tensor | None,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+    plan: str,
+) -> Tensor:
+    made = Generated(h, b, None, column, activation, dropout, seed)
+    run, extra = _resolve(plan, "generated_features", 0, made, h)
+    z: Tensor = run.generated_features_forward(made, a, bias, *extra)
+    return z
+
+
+@_generated_features.register_fake
+def _(h, b, a, bias, column, activation, dropout, seed, plan):  # type: ignore[no-untyped-def]
+    return b.new_empty(b.shape[0], a.shape[0])
+
+
+@torch.library.custom_op("genft::generated_features_backward", mutates_args=())
+def _generated_features_backward(
+    dz: Tensor,
+    h: Tensor,
+    b: Tensor,
+    a: Tensor,
+    column: Tensor | None,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+    plan: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    made = Generated(h, b, None, column, activation, dropout, seed)
+    run, extra = _resolve(plan, "generated_features", 0, made, h)
+    return present(run.generated_features_backward(dz, made, a, tuple(needs), *extra), h)
+
+
+@_generated_features_backward.register_fake
+def _(dz, h, b, a, column, activation, dropout, seed, plan, needs):  # type: ignore[no-untyped-def]
+    return _empties([h, b, a, column], needs)
+
+
+def _generated_features_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    h, b, a, _, column, ctx.activation, ctx.dropout, seed, ctx.plan = inputs
+    ctx.save_for_backward(h, b, a, column, seed)
+
+
+def _generated_features_autograd(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+    h, b, a, column, seed = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    needs = [*wants[:3], wants[4]]
+    dh, db, da, dcolumn = wanted(
+        _generated_features_backward(dz, h, b, a, column, ctx.activation, ctx.dropout, seed, ctx.plan, needs), needs
+    )
+    return dh, db, da, dz.sum(0) if wants[3] else None, dcolumn, None, None, None, None
+
+
+_generated_features.register_autograd(_generated_features_autograd, setup_context=_generated_features_context)
+
+
+def generated_features(
+    h: Tensor,
+    b: Tensor,
+    a: Tensor,
+    bias: Tensor | None = None,
+    *,
+    column_bias: Tensor | None = None,
+    inner_activation: str = "none",
+    activation: str = "none",
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+    plan: LaunchPlan | None = None,
+) -> Tensor:
+    """Features of a generated matrix: σ_in(Tᵀ Aᵀ + bias), T = drop(σ(H Bᵀ + column)) [N, K] made and reduced at once.
+
+    Args:
+        h: H [N, r]; all tensors of one floating dtype.
+        b: B [K, r].
+        a: A [r2, N].
+        bias: [r2] or None.
+        column_bias: [K] or None, added to the columns of H Bᵀ.
+        inner_activation: σ_in, applied to the [K, r2] result.
+        activation: σ, applied to T; both names of `genft_kernels.activations.ACTIVATIONS`.
+        dropout: the share of elements of T that are dropped, 0 <= dropout < 1.
+        seed: int64 [1] from `draw_seed`, required when dropout > 0.
+        backend, plan: as in `lowrank_linear`.
+
+    Returns:
+        [K, r2] in the dtype of h. Differentiable once in h, b, a, bias and column_bias; deterministic.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what fits.
+
+    Source: GenFT (arXiv 2506.11042), from the first stage to the second; docs/mathematics.md.
+    """
+    sigma_in = activation_named(inner_activation)
+    activation_named(activation)
+    if not isinstance(h, Tensor) or h.dim() != 2 or h.dtype not in FLOATS:
+        raise TypeError(f"h: got {getattr(h, 'dtype', type(h))}, expected a floating tensor [N, r]")
+    check_factor("b", b, h, (None, h.shape[1]))
+    r2 = check_factor("a", a, h, (None, h.shape[0]))
+    _check_companions(h, b=b, a=a, bias=(bias, r2), column_bias=(column_bias, b.shape[0]))
+    seed = check_dropout(dropout, seed, h)
+    z = _generated_features(h, b, a, bias, column_bias, activation, float(dropout), seed, choice_of(backend, plan))
+    return sigma_in.forward(z)
+
+
+def _check_companions(h: Tensor, **others: Tensor | tuple[Tensor | None, int]) -> None:
+    """Factors and their biases have the dtype of h; a bias, given with its size, has that size."""
+    for name, other in others.items():
+        tensor, size = other if isinstance(other, tuple) else (other, None)
+        if tensor is None:
+            continue
+        if size is not None:
+            check_factor(name, tensor, h, (size,))
+        if tensor.dtype != h.dtype:
+            raise TypeError(f"{name}: dtype {tensor.dtype}, expected that of h, {h.dtype}")
+
+
+__all__ = ["generated_features", "generated_linear"]
