@@ -47,6 +47,14 @@ def wake(module: nn.Module, generator: torch.Generator) -> None:
             parameter.data.copy_(values * parameter.shape[-1] ** -0.5)
 
 
+def frozen(weight: Tensor) -> nn.Linear:
+    """An `nn.Linear` on this weight, which is not copied."""
+    n, k = weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return linear
+
+
 class Inputs:
     """What every contender of a comparison is given: the frozen layers, and inputs that do not fit the cache."""
 
@@ -57,18 +65,14 @@ class Inputs:
         if sets is None:
             row_bytes = case.itemsize * shape.m * (shape.k + sum(shape.n))
             sets = max(2, min(8, math.ceil(2 * cache_bytes(case.device) / row_bytes)))
-        self.linears = [[self._linear(n, shape.k) for n in shape.n] for _ in range(replicas)]
+        weights = [[self._random(n, shape.k) * shape.k**-0.5 for n in shape.n] for _ in range(replicas)]
+        self.linears = [[frozen(weight) for weight in group] for group in weights]
         self.x = [self._random(shape.m, shape.k).requires_grad_() for _ in range(sets)]
         self.dy = [[self._random(shape.m, n) for n in shape.n] for _ in range(sets)]
 
     def _random(self, *size: int) -> Tensor:
         values = torch.randn(size, device=self.case.device, generator=self.generator)
         return values.to(self.case.dtype)
-
-    def _linear(self, n: int, k: int) -> nn.Linear:
-        linear = nn.Linear(k, n, bias=False, device="meta")
-        linear.weight = nn.Parameter(self._random(n, k) * k**-0.5, requires_grad=False)
-        return linear
 
 
 class Subject:
@@ -81,7 +85,7 @@ class Subject:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # peers' advice on target names and the like
                 # A peer may freeze or register what it is given: it gets a layer of its own on the same weight.
-                layers = Layers(contender.build(copy.copy(linear), self.case) for linear in linears)
+                layers = Layers(contender.build(frozen(linear.weight), self.case) for linear in linears)
             wake(layers, inputs.generator)
             self.replicas.append(layers)
         self.layers = self.replicas[0]

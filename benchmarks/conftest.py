@@ -1,4 +1,4 @@
-"""`pytest benchmarks` measures, where the project's tests run with --benchmark-skip, and ends with ratios to the floor."""
+"""`pytest benchmarks` measures (the tests of the project run with --benchmark-skip); ratios to the floor come last."""
 
 from __future__ import annotations
 

@@ -127,6 +127,7 @@ def execute(run: Run, parts: Sequence[Part]) -> None:
             print(f"  {log['left_out'][part.name]}", flush=True)
         log["parts"].append({"name": part.name, "seconds": round(time.monotonic() - start, 1)})
         run.flush()
+    run.flush()
 
 
 def summary(run: Run) -> str:

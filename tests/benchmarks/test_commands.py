@@ -1,0 +1,290 @@
+"""The commands: a run with a budget, result files, reports, comparison; and that they work before a GPU is at hand."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import goals, model_step, parts, report, results, runner
+from benchmarks.comparison import Settings
+from genft_kernels import plan as plans
+from genft_kernels.plan import DeviceFacts, LaunchPlan, Problem
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+def record(contender, ratio, kind="genft", method="lora", **more):
+    stats = {"median": ratio, "q1": 0.99 * ratio, "q3": 1.01 * ratio, "rounds": 9}
+    own = {
+        "suite": "layer",
+        "mode": "step",
+        "contender": contender,
+        "kind": kind,
+        "method": method,
+        "form": "lowrank",
+        "m": 2048,
+        "n": [1024],
+        "k": 1024,
+        "r": 16,
+        "dtype": "fp32",
+        "ms": {**stats},
+        "ratio": {**stats},
+        "floor_operations": 10**9,
+        "floor_bytes": 10**7,
+        "tflops": 0.1,
+        "percent_of_product": 80.0,
+        "memory": {"saved": 2048 * 16 * 4, "peak": 2**24, "parameters": 8, "gradients": 8, "optimiser": 16},
+    }
+    return {**own, **more}
+
+
+def result(records, date="2026-01-02T03:04:05Z", device_type="cpu"):
+    device = {"type": device_type, "name": "Test <Device>", "threads": 2, "driver": "1", "processors": 4}
+    run = {"date": date, "commit": "abc", "command": "python -m benchmarks.cpu", "device": device, "tiny": False}
+    run |= dict.fromkeys(("torch", "triton", "peft", "python", "cuda"), "1")
+    ceilings = {"copy_gb_per_s": 10.0, "product_side": 64, "product_tflops": {"float32": 0.2}}
+    gate = {"listed": 2, "checks": 2, "failed": []}
+    return {"schema": 1, "run": run, "ceilings": ceilings, "gate": gate, "records": records, "sweep": []}
+
+
+LAYER = [
+    record("frozen", 1.0, "floor", "none", form="frozen"),
+    record("peft-lora", 2.0, "peer"),
+    record("genft-lora", 1.05),
+    record("genft-wegeft", 1.2, method="wegeft"),
+    record("absent", 1.0, "peer", withheld="not here") | {"ms": None},
+]
+del LAYER[-1]["ms"], LAYER[-1]["ratio"]
+
+
+# ---- goals and reports
+
+
+def test_goals_are_read_from_records():
+    by_id = {goal.id: findings for goal, findings in goals.table(LAYER, "cpu")}
+    found = {finding.what: finding for finding in by_id["P8"]}
+    assert found["genft-lora against frozen"].met
+    assert found["genft-lora against peft-lora"].value == pytest.approx(0.525)
+    assert not found["genft-wegeft against frozen"].met
+    assert {finding.value for finding in by_id["P5"]} == {1.0}
+    assert by_id["P1"] == []
+    assert [goal.id for goal in goals.GOALS] == [f"P{i}" for i in range(1, 11)]
+
+
+def test_gpu_goals_name_the_worst_shape():
+    big = {"dtype": "bf16", "m": 8192, "k": 4096}
+    records = [record("genft-lora", 1.05, n=[4096], **big), record("genft-lora", 1.09, n=[14336], **big)]
+    records += [record("genft-lora", 1.14, n=[14336], **big) | {"r": 64}]
+    found = {finding.what: finding for goal, f in goals.table(records, "gpu") if goal.id == "P1" for finding in f}
+    assert found["genft-lora, N, K ≥ 4096 and M ≥ 8192"].value == 1.09
+    assert "14336" in found["genft-lora, N, K ≥ 4096 and M ≥ 8192"].note
+    assert found["genft-lora, r = 64 over r = 16"].value == pytest.approx(0.05)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "results" / "test").mkdir(parents=True)
+    (tmp_path / "results" / "test" / "one.json").write_text(json.dumps(result(LAYER)))
+    return tmp_path
+
+
+def _report(folder):
+    arguments = ["--results", str(folder / "results"), "--docs", str(folder / "docs")]
+    assert report.main([*arguments, "--readme", str(folder / "README.md")]) == 0
+    return (folder / "docs" / "benchmarks.md").read_text()
+
+
+def test_the_report_is_made_from_the_files(folder):
+    readme = folder / "README.md"
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    text = _report(folder)
+    assert "| **P1** |" in text
+    assert "not measured (needs a GPU)" in text
+    assert "**missed**" in text, "a goal that was not met stays, with its number"
+    assert "- absent: not here" in text
+    charts = sorted(path.name for path in (folder / "docs" / "charts").iterdir())
+    assert charts == ["test-memory.svg", "test-ratio.svg", "test-roofline.svg"]
+    assert all(f"(charts/{name})" in text for name in charts)
+    shown = readme.read_text()
+    assert shown.startswith("before\n")
+    assert shown.endswith(f"{report.END}\nafter\n")
+    assert "old" not in shown
+    assert "| genft-lora | 1.05 [1.04, 1.06] | 1.05 | 0.53 | 128 KiB |" in shown
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    _report(folder)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}, "made twice, equal"
+
+
+def test_the_newest_run_of_a_comparison_counts(folder):
+    later = result([record("frozen", 1.0, "floor", "none"), record("genft-lora", 1.01)], "2026-02-02T00:00:00Z")
+    (folder / "results" / "test" / "a-later.json").write_text(json.dumps(later))
+    text = _report(folder)
+    assert "| genft-lora | 1.01 [0.9999, 1.02] |" in text
+    assert "peft-lora" not in text.split("### Runs")[0].split("## Test")[1]
+
+
+def test_a_readme_without_markers_is_left_alone(folder):
+    (folder / "README.md").write_text("nothing")
+    _report(folder)
+    assert (folder / "README.md").read_text() == "nothing"
+
+
+def test_compare_exits_by_threshold(folder, capsys):
+    old = folder / "results" / "test" / "one.json"
+    slower = copy.deepcopy(LAYER)
+    for field in ("median", "q1", "q3"):
+        slower[2]["ratio"][field] *= 1.2
+    slower[3]["memory"]["saved"] *= 2
+    new = folder / "new.json"
+    new.write_text(json.dumps(result(slower)))
+    assert report.main(["--compare", str(old), str(old)]) == 0
+    assert report.main(["--compare", str(old), str(new)]) == 1
+    assert capsys.readouterr().out.count("WORSE") == 2
+    assert report.main(["--compare", str(old), str(new), "--threshold", "1.5"]) == 0
+    assert report.main(["--compare", str(new), str(old)]) == 0
+    new.write_text(json.dumps(result([])))
+    assert report.main(["--compare", str(old), str(new)]) == 2
+    new.write_text("[]")
+    with pytest.raises(ValueError, match="not a result file"):
+        report.main(["--compare", str(old), str(new)])
+
+
+# ---- runs
+
+
+def test_a_run_keeps_what_it_has(tmp_path):
+    run = results.Run(CPU, tmp_path, minutes=1)
+
+    def first(run):
+        runner.add(run, LAYER)
+
+    def slow(run):
+        runner.add(run, [record("genft-lora", 1.0, m=7)])
+        time.sleep(30)
+
+    def broken(run):
+        raise RuntimeError("no")
+
+    start = time.monotonic()
+    runner.execute(
+        run,
+        [
+            runner.Part("first", "", first, 5),
+            runner.Part("slow", "", slow, 0.2),
+            runner.Part("broken", "", broken, 5),
+            runner.Part("long", "", first, 6000),
+        ],
+    )
+    assert time.monotonic() - start < 10
+    data = results.load(run.path)
+    assert len(data["records"]) == len(LAYER) + 1
+    assert [part["name"] for part in data["run"]["parts"]] == ["first", "slow", "broken"]
+    assert data["run"]["left_out"].keys() == {"slow", "broken", "long"}
+    assert "genft-lora" in runner.summary(run)
+    runner.add(run, LAYER)
+    assert len(run.records) == len(LAYER) + 1, "a comparison that is made again takes the place of the first"
+
+
+def test_a_result_file_tells_no_secrets(tmp_path):
+    run = results.Run(CPU, tmp_path)
+    run.flush()
+    text = run.path.read_text()
+    for secret in (os.uname().nodename, str(ROOT), str(tmp_path)):
+        assert len(secret) < 3 or secret not in text
+    described = {"type": "cpu", "name": "A (Fast) CPU @ 2.50GHz", "threads": 2}
+    assert results.slug(described) == "a-fast-cpu-2.50ghz-2-threads"
+
+
+def test_the_plan_table_is_what_the_kernels_read(tmp_path, monkeypatch):
+    run = results.Run(CPU, tmp_path)
+    best = LaunchPlan("fused")
+    problem = {"operation": "lowrank_linear", "n": 4096, "k": 4096, "r": 16, "dtype": "bf16"}
+    for m in (64, 8192):
+        run.data["sweep"].append(
+            {
+                **problem,
+                "m": m,
+                "best": {"plan": json.loads(str(best)), "ms": 1.0},
+                "families": {"fused": 1.0, "thin": 1.1},
+            }
+        )
+    parts.write_plans(run)
+    entries = tuple(json.loads((tmp_path / "plans-cpu.json").read_text())["entries"])
+    monkeypatch.setattr(plans, "plan_table", lambda architecture: entries)
+    for m, n, expected in ((64, 4096, best), (500, 4096, best), (99999, 4096, best), (64, 1024, None)):
+        problem = Problem("lowrank_linear", m, n, 4096, 16, 2)
+        facts = DeviceFacts(f"test{m}{n}", 132)
+        assert plans.choose_plan(problem, facts) == (expected or plans.default_plan(problem, facts))
+
+
+def test_the_model_step_measures_itself():
+    found = {
+        r["contender"]: r
+        for r in model_step.compare_models(
+            model_step.TINY, torch.float32, CPU, ["peft-lora-r4", "genft-wegeft"], settings=Settings(0.0, 2, warmup=1)
+        )
+    }
+    assert found["genft-wegeft"]["gate"]["ok"]
+    for contender in ("frozen", "peft-lora-r4", "genft-wegeft"):
+        assert found[contender]["tokens_per_s"] > 0
+        assert found[contender]["memory"]["peak"] > found[contender]["memory"]["step"]
+    assert found["frozen"]["memory"]["optimiser"] == 0 < found["genft-wegeft"]["memory"]["optimiser"]
+
+
+def test_swapping_is_measured_on_hollow_weights():
+    found = {r["contender"]: r for r in model_step.swap(model_step.TINY, repeats=1)}
+    assert found["genft-wegeft"]["save_ms"]["median"] > 0
+    assert found["genft-wegeft"]["layers"] == 14
+
+
+def _python(*words, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_gpu_command_goes_through_without_a_gpu(tmp_path):
+    chosen = "ceilings,gate,p9,p3,sweep"
+    done = _python("benchmarks.gpu", "--dry-run", "--parts", chosen, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (p for p in tmp_path.glob("*.json") if not p.name.startswith("plans-"))
+    data = results.load(path)
+    assert data["run"]["left_out"] == {}
+    assert [part["name"] for part in data["run"]["parts"]] == chosen.split(",")
+    assert data["gate"]["checks"] == data["gate"]["listed"] > 5
+    assert {entry["operation"] for entry in data["sweep"]} >= {"lowrank_linear"}
+    assert (tmp_path / "plans-cpu.json").is_file()
+    assert done.stdout.rstrip().endswith(f"results: {path.name}")
+
+
+def test_without_a_gpu_the_gpu_command_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    from benchmarks import gpu
+
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(["--parts", "p9"])
+    assert stopped.value.code == 3
+
+
+def test_pytest_benchmarks_measures(tmp_path):
+    done = _python("pytest", "benchmarks/test_layer.py", "-q", "-k", "call and frozen", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+    assert "1.000 x frozen" in done.stdout
+    (path,) = tmp_path.glob("*.json")
+    assert [r["contender"] for r in results.load(path)["records"]] == ["frozen"]
