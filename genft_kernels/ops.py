@@ -347,9 +347,8 @@ def input_edit_linear(
     r = check_factor("psi", psi, x, (None, weight.shape[1]))
     check_factor("phi", phi, x, (r, weight.shape[1]))
     x, weight, bias = autocast(x, weight, bias)
-    y, _ = _input_edit_linear(
-        x.reshape(-1, x.shape[-1]), weight, psi, phi, bias, float(scale), choice_of(backend, plan)
-    )
+    rows = x.reshape(-1, x.shape[-1])
+    y: Tensor = _input_edit_linear(rows, weight, psi, phi, bias, float(scale), choice_of(backend, plan))[0]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -1,6 +1,6 @@
 """Compiles what the launchers launch for GPUs that are not here, and reads the resources the compiler reports.
 
-`python -m tests.kernels.cross_compile` prints the table for every default plan.
+`python -m tests.kernels.cross_compile [TARGET ...]` prints a line for every kernel of every default plan.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from genft_kernels import LaunchPlan
+from genft_kernels import plan as plans
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -122,44 +126,88 @@ def compile_all(target: str, call: Callable[[], object]) -> list[Resources]:
     return [resources(kernel, target) for kernel in compiled]
 
 
-def low_rank_calls(
-    r: int, dtype: torch.dtype, plan: Any, *, dropout: bool = False
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    """One call for each launcher of the low-rank family, on shapes aligned as a model's are."""
-    from genft_kernels import _triton as launchers
+Calls = Iterator[tuple[str, Callable[[], object]]]
+M, N, K = 256, 512, 256  # aligned, as a model's shapes are
 
-    m, n, k = 256, 512, 256
-    x, dy, weight = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), torch.empty(n, k, dtype=dtype)
-    p, q, t = torch.empty(k, r), torch.empty(n, r), torch.empty(m, r, dtype=dtype)
-    psi, phi, bias = torch.empty(r, k), torch.empty(r, k), torch.empty(n, dtype=dtype)
-    p_drop, seed = (0.1, torch.zeros(1, dtype=torch.int64)) if dropout else (0.0, None)
-    all4, all3 = (True,) * 4, (True,) * 3
-    yield "lowrank_forward", lambda: launchers.lowrank_linear_forward(x, weight, p, q, bias, 1.5, p_drop, seed, plan)
-    yield (
-        "lowrank_backward",
-        lambda: launchers.lowrank_linear_backward(dy, x, weight, p, q, t, 1.5, p_drop, seed, all4, plan),
-    )
-    yield "edit_forward", lambda: launchers.input_edit_forward(x, psi, phi, 1.5, plan)
-    yield "edit_backward", lambda: launchers.input_edit_backward(x, x, psi, phi, t, 1.5, all3, plan)
-    yield "features_forward", lambda: launchers.weight_features_forward(weight, psi, phi[:, 0], 1.5, p_drop, seed, plan)
-    yield "features_backward", lambda: launchers.weight_features_backward(q, weight, 1.5, p_drop, seed, plan)
+
+def low_rank_calls(r: int, dtype: torch.dtype, plan: LaunchPlan, *, dropout: float = 0.0) -> Calls:
+    """One call for each launcher of the low-rank family."""
+    from genft_kernels import _triton as run
+
+    x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
+    p, q, t = torch.empty(K, r), torch.empty(N, r), torch.empty(M, r, dtype=dtype)
+    psi, phi, bias = torch.empty(r, K), torch.empty(r, K), torch.empty(N, dtype=dtype)
+    seed = torch.zeros(1, dtype=torch.int64) if dropout else None
+    drop = (dropout, seed)
+    yield "lowrank_forward", lambda: run.lowrank_linear_forward(x, weight, p, q, bias, 1.5, *drop, plan)
+    yield "lowrank_backward", lambda: run.lowrank_linear_backward(dy, x, weight, p, q, t, 1.5, *drop, (True,) * 4, plan)
+    if plan.algorithm == "thin":
+        yield "edit_forward", lambda: run.input_edit_forward(x, psi, phi, 1.5, plan)
+        yield "edit_backward", lambda: run.input_edit_backward(x, x, psi, phi, t, 1.5, (True,) * 3, plan)
+        yield "features_forward", lambda: run.weight_features_forward(weight, psi, phi[:, 0], 1.5, *drop, plan)
+        yield "features_backward", lambda: run.weight_features_backward(q, weight, 1.5, *drop, plan)
+
+
+def generated_calls(
+    r: int, dtype: torch.dtype, plan: LaunchPlan, *, activation: str = "gelu", dropout: float = 0.0
+) -> Calls:
+    """One call for each launcher on a generated matrix, with a bias along either side."""
+    from genft_kernels import _triton as run
+    from genft_kernels.reference import Generated
+
+    x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
+    bias, a, dz = torch.empty(N, dtype=dtype), torch.empty(r, N), torch.empty(K, r)
+    seed = torch.zeros(1, dtype=torch.int64) if dropout else None
+    made = Generated(torch.empty(N, r), torch.empty(K, r), torch.empty(N), torch.empty(K), activation, dropout, seed)
+    yield "forward", lambda: run.generated_linear_forward(x, weight, made, bias, 1.5, plan)
+    yield "backward", lambda: run.generated_linear_backward(dy, x, weight, made, 1.5, (True,) * 6, plan)
+    if plan.algorithm == "fused":
+        low = Generated(made.h.to(dtype), made.b.to(dtype), None, None, activation, dropout, seed)
+        yield "features_forward", lambda: run.generated_features_forward(low, a.to(dtype), None, plan)
+        yield (
+            "features_backward",
+            lambda: run.generated_features_backward(dz.to(dtype), low, a.to(dtype), (True,) * 4, plan),
+        )
+
+
+def default_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every entry of the default plans and of the measured tables, each with and without dropout."""
+    dtypes = {2: torch.bfloat16, 4: torch.float32}
+    for itemsize, entries in plans.LOW_RANK_DEFAULTS.items():
+        for r, *skinny in entries:
+            for blocks in skinny:
+                plan = LaunchPlan("thin", blocks, plans.PRODUCT_DEFAULTS[itemsize])
+                for dropout in (0.0, 0.1):
+                    for name, call in low_rank_calls(r, dtypes[itemsize], plan, dropout=dropout):
+                        yield f"{name} r={r} {dtypes[itemsize]} {blocks} dropout={dropout}", call
+            fused = replace(plan, algorithm="fused")
+            for name, call in low_rank_calls(r, dtypes[itemsize], fused, dropout=0.1):
+                yield f"{name} r={r} {dtypes[itemsize]} {fused.product}", call
+    for itemsize, generated in plans.GENERATED_DEFAULTS.items():
+        for r, product, contract in generated:
+            for algorithm in ("fused", "panel"):
+                plan = LaunchPlan(algorithm, product=product, contract=contract)
+                for dropout in (0.0, 0.1):
+                    for name, call in generated_calls(r, dtypes[itemsize], plan, dropout=dropout):
+                        yield f"generated_{name} r={r} {dtypes[itemsize]} {algorithm} dropout={dropout}", call
+
+
+def main() -> int:
+    """Prints one line for each kernel compiled; the number of kernels that spill or do not fit is the exit code."""
+    targets = sys.argv[1:] or list(TARGETS)
+    failures = 0
+    for label, call in default_calls():
+        for target in targets:
+            for found in compile_all(target, call):
+                bad = found.spilled > 0 or found.shared > SHARED_LIMIT[target]
+                failures += bad
+                print(
+                    f"{'BAD' if bad else 'ok '} {target:7} shared {found.shared:6} registers {found.registers:3} "
+                    f"spilled {found.spilled:4} {'wgmma' if found.wgmma else '     '} {found.kernel} {label}",
+                    flush=True,
+                )
+    return min(failures, 255)
 
 
 if __name__ == "__main__":
-    from dataclasses import replace
-
-    from genft_kernels import DeviceFacts, Problem, choose_plan
-
-    print(f"{'call':18} {'r':>4} {'dtype':9} {'algorithm':9} {'target':7} {'shared':>7} {'regs':>5} {'spill':>6} wgmma")
-    for r in (16, 64, 128):
-        for dtype in (torch.bfloat16, torch.float32):
-            problem = Problem("lowrank_linear", 8192, 4096, 4096, r, dtype.itemsize)
-            plan = choose_plan(problem, DeviceFacts("any", 132))
-            for algorithm in ("thin", "fused"):
-                for target in TARGETS:
-                    for name, call in low_rank_calls(r, dtype, replace(plan, algorithm=algorithm)):
-                        for found in compile_all(target, call):
-                            print(
-                                f"{name:18} {r:4} {str(dtype)[6:]:9} {algorithm:9} {target:7} {found.shared:7} "
-                                f"{found.registers:5} {found.spilled:6} {'yes' if found.wgmma else ''}"
-                            )
+    sys.exit(main())

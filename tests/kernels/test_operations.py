@@ -12,23 +12,18 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import genft_kernels as gk
-from genft_kernels import LaunchPlan, ProductPlan, SkinnyPlan, ops
+from genft_kernels import ContractPlan, LaunchPlan, ProductPlan, SkinnyPlan, generated, ops
+from genft_kernels.activations import ACTIVATIONS
 
-from .truth import OPERATIONS, Case, assert_close_to_truth, make_case, run
+from .truth import ALGORITHMS, OPERATIONS, WITH_DROPOUT, Case, assert_close_to_truth, make_case, run
 
 # Small blocks, so that small shapes have several row blocks in a group, several groups and ragged edges.
 SKINNY = SkinnyPlan(rows=16, columns=32, groups=3, warps=4, stages=2)
 PRODUCT = ProductPlan(m=32, n=32, k=32, group=2, warps=4, stages=2)
-PLANS = {name: LaunchPlan(name, SKINNY, PRODUCT) for name in ("reference", "thin", "fused")}
-ALGORITHMS = tuple(PLANS)
-
-# The edit alone and the features have no product with W0: for them "fused" is "thin".
-PAIRS = [
-    (name, algorithm)
-    for name in OPERATIONS
-    for algorithm in PLANS
-    if algorithm != "fused" or name in ("lowrank_linear", "input_edit_linear")
-]
+CONTRACT = ContractPlan(n=16, k=32, depth=16, groups=4, warps=4, stages=2, panel=1)
+PLANS = {name: LaunchPlan(name, SKINNY, PRODUCT, CONTRACT) for name in ("reference", "thin", "fused", "panel")}
+PAIRS = [(name, algorithm) for name, algorithms in ALGORITHMS.items() for algorithm in algorithms]
+ACTIVATION = {"activation": "gelu"}
 
 SHAPES = [(70, 45, 130, 5), (1, 16, 17, 1), (129, 64, 64, 20), (33, 131, 31, 16)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -43,15 +38,16 @@ class TestAgainstTruth:
     @pytest.mark.parametrize("dtype", DTYPES, ids=short)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_shapes_and_dtypes(self, name, algorithm, shape, dtype, device, poisoned):
-        assert_close_to_truth(make_case(name, *shape, dtype, device), dtype, plan=PLANS[algorithm])
+        case = make_case(name, *shape, dtype, device, activation="gelu")
+        assert_close_to_truth(case, dtype, plan=PLANS[algorithm])
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=short)
     def test_float32_factors(self, name, algorithm, dtype, device, poisoned):
-        case = make_case(name, 50, 40, 70, 8, dtype, device, factor_dtype=torch.float32)
+        case = make_case(name, 50, 40, 70, 8, dtype, device, factor_dtype=torch.float32, activation="tanh")
         assert_close_to_truth(case, dtype, plan=PLANS[algorithm])
 
     def test_without_bias(self, name, algorithm, device, poisoned):
-        case = make_case(name, 20, 40, 36, 3, torch.float32, device, bias=False)
+        case = make_case(name, 20, 40, 36, 3, torch.float32, device, bias=False, activation="leakyrelu")
         assert_close_to_truth(case, torch.float32, plan=PLANS[algorithm])
 
     @pytest.mark.parametrize("lead", [(3, 5), (2, 1, 4), (0, 7), (0,), ()], ids=str)
@@ -84,19 +80,34 @@ class TestAgainstTruth:
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("name", ["lowrank_linear", "weight_features"])
+@pytest.mark.parametrize(("name", "algorithm"), [pair for pair in PAIRS if pair[0] in WITH_DROPOUT])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_dropout_is_exact(name, algorithm, dtype, device, poisoned):
-    case = make_case(name, 70, 45, 61, 5, dtype, device, dropout=0.3)
+    case = make_case(name, 70, 85, 61, 5, dtype, device, dropout=0.3, activation="gelu")
     assert_close_to_truth(case, dtype, plan=PLANS[algorithm])
 
 
-@pytest.mark.parametrize("activation", sorted(gk.ops.ACTIVATIONS))
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_activations_of_features(activation, algorithm, device):
-    case = make_case("weight_features", 1, 45, 61, 5, torch.float32, device, activation=activation)
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize(("name", "algorithm"), [pair for pair in PAIRS if pair[0].startswith(("weight", "generated"))])
+def test_activations(activation, name, algorithm, device):
+    case = make_case(name, 20, 85, 61, 5, torch.float32, device, activation=activation)
     assert_close_to_truth(case, torch.float32, plan=PLANS[algorithm])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS["generated_linear"])
+def test_long_sums_in_bfloat16(algorithm, device):
+    """K and M long enough for a low-precision accumulator to show."""
+    blocks = LaunchPlan(algorithm, SKINNY, ProductPlan(64, 64, 128), ContractPlan(64, 64, 128, panel=1))
+    case = make_case("generated_linear", 1500, 40, 2000, 8, torch.bfloat16, device, activation="gelu")
+    assert_close_to_truth(case, torch.bfloat16, plan=blocks)
+
+
+@pytest.mark.parametrize("algorithm", ["fused", "panel"])
+@pytest.mark.parametrize("name", ["generated_linear", "generated_features"])
+def test_atomic_sums_are_right_too(name, algorithm, device):
+    plan = replace(PLANS[algorithm], contract=replace(CONTRACT, atomic=True))
+    case = make_case(name, 40, 85, 61, 5, torch.float32, device, dropout=0.2, activation="gelu")
+    assert_close_to_truth(case, torch.float32, plan=plan)
 
 
 @pytest.mark.parametrize("algorithm", ["thin", "fused"])
@@ -119,8 +130,7 @@ def test_rows_past_int32_offsets(name, algorithm, device):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    name=st.sampled_from(OPERATIONS),
-    algorithm=st.sampled_from(ALGORITHMS),
+    pair=st.sampled_from(PAIRS),
     m=st.integers(0, 70),
     n=st.integers(1, 70),
     k=st.integers(1, 70),
@@ -128,9 +138,11 @@ def test_rows_past_int32_offsets(name, algorithm, device):
     dtype=st.sampled_from(DTYPES),
     bias=st.booleans(),
 )
-def test_any_shape(device, name, algorithm, m, n, k, r, dtype, bias):
+def test_any_shape(device, pair, m, n, k, r, dtype, bias):
+    name, algorithm = pair
     torch.manual_seed(m + 71 * n)
-    assert_close_to_truth(make_case(name, m, n, k, r, dtype, device, bias=bias), dtype, plan=PLANS[algorithm])
+    case = make_case(name, m, n, k, r, dtype, device, bias=bias, activation="gelu")
+    assert_close_to_truth(case, dtype, plan=PLANS[algorithm])
 
 
 # ---- what autograd asks for
@@ -141,7 +153,7 @@ def _tensors(device, *, grads: set[str], m: int = 12, n: int = 9, k: int = 10, r
     return {name: t.detach().requires_grad_(name in grads) for name, t in case.tensors.items()}
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS["lowrank_linear"])
 @pytest.mark.parametrize("wanted", [{"x"}, {"p"}, {"q"}, {"bias"}, {"p", "q"}, {"x", "bias"}], ids=sorted)
 def test_only_the_gradients_asked_for(algorithm, wanted, device):
     tensors = _tensors(device, grads=wanted)
@@ -155,13 +167,38 @@ def test_only_the_gradients_asked_for(algorithm, wanted, device):
         torch.testing.assert_close(tensors[name].grad, everything[name].grad)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS["generated_linear"])
+def test_opcheck_generated(algorithm, device):
+    plan = str(PLANS[algorithm])
+    seed = gk.draw_seed(device)
+    case = make_case("generated_linear", 12, 9, 10, 3, torch.float32, device)
+    x, weight, h, b, bias, row, column = case.tensors.values()
+    rest = (0.5, "gelu", 0.2, seed, plan)
+    features = str(PLANS["reference" if algorithm == "reference" else "fused"])
+    a, rank_bias = torch.randn(4, 9, device=device, requires_grad=True), torch.randn(4, device=device)
+    torch.library.opcheck(generated._generated_linear, (x, weight, h, b, bias, row, column, *rest))
+    torch.library.opcheck(generated._generated_linear, (x, weight, h, b, None, None, None, *rest))
+    torch.library.opcheck(generated._generated_features, (h, b, a, rank_bias, column, "tanh", 0.2, seed, features))
+    with torch.no_grad():
+        x, h, b, row, column, a = (v.detach() for v in (x, h, b, row, column, a))
+        dy, dz = torch.randn(12, 9, device=device), torch.randn(10, 4, device=device)
+        for needs in ([True] * 6, [True, False, True, True, False, True]):
+            torch.library.opcheck(
+                generated._generated_linear_backward, (dy, x, weight, h, b, row, column, *rest, needs)
+            )
+        torch.library.opcheck(
+            generated._generated_features_backward,
+            (dz, h, b, a, column, "tanh", 0.2, seed, features, [True, False, True, True]),
+        )
+
+
 class Inside(TorchDispatchMode):
     """Sees every call of aten, those within our operators too: a mode is off while an operator's body runs, so the
     body is called here, with the mode on."""
 
     BODIES: ClassVar = {
         value._opoverload: value._init_fn
-        for value in vars(ops).values()
+        for value in (*vars(ops).values(), *vars(generated).values())
         if isinstance(value, torch.library.CustomOpDef)
     }
 
@@ -188,7 +225,7 @@ class Products(Inside):
 
 
 class Allocations(Inside):
-    """The largest new storage, in elements."""
+    """The largest new storage, in bytes."""
 
     def __init__(self, *known: torch.Tensor) -> None:
         super().__init__()
@@ -198,7 +235,7 @@ class Allocations(Inside):
     def see(self, function, out) -> None:
         for tensor in torch.utils._pytree.tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
 
 
 @pytest.mark.parametrize("algorithm", ["reference", "thin"])
@@ -222,13 +259,13 @@ def test_second_derivative_is_refused(device):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_gradcheck(name, device):
-    dropout = 0.25 if name in ("lowrank_linear", "weight_features") else 0.0
+    dropout = 0.25 if name in WITH_DROPOUT else 0.0
     case = make_case(name, 6, 5, 7, 2, torch.float64, device, dropout=dropout, activation="gelu")
     inputs = tuple(t.detach().requires_grad_(t.requires_grad) for t in case.tensors.values())
     assert torch.autograd.gradcheck(lambda *t: case.operation(*t, **case.options, backend="reference"), inputs)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS["lowrank_linear"])
 def test_opcheck(algorithm, device):
     plan = str(PLANS[algorithm])
     seed = gk.draw_seed(device)
@@ -266,21 +303,22 @@ def test_opcheck(algorithm, device):
 def test_nothing_of_n_by_k_is_allocated(name, algorithm, device):
     n, k = 320, 256
     wide = SkinnyPlan(rows=64, columns=64, groups=2)
-    plan = LaunchPlan(algorithm, wide, ProductPlan(m=64, n=64, k=64))
-    dropout = 0.3 if name in ("lowrank_linear", "weight_features") else 0.0
+    plan = LaunchPlan(algorithm, wide, ProductPlan(m=64, n=64, k=64), ContractPlan(64, 64, panel=1))
+    if name == "generated_linear" and algorithm == "reference":
+        n, k = 1280, 512  # more than the panel of 2¹⁸ elements
+    dropout = 0.3 if name in WITH_DROPOUT else 0.0
     case = make_case(name, 8, n, k, 4, torch.float32, device, dropout=dropout)
     tensors = [t for t in case.tensors.values() if t is not None]
     with Allocations(*tensors) as seen:
         y = case.operation(*case.tensors.values(), **case.options, plan=plan)
         torch.autograd.grad(y.sum(), [t for t in tensors if t.requires_grad])
     # The panels of the reference's dropout and the slabs of the kernels are bounded.
-    assert 8 * k <= seen.largest < n * k
+    assert 4 * 8 * k <= seen.largest < 4 * n * k
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("name", ["lowrank_linear", "input_edit_linear", "input_edit"])
+@pytest.mark.parametrize(("name", "algorithm"), [pair for pair in PAIRS if not pair[0].endswith("features")])
 def test_saved_for_backward_is_t_at_most(name, algorithm, device):
-    """P5: beyond x and the parameters, t [M,r]."""
+    """P5: beyond x and the parameters, t [M,r]; nothing for the generated form."""
     m, r = 50, 4
     case = make_case(name, m, 64, 48, r, torch.float16, device)
     own = {t.untyped_storage().data_ptr() for t in case.tensors.values()}
@@ -295,7 +333,7 @@ def test_saved_for_backward_is_t_at_most(name, algorithm, device):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = case.operation(*case.tensors.values(), **case.options, plan=PLANS[algorithm])
     assert y.requires_grad
-    assert sum(saved.values()) == m * r * 2
+    assert sum(saved.values()) == (0 if name == "generated_linear" else m * r * 2)
 
 
 # ---- around the operation

@@ -47,7 +47,7 @@ def test_anything_else_is_refused(text):
     ],
 )
 def test_bad_fields_are_refused(make):
-    with pytest.raises(ValueError, match="plan:|operation:"):
+    with pytest.raises(ValueError, match=r"plan:|operation:"):
         make()
 
 

@@ -41,18 +41,39 @@ def input_edit(x, psi, phi, *, scale=1.0):
     return x + scale * (x @ psi.t()) @ phi
 
 
+FUNCTIONS = {
+    "none": lambda z: z,
+    "relu": torch.relu,
+    "leakyrelu": F.leaky_relu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
 def weight_features(weight, a, bias=None, *, ratio=1.0, activation="none", dropout=0.0, seed=None):
     z = ratio * dropped(weight, dropout, seed) @ a.t()
-    z = z if bias is None else z + bias
-    functions = {
-        "none": lambda v: v,
-        "relu": torch.relu,
-        "leakyrelu": F.leaky_relu,
-        "gelu": F.gelu,
-        "tanh": torch.tanh,
-        "sigmoid": torch.sigmoid,
-    }
-    return functions[activation](z)
+    return FUNCTIONS[activation](z if bias is None else z + bias)
+
+
+def generated(h, b, row_bias, column_bias, activation, dropout, seed):
+    z = h @ b.t()
+    z = z if row_bias is None else z + row_bias[:, None]
+    z = z if column_bias is None else z + column_bias
+    return dropped(FUNCTIONS[activation](z), dropout, seed)
+
+
+def generated_linear(
+    x, weight, h, b, bias, row_bias, column_bias, *, scale=1.0, activation="none", dropout=0.0, seed=None
+):
+    return F.linear(x, weight + scale * generated(h, b, row_bias, column_bias, activation, dropout, seed), bias)
+
+
+def generated_features(
+    h, b, a, bias, column_bias, *, inner_activation="none", activation="none", dropout=0.0, seed=None
+):
+    z = generated(h, b, None, column_bias, activation, dropout, seed).t() @ a.t()
+    return FUNCTIONS[inner_activation](z if bias is None else z + bias)
 
 
 @dataclass(frozen=True)
@@ -105,10 +126,40 @@ def make_case(
         rank_bias = tensor(r, kind=factor_dtype) if bias else None
         options = {"ratio": scale, "activation": activation, **drop}
         return Case(gk.weight_features, weight_features, {"weight": weight, "a": psi, "bias": rank_bias}, options)
+    h, factor = tensor(n, r, kind=factor_dtype), tensor(k, r, kind=factor_dtype)
+    row, column = (tensor(size, kind=factor_dtype) if bias else None for size in (n, k))
+    if name == "generated_linear":
+        tensors = {"x": x, "weight": weight, "h": h, "b": factor, "bias": b, "row_bias": row, "column_bias": column}
+        options = {"scale": scale, "activation": activation, **drop}
+        return Case(_generated_linear, generated_linear, tensors, options)
+    if name == "generated_features":
+        a = tensor(r + 3, n, kind=factor_dtype, size=n**-0.5)
+        rank_bias = tensor(r + 3, kind=factor_dtype) if bias else None
+        tensors = {"h": h, "b": factor, "a": a, "bias": rank_bias, "column_bias": column}
+        options = {"inner_activation": "tanh", "activation": activation, **drop}
+        return Case(_generated_features, generated_features, tensors, options)
     raise ValueError(f"name: {name!r} is no operation")
 
 
-OPERATIONS = ("lowrank_linear", "input_edit_linear", "input_edit", "weight_features")
+def _generated_linear(x, weight, h, b, bias, row_bias, column_bias, **options):
+    return gk.generated_linear(x, weight, h, b, bias, row_bias=row_bias, column_bias=column_bias, **options)
+
+
+def _generated_features(h, b, a, bias, column_bias, **options):
+    return gk.generated_features(h, b, a, bias, column_bias=column_bias, **options)
+
+
+# Each operation, and the algorithms that it has. An edit alone and a pass over the weight have no product to fuse.
+ALGORITHMS = {
+    "lowrank_linear": ("reference", "thin", "fused"),
+    "input_edit_linear": ("reference", "thin", "fused"),
+    "input_edit": ("reference", "thin"),
+    "weight_features": ("reference", "thin"),
+    "generated_linear": ("reference", "fused", "panel"),
+    "generated_features": ("reference", "fused"),
+}
+OPERATIONS = tuple(ALGORITHMS)
+WITH_DROPOUT = ("lowrank_linear", "weight_features", "generated_linear", "generated_features")
 
 
 def run(
@@ -145,9 +196,9 @@ def assert_close_to_truth(case: Case, dtype: torch.dtype, **extra: Any) -> None:
     for name, value in truth.items():
         assert found[name].shape == value.shape, name
         source = name.removeprefix("grad.")
-        expected = dtype if name == "y" else case.tensors[source].dtype
-        if case.operation is not gk.weight_features:
-            assert found[name].dtype == expected, (name, found[name].dtype)
+        factor = case.tensors["a"].dtype if "a" in case.tensors else dtype
+        expected = factor if name == "y" else case.tensors[source].dtype
+        assert found[name].dtype == expected, (name, found[name].dtype)
         budget = 2.0 * error(torch_own[name], value) + EPSILON[dtype]
         actual = error(found[name], value)
         assert actual <= budget, f"{name}: error {actual:.2e}, budget {budget:.2e}"
