@@ -146,7 +146,7 @@ class Subject:
             got = run(self.call, list(self.layers.layers), self.case.dtype)
         if self.contender.kind == "genft":  # a kernel-level layer keeps its parameters in `own`
             got = {name.replace(".own.", "."): tensor for name, tensor in got.items()}
-        return judge(got, truth, own, self.case.dtype)
+        return judge(got, truth, own, self.case.dtype, pooled=self.contender.kinked)
 
     def memory(self) -> dict[str, int]:
         known = [*self.inputs.x, *(p for layer in self.layers.layers for p in layer.parameters())]

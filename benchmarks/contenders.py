@@ -66,6 +66,18 @@ def _genft(own: type[naive.NaiveGenft], r: int) -> dict[str, Any]:
     }
 
 
+def _apply_genft(own: naive.NaiveGenft, x: Tensor, **how: Any) -> Tensor:
+    """Both stages; `how` is for the last operation, which is where the product is."""
+    a1, b1, a2, b2 = own.factors()
+    h1 = genft_kernels.weight_features(own.weight, a1, own.bias_1_a, ratio=own.ratio, activation=own.inner)
+    h2 = genft_kernels.generated_features(
+        h1, b1, a2, own.bias_2_a, column_bias=own.bias_1_b, inner_activation=own.inner, activation=own.outer
+    )
+    return genft_kernels.generated_linear(
+        x, own.weight, b2, h2, own.bias, row_bias=own.bias_2_b, scale=own.scale, activation=own.outer, **how
+    )
+
+
 METHODS = (
     Method(
         "wegeft",
@@ -92,7 +104,15 @@ METHODS = (
     Method("gift", "lowrank", naive.NaiveGift, "GIFTConfig", lambda r: {"r": r}, "input_edit_linear"),
     *(
         Method(
-            name, form, own, "GenFTConfig", partial(_genft, own), "generated_linear", model=(("q_proj", "v_proj"), 8)
+            name,
+            form,
+            own,
+            "GenFTConfig",
+            partial(_genft, own),
+            "generated_linear" if form == "generated" else "lowrank_linear",
+            _apply_genft if form == "generated" else None,
+            ("reference", "panel", "fused"),
+            (("q_proj", "v_proj"), 8),
         )
         for name, form, own in (
             ("genft-linear", "lowrank", naive.NaiveGenftLinear),
@@ -118,6 +138,7 @@ class Contender:
         compiled: whether torch.compile is put around it.
         operation, algorithm: the operation of ours that makes y, and the family it is told to use ("": its choice).
         needs: a package that has to be importable.
+        kinked: an activation of the method has a kink, see `gate.judge`.
     """
 
     name: str
@@ -130,6 +151,7 @@ class Contender:
     operation: str = ""
     algorithm: str = ""
     needs: str = ""
+    kinked: bool = False
 
     def missing(self, device: torch.device) -> str:
         """Why it cannot run on `device`; empty if it can."""
@@ -181,7 +203,12 @@ def _copied(own: dict[str, nn.Parameter], twin: naive.Naive) -> naive.Naive:
 
 def _naive(method: Method) -> Contender:
     return Contender(
-        f"naive-{method.name}", "naive", method.name, method.form, lambda linear, case: method.naive(linear, case.r)
+        f"naive-{method.name}",
+        "naive",
+        method.name,
+        method.form,
+        lambda linear, case: method.naive(linear, case.r),
+        kinked=method.naive.kinked,
     )
 
 
@@ -193,7 +220,16 @@ def _module(method: Method) -> Contender:
     def twin(layer: nn.Module, linear: nn.Linear, case: Case) -> nn.Module:
         return _copied(trainable(layer), method.naive(linear, case.r))
 
-    return Contender(f"genft-{method.name}", "genft", method.name, method.form, build, twin, operation=method.operation)
+    return Contender(
+        f"genft-{method.name}",
+        "genft",
+        method.name,
+        method.form,
+        build,
+        twin,
+        operation=method.operation,
+        kinked=method.naive.kinked,
+    )
 
 
 def _kernel(method: Method, algorithm: str) -> Contender:
@@ -213,6 +249,7 @@ def _kernel(method: Method, algorithm: str) -> Contender:
         twin,
         operation=method.operation,
         algorithm=algorithm,
+        kinked=method.naive.kinked,
     )
     return contender
 

@@ -16,6 +16,8 @@ from genft_kernels.activations import ACTIVATIONS
 class Naive(nn.Module):
     """y = x (W0 + ΔW)ᵀ + b with W0 [N,K] and b of a frozen `nn.Linear`; `delta` makes ΔW from the parameters."""
 
+    kinked = False  # whether an activation has a kink
+
     def __init__(self, linear: nn.Linear, r: int) -> None:
         super().__init__()
         self.register_buffer("weight", linear.weight.detach())
@@ -70,6 +72,8 @@ class NaiveGift(Naive):
 class NaivePeanut(Naive):
     """Depth 0, relu."""
 
+    kinked = True
+
     def reset(self) -> None:
         self.A, self.B = self.factor(self.r, self.n), self.factor(self.n, self.r)
 
@@ -98,15 +102,23 @@ class NaiveGenft(Naive):
         self.bias_1_a, self.bias_1_b = self.factor(self.r), self.factor(self.k)
         self.bias_2_a, self.bias_2_b = self.factor(self.r), self.factor(self.n)
 
-    def delta(self) -> Tensor:
-        inner, outer = ACTIVATIONS[self.inner].forward, ACTIVATIONS[self.outer].forward
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ã1 [r,K], B̃1 [K,r], Ã2 [r,N], B̃2 [N,r], shared and specific parts side by side."""
         side = "2_" if self.n != self.k else ""
         second_a, second_b = getattr(self, f"specific_{side}a"), getattr(self, f"specific_{side}b")
-        h = inner(F.linear(self.ratio * self.weight, torch.cat([self.shared_1_a, self.specific_a]), self.bias_1_a))
-        d = outer(F.linear(h, torch.cat([self.shared_1_b, self.specific_b], dim=1), self.bias_1_b))  # [N, K]
-        h = inner(F.linear(d.t(), torch.cat([self.shared_2_a, second_a]), self.bias_2_a))
-        d = outer(F.linear(h, torch.cat([self.shared_2_b, second_b], dim=1), self.bias_2_b))  # [K, N]
-        return self.scale * d.t()
+        return (
+            torch.cat([self.shared_1_a, self.specific_a]),
+            torch.cat([self.shared_1_b, self.specific_b], dim=1),
+            torch.cat([self.shared_2_a, second_a]),
+            torch.cat([self.shared_2_b, second_b], dim=1),
+        )
+
+    def delta(self) -> Tensor:
+        inner, outer = ACTIVATIONS[self.inner].forward, ACTIVATIONS[self.outer].forward
+        a1, b1, a2, b2 = self.factors()
+        d1 = outer(F.linear(inner(F.linear(self.ratio * self.weight, a1, self.bias_1_a)), b1, self.bias_1_b))  # [N, K]
+        d2 = outer(F.linear(inner(F.linear(d1.t(), a2, self.bias_2_a)), b2, self.bias_2_b))  # [K, N]
+        return self.scale * d2.t()
 
 
 class NaiveGenftLinear(NaiveGenft):
@@ -121,6 +133,7 @@ class NaiveGenftLeaky(NaiveGenft):
 
     inner, outer = "none", "leakyrelu"
     ratio = 1.4
+    kinked = True
 
     @classmethod
     def split(cls, r: int) -> tuple[int, int]:

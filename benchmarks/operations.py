@@ -17,7 +17,16 @@ from torch.nn import functional as F
 import genft_kernels
 from genft_kernels.activations import ACTIVATIONS
 from genft_kernels.dropout import keep_mask
-from genft_kernels.plan import LaunchPlan, Problem, ProductPlan, SkinnyPlan, default_plan, device_facts
+from genft_kernels.plan import (
+    ContractPlan,
+    DeviceFacts,
+    LaunchPlan,
+    Problem,
+    ProductPlan,
+    SkinnyPlan,
+    default_plan,
+    device_facts,
+)
 
 from . import gate
 from .shapes import DTYPES
@@ -35,10 +44,12 @@ class Operation:
         inputs: sizes of its tensors from (m, n, k, r), in the order of its arguments.
         trained: the inputs whose gradients are checked.
         activations, factors: the inputs that come in odd layouts, and those that may be float32 beside bf16.
-        options: keyword settings of the gate's variants; a variant without an input named here has all of them.
         truth: the same function in plain PyTorch, from tensors, options and the dropout seed.
+        options: keyword settings of the gate's variants.
         algorithms: what a sweep chooses between.
-        plain: the one product that it is built around, for the time that it cannot go below; None for none.
+        form: of `shapes.PRODUCTS` where it is built around a product with W0: the floor of its time; "" otherwise.
+        problem: the sizes that plans are chosen by, from (m, n, k, r).
+        sweep: the settings that it is swept with, from the rank.
     """
 
     name: str
@@ -49,7 +60,13 @@ class Operation:
     truth: Callable[..., Tensor]
     options: tuple[dict[str, Any], ...] = ({},)
     algorithms: tuple[str, ...] = ("thin", "fused")
-    plain: Callable[[Tensors], Tensor] | None = None
+    form: str = ""
+    problem: Callable[[int, int, int, int], tuple[int, int, int, int]] = lambda m, n, k, r: (m, n, k, r)
+    sweep: Callable[[int], dict[str, Any]] = lambda r: {}
+
+    def sizes(self, m: int, n: int, k: int, r: int, itemsize: int) -> Problem:
+        """What a plan is chosen by."""
+        return Problem(self.name, *self.problem(m, n, k, r), itemsize)
 
     def run(self, tensors: Tensors, options: dict[str, Any], seed: Tensor | None, **how: Any) -> Tensor:
         extra = {"seed": seed} if options.get("dropout") else {}
@@ -82,6 +99,30 @@ def _features(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
     return ACTIVATIONS[o.get("activation", "none")].forward(z)
 
 
+def _generated(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
+    z = t["h"] @ t["b"].t()
+    for name in ("row_bias", "column_bias"):
+        if name in t:
+            z = z + (t[name][:, None] if name == "row_bias" else t[name])
+    return _drop(ACTIVATIONS[o.get("activation", "none")].forward(z), o.get("dropout", 0.0), seed)
+
+
+def _generated_linear(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
+    delta = o.get("scale", 1.0) * _generated(t, o, seed)
+    return F.linear(t["x"], t["weight"] + delta.to(t["weight"].dtype), t.get("bias"))
+
+
+def _generated_features(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
+    z = _generated(t, o, seed).t() @ t["a"].t()
+    z = z if t.get("bias") is None else z + t["bias"]
+    return ACTIVATIONS[o.get("inner_activation", "none")].forward(z)
+
+
+def _released(r: int) -> dict[str, Any]:
+    """The released settings of GenFT that the goals are about: gelu at r = 16, leakyrelu at r = 37."""
+    return {"activation": "leakyrelu" if r == 37 else "gelu"}
+
+
 OPERATIONS = {
     operation.name: operation
     for operation in (
@@ -93,7 +134,7 @@ OPERATIONS = {
             factors=("p", "q"),
             truth=_lowrank,
             options=({"scale": 2.0}, {"scale": 0.5, "dropout": 0.25}),
-            plain=lambda t: F.linear(t["x"], t["weight"], t.get("bias")),
+            form="lowrank",
         ),
         Operation(
             "input_edit_linear",
@@ -103,7 +144,7 @@ OPERATIONS = {
             factors=("psi", "phi"),
             truth=lambda t, o, seed: F.linear(_edit(t, o), t["weight"], t.get("bias")),
             options=({"scale": 2.0},),
-            plain=lambda t: F.linear(t["x"], t["weight"], t.get("bias")),
+            form="lowrank",
         ),
         Operation(
             "input_edit",
@@ -114,6 +155,7 @@ OPERATIONS = {
             truth=_edit,
             options=({"scale": 2.0},),
             algorithms=("thin",),
+            problem=lambda m, n, k, r: (m, k, k, r),
         ),
         Operation(
             "weight_features",
@@ -124,6 +166,50 @@ OPERATIONS = {
             truth=_features,
             options=({}, {"ratio": 0.5, "dropout": 0.25, "activation": "gelu"}, {"activation": "leakyrelu"}),
             algorithms=("thin",),
+            problem=lambda m, n, k, r: (n, n, k, r),
+        ),
+        Operation(
+            "generated_linear",
+            lambda m, n, k, r: {
+                "x": (m, k),
+                "weight": (n, k),
+                "h": (n, r),
+                "b": (k, r),
+                "bias": (n,),
+                "row_bias": (n,),
+                "column_bias": (k,),
+            },
+            trained=("x", "h", "b", "bias", "row_bias", "column_bias"),
+            activations=("x", "weight"),
+            factors=("h", "b", "row_bias", "column_bias"),
+            truth=_generated_linear,
+            options=(
+                {"activation": "gelu", "scale": 0.5},
+                {"activation": "leakyrelu"},
+                {"activation": "tanh", "dropout": 0.25},
+                {"activation": "relu"},
+                {"activation": "sigmoid"},
+                {"activation": "none", "dropout": 0.1},
+            ),
+            algorithms=("panel", "fused"),
+            form="generated",
+            sweep=_released,
+        ),
+        Operation(
+            "generated_features",
+            lambda m, n, k, r: {"h": (n, r), "b": (k, r), "a": (r, n), "bias": (r,), "column_bias": (k,)},
+            trained=("h", "b", "a", "bias", "column_bias"),
+            activations=("h", "b"),
+            factors=(),
+            truth=_generated_features,
+            options=(
+                {"activation": "gelu", "inner_activation": "gelu"},
+                {"activation": "leakyrelu"},
+                {"activation": "tanh", "dropout": 0.25},
+            ),
+            algorithms=("fused",),
+            problem=lambda m, n, k, r: (0, n, k, r),
+            sweep=_released,
         ),
     )
 }
@@ -167,7 +253,7 @@ def draw(check: Check, device: torch.device) -> tuple[Tensors, Tensor]:
 
     tensors = {}
     for name, shape in operation.inputs(check.m, check.n, check.k, check.r).items():
-        if name == "bias" and not check.bias:
+        if name.endswith("bias") and not check.bias:
             continue
         scale = shape[-1] ** -0.5 if len(shape) == 2 and name != "x" else 1.0
         wide = check.wide and (name in operation.factors or (name == "bias" and "x" not in tensors))
@@ -210,7 +296,9 @@ def checks(dtypes: tuple[str, ...], *, tiny: bool = False) -> list[Check]:
     for operation in OPERATIONS.values():
         for algorithm, dtype in itertools.product((*operation.algorithms, "auto"), dtypes):
             for shape in TINY_SHAPES if tiny else SHAPES:
-                if algorithm == "auto" or shape[-1] <= 128:
+                problem = operation.sizes(*shape, DTYPES[dtype].itemsize)
+                # Past some rank the default is the library's product, and there are no blocks to force.
+                if algorithm == "auto" or default_plan(problem, DeviceFacts()).algorithm != "reference":
                     found.append(Check(operation.name, *shape, dtype, algorithm))
             base = Check(operation.name, *(TINY_SHAPES[0] if tiny else VARIANT_SHAPE), dtype, algorithm)
             if algorithm == "auto" and tiny:
@@ -218,7 +306,7 @@ def checks(dtypes: tuple[str, ...], *, tiny: bool = False) -> list[Check]:
             found += [replace(base, layout=layout) for layout in ("transposed", "strided", "expanded")]
             found += [replace(base, bias=False)]
             found += [replace(base, options=index) for index in range(1, len(operation.options))]
-            if dtype != "fp32":
+            if dtype != "fp32" and operation.factors:
                 found.append(replace(base, wide=True))
     return found
 
@@ -226,9 +314,8 @@ def checks(dtypes: tuple[str, ...], *, tiny: bool = False) -> list[Check]:
 def forced_plan(check: Check, device: torch.device) -> LaunchPlan | None:
     if check.algorithm == "auto":
         return None
-    m, n = (check.n, check.n) if check.operation == "weight_features" else (check.m, check.n)
     itemsize = DTYPES[check.dtype].itemsize
-    problem = Problem(check.operation, m, n, check.k, check.r, itemsize)
+    problem = OPERATIONS[check.operation].sizes(check.m, check.n, check.k, check.r, itemsize)
     return replace(default_plan(problem, device_facts(device)), algorithm=check.algorithm)
 
 
@@ -296,16 +383,40 @@ def large_offset_check(device: torch.device) -> dict[str, Any]:
 
 # ---- plans worth measuring
 
+# Blocks m, n, k, group, warps, stages of a fused product.
+PRODUCTS = (
+    (128, 128, 64, 8, 8, 3),
+    (128, 128, 64, 8, 8, 4),
+    (128, 128, 32, 8, 8, 3),
+    (128, 256, 64, 8, 8, 3),
+    (256, 128, 64, 8, 8, 3),
+    (128, 128, 128, 8, 8, 2),
+    (64, 128, 64, 8, 4, 4),
+    (64, 64, 64, 8, 4, 4),
+    (16, 128, 128, 8, 4, 4),
+)
 
-def candidates(problem: Problem, operation: Operation, architecture_facts: Any) -> list[LaunchPlan]:
+
+def candidates(problem: Problem, operation: Operation, facts: DeviceFacts) -> list[LaunchPlan]:
     """Plans to measure for a problem, the default first; duplicates left out. Those that the card cannot run (shared
-    memory, spills) fail or lose; they are not guessed here."""
-    default = default_plan(problem, architecture_facts)
-    found = [default, LaunchPlan("reference")]
-    processors = architecture_facts.processors
+    memory, registers) fail or lose; they are not guessed here."""
+    default = default_plan(problem, facts)
     half = 2 if problem.itemsize >= 4 else 1
+    found = [default, LaunchPlan("reference")]
+    if operation.form == "generated" or operation.name == "generated_features":
+        found += _generated_candidates(default, operation, facts, half)
+    else:
+        found += _low_rank_candidates(default, operation, problem.m, facts, half)
+    return list(dict.fromkeys(plan for plan in found if plan.algorithm in (*operation.algorithms, "reference")))
+
+
+def _low_rank_candidates(
+    default: LaunchPlan, operation: Operation, m: int, facts: DeviceFacts, half: int
+) -> list[LaunchPlan]:
+    found = []
     for rows, columns, warps, stages in (
         (32, 128, 4, 3),
+        (64, 32, 8, 3),
         (64, 64, 4, 3),
         (64, 128, 4, 3),
         (64, 128, 8, 3),
@@ -317,20 +428,38 @@ def candidates(problem: Problem, operation: Operation, architecture_facts: Any) 
         (32, 256, 4, 2),
     ):
         for per_processor in (1, 2):
-            groups = max(1, min(per_processor * processors, -(-problem.m // rows)))
+            groups = max(1, min(per_processor * facts.processors, -(-m // rows)))
             skinny = SkinnyPlan(max(16, rows // half), max(32, columns // half), groups, warps, stages)
-            found.append(LaunchPlan("thin", skinny, default.product))
-    if "fused" in operation.algorithms:
-        for m, n, k, group, warps, stages in (
-            (128, 128, 64, 8, 8, 3),
-            (128, 128, 64, 8, 8, 4),
-            (128, 256, 64, 8, 8, 3),
-            (256, 128, 64, 8, 8, 3),
-            (128, 128, 128, 8, 8, 2),
-            (64, 128, 64, 8, 4, 4),
-            (64, 64, 64, 8, 4, 4),
-            (16, 128, 128, 8, 4, 4),
-        ):
+            found.append(replace(default, algorithm="thin", skinny=skinny))
+    for m_block, n, k, group, warps, stages in PRODUCTS if "fused" in operation.algorithms else ():
+        product = ProductPlan(max(16, m_block // half), max(16, n // half), max(16, k // half), group, warps, stages)
+        found.append(replace(default, algorithm="fused", product=product))
+    return found
+
+
+def _generated_candidates(default: LaunchPlan, operation: Operation, facts: DeviceFacts, half: int) -> list[LaunchPlan]:
+    """Panel sizes against the L2, blocks of the passes over the generated matrix, blocks of the fused product."""
+    found = []
+    contracts = [
+        ContractPlan(n // half, k // half, depth, groups * facts.processors, warps, stages, atomic)
+        for n, k, depth, groups, warps, stages, atomic in (
+            (64, 64, 32, 1, 8, 2, False),
+            (64, 64, 64, 1, 4, 3, False),
+            (64, 128, 64, 1, 8, 3, False),
+            (128, 64, 64, 1, 8, 3, False),
+            (128, 128, 64, 1, 8, 3, False),
+            (128, 128, 32, 1, 8, 4, False),
+            (64, 64, 64, 2, 4, 3, False),
+            (128, 128, 64, 2, 8, 3, False),
+        )
+    ]
+    for algorithm in operation.algorithms:
+        found += [replace(default, algorithm=algorithm, contract=contract) for contract in contracts]
+    if "panel" in operation.algorithms:
+        for panel in (1 << 19, 1 << 21, 1 << 22, 1 << 23):
+            contract = replace(default.contract, panel=panel)
+            found.append(replace(default, algorithm="panel", contract=contract))
+        for m, n, k, group, warps, stages in PRODUCTS:
             product = ProductPlan(max(16, m // half), max(16, n // half), max(16, k // half), group, warps, stages)
-            found.append(LaunchPlan("fused", default.skinny, product))
-    return list(dict.fromkeys(plan for plan in found if plan.algorithm in (*operation.algorithms, "reference")))
+            found.append(replace(default, algorithm="fused", product=product))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -54,7 +55,7 @@ def gate(run: Run) -> None:
     """Every operation, algorithm, dtype and layout against float64 on this device; nothing is timed here."""
     listed = checks(("fp32",) if run.tiny else ("bf16", "fp16", "fp32"), tiny=run.tiny)
     if run.tiny:
-        listed = listed[::8]
+        listed = listed[::10]
     elif not _gpu(run):
         listed = [check for check in listed if check.algorithm == "auto" and check.dtype != "fp16"]
     state = run.data["gate"] = {"listed": len(listed), "checks": 0, "failed": [], "tightest": []}
@@ -235,7 +236,7 @@ def _compile(run: Run, problems: Sequence[Problem], dtype: torch.dtype) -> dict[
         return {}
     chosen: dict[tuple[str, int, bool], Problem] = {}
     for problem in problems:
-        chosen.setdefault((problem.operation, problem.r, problem.m <= 64), problem)
+        chosen.setdefault((problem.operation, problem.r, 0 < problem.m <= 64), problem)
     items = {
         (problem, DTYPE_NAMES[dtype], str(plan))
         for problem in chosen.values()
@@ -253,7 +254,7 @@ def _problems(run: Run, dtype: torch.dtype) -> list[Problem]:
     """Most wanted first. Batches are given by M; decode's 64 rows have an entry of their own."""
     size = dtype.itemsize
     if run.tiny:
-        return [Problem(name, 24, 32, 32, 4, size) for name in ("lowrank_linear", "weight_features")]
+        return [Problem(name, 24, 32, 32, 4, size) for name in ("lowrank_linear", "generated_linear")]
     linear = ("input_edit_linear", "lowrank_linear")
     found = []
     for r, rows in ((16, (8192, 2048, 16384, 64)), (64, (8192, 2048))):
@@ -261,9 +262,14 @@ def _problems(run: Run, dtype: torch.dtype) -> list[Problem]:
             found += [Problem(op, m, n, k, r, size) for n, k in shapes.LLAMA_WEIGHTS for op in linear]
         found += [Problem(op, 12608, n, k, r, size) for n, k in shapes.VIT_WEIGHTS for op in linear]
         found += [Problem("weight_features", n, n, k, r, size) for n, k in shapes.LLAMA_WEIGHTS]
-    others = [name for name in OPERATIONS if name not in (*linear, "weight_features", "input_edit")]
-    found += [Problem(op, 8192, n, k, r, size) for op in others for r in (16, 37) for n, k in shapes.LLAMA_WEIGHTS]
-    return found
+    generated = []
+    for r, rows in ((16, (8192, 2048, 64)), (37, (8192, 2048))):
+        for m in rows:
+            generated += [Problem("generated_linear", m, n, k, r, size) for n, k in shapes.LLAMA_WEIGHTS]
+        generated += [Problem("generated_features", 0, n, k, r, size) for n, k in shapes.LLAMA_WEIGHTS]
+    # One of each in turn: whatever is cut off, both forms have their first shapes.
+    pairs = itertools.zip_longest(found, generated)
+    return [problem for pair in pairs for problem in pair if problem is not None]
 
 
 def _check_of(problem: Problem, dtype: torch.dtype) -> Check:
@@ -275,25 +281,27 @@ def _steps(problem: Problem, dtype: torch.dtype, device: torch.device) -> tuple[
     operation, check = OPERATIONS[problem.operation], _check_of(problem, dtype)
     tensors, cotangent = draw(replace(check, bias=False), device)
     trained = [t for name, t in tensors.items() if name in operation.trained]
-    forward_only = problem.m <= 64
+    options = operation.sweep(problem.r)
+    forward_only = 0 < problem.m <= 64
 
     def make(plan: LaunchPlan) -> Step:
         def step(index: int) -> Any:
             if forward_only:
                 with torch.no_grad():
-                    return operation.run(tensors, {}, None, plan=plan)
-            return torch.autograd.grad(operation.run(tensors, {}, None, plan=plan), trained, cotangent)
+                    return operation.run(tensors, options, None, plan=plan)
+            return torch.autograd.grad(operation.run(tensors, options, None, plan=plan), trained, cotangent)
 
         return step
 
-    plain = operation.plain
-    if plain is None:
+    if not operation.form:
         return make, None
     x = tensors["x"]
+    weight = tensors["weight"].detach().requires_grad_(operation.form == "generated")
 
     def floor(index: int) -> Any:
-        y = plain({name: t.detach() if name != "x" else x for name, t in tensors.items()})
-        return y if forward_only else torch.autograd.grad(y, x, cotangent)
+        y = torch.nn.functional.linear(x, weight)
+        wanted = [tensor for tensor in (x, weight) if tensor.requires_grad]
+        return y if forward_only else torch.autograd.grad(y, wanted, cotangent)
 
     return make, floor
 

@@ -141,6 +141,10 @@ def test_the_rule():
     assert not gate.judge({"y": torch.full((10,), float("nan"))}, exact, near, torch.float32).ok
     assert not gate.judge({"y": torch.ones(9)}, exact, near, torch.float32).ok
     assert not gate.judge({}, exact, near, torch.float32).ok
+    two = {"y": exact["y"], "z": exact["y"]}
+    assert gate.judge(
+        {"y": near["y"], "z": exact["y"]}, two, {"y": exact["y"], "z": near["y"]}, torch.float32, pooled=True
+    )
 
 
 def test_one_table_of_tolerances():
