@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -192,6 +193,9 @@ def compare(
     """
     settings = settings or Settings()
     gpu = case.device.type == "cuda"
+    gc.collect()
+    if gpu:
+        torch.cuda.empty_cache()
     replicas = 1
     if mode == "decode":
         # Weights are what decoding reads: enough layers that they do not stay in the cache.

@@ -57,8 +57,8 @@ class Method:
 def _genft(own: type[naive.NaiveGenft], r: int) -> dict[str, Any]:
     shared, specific = own.split(r)
     return {
-        "r_shared": shared,
-        "r_specific": specific,
+        "generator_share_dim": shared,
+        "individual_features": specific,
         "ratio_W0": own.ratio,
         "scaling": own.scale,
         "inner_activation": own.inner,

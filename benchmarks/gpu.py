@@ -29,7 +29,7 @@ def make_parts(arguments: argparse.Namespace) -> list:
         Part("ceilings", "a large copy, a large product", parts.ceiling, 30),
         Part("gate", "every kernel against float64", parts.gate, 180),
         Part("p9", "Python cost of a call", parts.p9, 30),
-        Part("p1", "low rank over the frozen layer", parts.p1, 120),
+        Part("p1", "low rank over the frozen layer", parts.p1, 150),
         Part("p7", "decode", parts.p7, 40),
         Part("p3", "generated form over a trainable layer", parts.p3, 90),
         Part("p6", "a whole model's step", parts.p6, 120),

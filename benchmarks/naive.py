@@ -96,22 +96,20 @@ class NaiveGenft(Naive):
         shared, specific = self.split(self.r)
         self.shared_1_a, self.shared_1_b = self.factor(shared, self.k), self.factor(self.k, shared)
         self.shared_2_a, self.shared_2_b = self.factor(shared, self.n), self.factor(self.n, shared)
-        self.specific_a, self.specific_b = self.factor(specific, self.k), self.factor(self.k, specific)
-        if self.n != self.k:
-            self.specific_2_a, self.specific_2_b = self.factor(specific, self.n), self.factor(self.n, specific)
+        sides = {"": self.k} if self.n == self.k else {"1_": self.k, "2_": self.n}
+        for side, size in sides.items():
+            setattr(self, f"specific_{side}a", self.factor(specific, size))
+            setattr(self, f"specific_{side}b", self.factor(size, specific))
         self.bias_1_a, self.bias_1_b = self.factor(self.r), self.factor(self.k)
         self.bias_2_a, self.bias_2_b = self.factor(self.r), self.factor(self.n)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ã1 [r,K], B̃1 [K,r], Ã2 [r,N], B̃2 [N,r], shared and specific parts side by side."""
-        side = "2_" if self.n != self.k else ""
-        second_a, second_b = getattr(self, f"specific_{side}a"), getattr(self, f"specific_{side}b")
-        return (
-            torch.cat([self.shared_1_a, self.specific_a]),
-            torch.cat([self.shared_1_b, self.specific_b], dim=1),
-            torch.cat([self.shared_2_a, second_a]),
-            torch.cat([self.shared_2_b, second_b], dim=1),
-        )
+        shared = (self.shared_1_a, self.shared_1_b, self.shared_2_a, self.shared_2_b)
+        sides = ("", "") if self.n == self.k else ("1_", "2_")
+        own = [getattr(self, f"specific_{side}{end}") for side in sides for end in "ab"]
+        pairs = zip(shared, own, (0, 1, 0, 1), strict=True)
+        return tuple(torch.cat([common, specific], dim=dim) for common, specific, dim in pairs)  # type: ignore
 
     def delta(self) -> Tensor:
         inner, outer = ACTIVATIONS[self.inner].forward, ACTIVATIONS[self.outer].forward

@@ -78,11 +78,12 @@ def slug(device: dict[str, Any]) -> str:
 
 
 def commit(given: str = "") -> str:
-    """The commit that is measured, with "-dirty" where tracked files differ from it."""
+    """The commit that is measured, with "-dirty" where the code that is measured differs from it."""
     found = _command("git", "rev-parse", "--short=10", "HEAD") or given or os.environ.get("GENFT_COMMIT", "")
     if not found:
         return "unknown"
-    changed = _command("git", "status", "--porcelain", "--untracked-files=no", "--", "..", ":!results", ":!../docs")
+    code = ("../genft_kernels", "../genft_modules", ".", ":!results")
+    changed = _command("git", "status", "--porcelain", "--untracked-files=no", "--", *code)
     return f"{found}-dirty" if changed else found
 
 
