@@ -4,8 +4,8 @@ Importing this package makes its methods known to peft: `get_peft_model`, `PeftM
 `add_adapter` and `load_adapter` then take their configs and checkpoints.
 """
 
-from genft_modules.forms import InputEdit, LowRank
-from genft_modules.generators import METHODS, GeneratorConfig, GIFTConfig, LoRAConfig, WeGeFTConfig
+from genft_modules.forms import Generated, InputEdit, LowRank
+from genft_modules.generators import METHODS, GeneratorConfig, GenFTConfig, GIFTConfig, LoRAConfig, WeGeFTConfig
 from genft_modules.linear import FusedGenLinear
 from genft_modules.tuner import GenFTModel, SharedGenerators
 
@@ -13,7 +13,9 @@ __all__ = [
     "METHODS",
     "FusedGenLinear",
     "GIFTConfig",
+    "GenFTConfig",
     "GenFTModel",
+    "Generated",
     "GeneratorConfig",
     "InputEdit",
     "LoRAConfig",

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from genft_kernels import draw_seed, input_edit, input_edit_linear, lowrank_linear, weight_features
+from genft_kernels import draw_seed, generated_linear, input_edit, input_edit_linear, lowrank_linear, weight_features
+from genft_kernels.activations import activation as activation_named
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class LowRank:
             backend=backend,
         )
 
-    def update(self, x: Tensor) -> Tensor:
+    def update(self, x: Tensor, backend: str) -> Tensor:
         """x ΔWᵀ [..., N] alone, for a base layer that has to make its own product."""
         t = F.dropout(x, self.dropout) @ self.p.to(x.dtype)
         return (t @ self.q.to(t.dtype).t()) * self.scale
@@ -76,13 +77,75 @@ class InputEdit:
         return (weight.to(phi.dtype) @ phi.t()) @ psi * self.scale
 
 
-Form = LowRank | InputEdit
+@dataclass(frozen=True)
+class Generated:
+    """ΔW = scale·drop(σ(H Bᵀ + row_bias 1ᵀ + 1 column_biasᵀ)) with h = H [N, r], b = B [K, r], row_bias [N] or None and
+    column_bias [K] or None: of full rank, made tile by tile inside the product. `dropout` acts on the elements of ΔW.
+    """
+
+    h: Tensor
+    b: Tensor
+    row_bias: Tensor | None = None
+    column_bias: Tensor | None = None
+    scale: float = 1.0
+    activation: str = "none"
+    dropout: float = 0.0
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+        """x (W0 + ΔW)ᵀ + b [..., N] as one operation."""
+        return generated_linear(
+            x,
+            weight,
+            self.h,
+            self.b,
+            bias,
+            row_bias=self.row_bias,
+            column_bias=self.column_bias,
+            scale=self.scale,
+            activation=self.activation,
+            dropout=self.dropout,
+            seed=draw_seed(x.device) if self.dropout else None,
+            backend=backend,
+        )
+
+    def update(self, x: Tensor, backend: str) -> Tensor:
+        """x ΔWᵀ [..., N] alone: the same operation on a W0 of zeros, which are one element in memory."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # the operation's cast of W0 would write all zeros out
+        return self.linear(x, x.new_zeros(()).expand(self.h.shape[0], self.b.shape[0]), None, backend)
+
+    def low_rank(self) -> LowRank:
+        """The same update in the other form, where σ is none and nothing is dropped: a bias is one more column."""
+        if self.activation != "none" or self.dropout:
+            raise ValueError(f"low_rank: σ is {self.activation} and dropout {self.dropout:g}, expected none and 0")
+        p, q = [self.b], [self.h]
+        if self.row_bias is not None:
+            p.append(self.b.new_ones(self.b.shape[0], 1))
+            q.append(self.row_bias[:, None])
+        if self.column_bias is not None:
+            p.append(self.column_bias[:, None])
+            q.append(self.h.new_ones(self.h.shape[0], 1))
+        return LowRank(torch.cat(p, dim=1), torch.cat(q, dim=1), self.scale)
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """ΔW [N, K] without dropout, in float32 or wider."""
+        z = _wide(self.h) @ _wide(self.b).t()
+        if self.row_bias is not None:
+            z += _wide(self.row_bias)[:, None]
+        if self.column_bias is not None:
+            z += _wide(self.column_bias)
+        return activation_named(self.activation).forward(z) * self.scale
+
+
+Form = LowRank | InputEdit | Generated
 
 
 def side_by_side(forms: Sequence[Form], weight: Tensor, backend: str) -> list[Form]:
-    """The sum of several updates as the fewest forms: one, unless they differ in dropout on x.
+    """The sum of several updates as the fewest forms: one, unless they differ in dropout on x or are generated.
 
-    Input edits stay an input edit; beside a low-rank form they become low rank, at the price of one pass over W0.
+    Input edits stay an input edit; beside another form they become low rank, at the price of one pass over W0. A
+    generated form stands for itself, and comes first: its operation carries the base layer's product at no price, where
+    the low-rank ones add little to what is there.
     """
     if len(forms) == 1:
         return list(forms)
@@ -90,18 +153,25 @@ def side_by_side(forms: Sequence[Form], weight: Tensor, backend: str) -> list[Fo
     if len(edits) == len(forms):
         psi = torch.cat([form.psi for form in edits])
         return [InputEdit(psi, torch.cat([form.phi * form.scale for form in edits]))]
+    generated: list[Form] = []
     groups: dict[float, list[LowRank]] = {}
     for form in forms:
+        if isinstance(form, Generated):
+            generated.append(form)
+            continue
         low = form.low_rank(weight, backend) if isinstance(form, InputEdit) else form
         groups.setdefault(low.dropout, []).append(low)
     return [
-        replace(
-            group[0],
-            p=torch.cat([form.p for form in group], dim=1),
-            q=torch.cat([form.q * form.scale for form in group], dim=1),
-            scale=1.0,
-        )
-        for group in groups.values()
+        *generated,
+        *(
+            replace(
+                group[0],
+                p=torch.cat([form.p for form in group], dim=1),
+                q=torch.cat([form.q * form.scale for form in group], dim=1),
+                scale=1.0,
+            )
+            for group in groups.values()
+        ),
     ]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from genft_modules.forms import InputEdit, LowRank, side_by_side
+from genft_modules.forms import Generated, InputEdit, LowRank, side_by_side
 from genft_modules.generators import Generator, GeneratorConfig
 from genft_modules.generators.base import BACKENDS, check_choice
 
@@ -23,9 +23,10 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class FusedGenLinear(nn.Module, BaseTunerLayer):
     """y = x (W0 + ΔW)ᵀ + b [..., N] for x [..., K]: `base_layer` with the updates of its active adapters.
 
-    The forward pass is one operation of `genft_kernels`, whatever the number of active adapters (two, if adapters that
-    drop elements of x differ in how many). Where the base layer is more than its weight, because it is quantised
-    or somebody hooked it, it makes its own product and the update is applied around it.
+    The forward pass is one operation of `genft_kernels`, whatever the number of active adapters (one more for each
+    further adapter whose ΔW is generated, and for each other share of x that adapters drop). Where the base layer is
+    more than its weight, because it is quantised or somebody hooked it, it makes its own product and the update is
+    applied around it; a method that reads W0 needs it in floating point.
 
     Two ways to get one: `FusedGenLinear.from_linear` for a single layer, `peft.get_peft_model` for a model.
 
@@ -154,9 +155,9 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         elif isinstance(first, InputEdit):
             y = base(first.edit(x, backend))
         else:
-            y = base(x) + first.update(x)
+            y = base(x) + first.update(x, backend)
         for form in others:
-            y = y + cast(LowRank, form).update(x)
+            y = y + cast(LowRank | Generated, form).update(x, backend)
         return y
 
     def _active_generators(self) -> list[Generator]:

@@ -1,10 +1,13 @@
 """The methods: one file each, all on the forms of `genft_modules.forms`."""
 
 from genft_modules.generators.base import Generator, GeneratorConfig
+from genft_modules.generators.genft import GenFTConfig
 from genft_modules.generators.gift import GIFTConfig
 from genft_modules.generators.lora import LoRAConfig
 from genft_modules.generators.wegeft import WeGeFTConfig
 
-METHODS: dict[str, type[GeneratorConfig]] = {config.method: config for config in (WeGeFTConfig, GIFTConfig, LoRAConfig)}
+METHODS: dict[str, type[GeneratorConfig]] = {
+    config.method: config for config in (WeGeFTConfig, GIFTConfig, GenFTConfig, LoRAConfig)
+}
 
-__all__ = ["METHODS", "GIFTConfig", "Generator", "GeneratorConfig", "LoRAConfig", "WeGeFTConfig"]
+__all__ = ["METHODS", "GIFTConfig", "GenFTConfig", "Generator", "GeneratorConfig", "LoRAConfig", "WeGeFTConfig"]

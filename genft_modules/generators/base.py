@@ -195,6 +195,17 @@ def fits(pattern: str, name: str) -> bool:
     return bool(get_pattern_key([pattern], name) == pattern)
 
 
+def row_blocks(field: str, patterns: dict[str, list[bool]], name: str, out_features: int) -> list[bool]:
+    """The flags that `field` has for layer `name`: for each of the equal row blocks of its weight, adapted or not."""
+    flags = next((flags for pattern, flags in patterns.items() if fits(pattern, name)), [True])
+    if out_features % len(flags):
+        raise ValueError(
+            f"{field}: got {len(flags)} flags for {name or 'the layer'}, expected a number of row blocks that divides "
+            f"its {out_features} output features"
+        )
+    return flags
+
+
 def beside(weight: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
     """The factors where W0 is. They are on one device; layers that share them may be spread over several."""
     if factors[0].device == weight.device:
@@ -210,11 +221,11 @@ def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{field}: got {value!r}, expected one of {choices}")
 
 
-def check_rank(field: str, value: object) -> None:
+def check_rank(field: str, value: object, least: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{field}: got {value!r}, expected an integer >= 1")
-    if value < 1:
-        raise ValueError(f"{field}: got {value}, expected an integer >= 1")
+        raise TypeError(f"{field}: got {value!r}, expected an integer >= {least}")
+    if value < least:
+        raise ValueError(f"{field}: got {value}, expected an integer >= {least}")
 
 
 def check_number(field: str, value: object) -> None:
@@ -233,6 +244,16 @@ def check_patterns(field: str, patterns: object, check: Callable[[str, object], 
         raise TypeError(f"{field}: got {patterns!r}, expected a dict from layer name or regular expression to value")
     for pattern, value in patterns.items():
         check(f"{field}[{pattern!r}]", value)
+
+
+def check_row_blocks(field: str, value: object) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"{field}: got {value!r}, expected a dict from layer name to flags")
+    for name, flags in value.items():
+        if not isinstance(flags, (list, tuple)) or not all(isinstance(flag, bool) for flag in flags):
+            raise TypeError(f"{field}[{name!r}]: got {flags!r}, expected one True or False per row block")
+        if not any(flags):
+            raise ValueError(f"{field}[{name!r}]: got {flags!r}, expected at least one True")
 
 
 def _names(field: str, value: Any) -> Any:

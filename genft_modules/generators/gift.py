@@ -18,8 +18,9 @@ from genft_modules.generators.base import (
     GeneratorConfig,
     beside,
     check_rank,
-    fits,
+    check_row_blocks,
     module_type,
+    row_blocks,
     share,
 )
 from genft_modules.generators.gift_blocks import Blocks, check_block
@@ -55,21 +56,10 @@ class GIFTConfig(GeneratorConfig):
         super().__post_init__()
         check_rank("r", self.r)
         check_block(self.block, self.block_kwargs, self.r)
-        if not isinstance(self.enable_gift, dict):
-            raise TypeError(f"enable_gift: got {self.enable_gift!r}, expected a dict from layer name to flags")
-        for name, flags in self.enable_gift.items():
-            if not isinstance(flags, (list, tuple)) or not all(isinstance(flag, bool) for flag in flags):
-                raise TypeError(f"enable_gift[{name!r}]: got {flags!r}, expected one True or False per row block")
-            if not any(flags):
-                raise ValueError(f"enable_gift[{name!r}]: got {flags!r}, expected at least one True")
+        check_row_blocks("enable_gift", self.enable_gift)
 
     def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> GIFTGenerator:
-        flags = next((flags for pattern, flags in self.enable_gift.items() if fits(pattern, name)), [True])
-        if out_features % len(flags):
-            raise ValueError(
-                f"enable_gift: got {len(flags)} flags for {name or 'the layer'}, expected a number of row blocks that "
-                f"divides its {out_features} output features"
-            )
+        flags = row_blocks("enable_gift", self.enable_gift, name, out_features)
         generator = GIFTGenerator(len(flags))
         sizes = {"in_features": in_features}
         if self.block == "mlp_mixer":

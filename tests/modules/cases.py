@@ -17,11 +17,17 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from genft_modules import GeneratorConfig, GIFTConfig, LoRAConfig, WeGeFTConfig
+from genft_modules import GeneratorConfig, GenFTConfig, GIFTConfig, LoRAConfig, WeGeFTConfig
 
 from ..conftest import DEVICE
 
-# name → config of rank 4 with the given further fields
+
+def genft(inner: str, outer: str, **kw: Any) -> GenFTConfig:
+    fields = {"generator_share_dim": 3, "individual_features": 2, "inner_activation": inner, "outer_activation": outer}
+    return GenFTConfig(**{**fields, **kw})
+
+
+# name → config of rank 4 (GenFT: 3 + 2) with the given further fields
 CASES: dict[str, Callable[..., GeneratorConfig]] = {
     "wegeft": lambda **kw: WeGeFTConfig(r=4, wegeft_alpha=6, **kw),
     "wegeft_own": lambda **kw: WeGeFTConfig(r=4, tied_modules=None, **kw),
@@ -36,9 +42,17 @@ CASES: dict[str, Callable[..., GeneratorConfig]] = {
     "gift_pamcat_attn": lambda **kw: GIFTConfig(r=4, block="pamcat_attn", **kw),
     "gift_pamcat_transformer": lambda **kw: GIFTConfig(r=4, block="pamcat_transformer", **kw),
     "lora": lambda **kw: LoRAConfig(r=4, lora_alpha=6, **kw),
+    "genft": lambda **kw: genft("none", "none", **kw),
+    "genft_gelu": lambda **kw: genft("gelu", "gelu", **kw),
+    "genft_vit": lambda **kw: genft(
+        "none", "leakyrelu", **{"ratio_W0": 1.4, "ratio_on": "factors", "generator_bias": False, **kw}
+    ),
+    "genft_column": lambda **kw: genft("relu", "tanh", stages="column", **kw),
+    "genft_row": lambda **kw: genft("tanh", "none", stages="row", **kw),
 }
-# one per way of keeping and applying parameters: shared edit, own edit, shared low rank with a block, own low rank
-KINDS = ("wegeft", "wegeft_own", "gift_mlp", "lora")
+# one per way of keeping and applying parameters: shared edit, own edit, shared low rank with a block, own low rank,
+# low rank that is partly shared, generated
+KINDS = ("wegeft", "wegeft_own", "gift_mlp", "lora", "genft", "genft_gelu")
 
 LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
     "Linear": nn.Linear,

@@ -9,14 +9,19 @@ import pytest
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from genft_modules import METHODS, GenFTModel, GIFTConfig, LoRAConfig, WeGeFTConfig
+from genft_modules import METHODS, GenFTConfig, GenFTModel, GIFTConfig, LoRAConfig, WeGeFTConfig
 
 ALL = list(METHODS.values())
 
 
+def rank(config) -> str:
+    """The field of the rank."""
+    return "generator_share_dim" if config is GenFTConfig else "r"
+
+
 @pytest.mark.parametrize("config", ALL)
 def test_peft_knows_the_method(config, tmp_path):
-    fields = {"target_modules": ["b", "a"], "exclude_modules": ["c"], "backend": "reference", "r": 3}
+    fields = {"target_modules": ["b", "a"], "exclude_modules": ["c"], "backend": "reference", rank(config): 3}
     original = config(**fields)
     peft_type = original.peft_type
     assert (peft_type, peft_type.value, peft_type.name) == (f"GENFT_{config.method.upper()}",) * 3
@@ -40,9 +45,9 @@ def test_tied_modules_survive_saving(tmp_path):
 
 
 REFUSED = [
-    (ValueError, "r: got 0, expected an integer >= 1", lambda config: config(r=0)),
-    (TypeError, "r: got 2.0", lambda config: config(r=2.0)),
-    (TypeError, "r: got True", lambda config: config(r=True)),
+    (ValueError, ": got 0, expected an integer >= 1", lambda config: config(**{rank(config): 0})),
+    (TypeError, ": got 2.0, expected an integer", lambda config: config(**{rank(config): 2.0})),
+    (TypeError, ": got True, expected an integer", lambda config: config(**{rank(config): True})),
     (TypeError, "target_modules: got 3, expected a list", lambda config: config(target_modules=3)),
     (TypeError, "exclude_modules: got ", lambda config: config(exclude_modules=[1])),
     (ValueError, "bias: got 'some', expected one of", lambda config: config(bias="some")),
@@ -89,6 +94,28 @@ def test_every_method_refuses(config, error, message, make):
         (GIFTConfig, {"enable_gift": [True]}, TypeError, "enable_gift: got"),
         (GIFTConfig, {"enable_gift": {"qkv": "qv"}}, TypeError, r"enable_gift\['qkv'\]: got 'qv'"),
         (GIFTConfig, {"enable_gift": {"qkv": [False]}}, ValueError, "at least one True"),
+        (GenFTConfig, {"individual_features": -1}, ValueError, "individual_features: got -1, expected an integer >= 0"),
+        (GenFTConfig, {"individual_features": False}, TypeError, "individual_features: got False"),
+        (GenFTConfig, {"rank_pattern": {"q": -1}}, ValueError, r"rank_pattern\['q'\]: got -1"),
+        (GenFTConfig, {"individual_init_a": "zero_update"}, ValueError, "individual_init_a: got 'zero_update'"),
+        (GenFTConfig, {"individual_init_b": "ones"}, ValueError, "individual_init_b: got 'ones', .*'zero_update'"),
+        (
+            GenFTConfig,
+            {"individual_init_b": "zero_update", "outer_activation": "relu"},
+            ValueError,
+            "individual_init_b: got 'zero_update', .* no slope at 0",
+        ),
+        (GenFTConfig, {"ratio_W0": "1"}, TypeError, "ratio_W0: got '1'"),
+        (GenFTConfig, {"scaling": None}, TypeError, "scaling: got None"),
+        (GenFTConfig, {"drop": 1}, ValueError, "drop: got 1, expected 0 <= drop < 1"),
+        (GenFTConfig, {"inner_activation": "silu"}, ValueError, "inner_activation: got 'silu', .*'leakyrelu'"),
+        (GenFTConfig, {"outer_activation": 3}, ValueError, "outer_activation: got 3"),
+        (GenFTConfig, {"stages": "both"}, ValueError, "stages: got 'both', .*'column_row'"),
+        (GenFTConfig, {"orientation": "gpt"}, ValueError, "orientation: got 'gpt'"),
+        (GenFTConfig, {"ratio_on": "bias"}, ValueError, "ratio_on: got 'bias'"),
+        (GenFTConfig, {"generator_bias": "none"}, TypeError, "generator_bias: got 'none', expected True or False"),
+        (GenFTConfig, {"individual_per_block": 1}, TypeError, "individual_per_block: got 1"),
+        (GenFTConfig, {"enable_genft": {"qkv": []}}, ValueError, "at least one True"),
     ],
 )
 def test_a_method_refuses(config, fields, error, message):

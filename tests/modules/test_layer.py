@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from genft_modules import FusedGenLinear, GIFTConfig, LoRAConfig, WeGeFTConfig, forms
 
-from .cases import CASES, DEVICE, KINDS, LAYERS, randomize
+from .cases import CASES, DEVICE, KINDS, LAYERS, genft, randomize
 
 K, N = 10, 6
 all_cases = pytest.mark.parametrize("case", CASES)
@@ -134,7 +134,14 @@ def test_safe_merge_refuses_what_is_not_finite_and_leaves_the_layer_alone():
 @both_layers
 @pytest.mark.parametrize(
     "names",
-    [("wegeft", "wegeft"), ("wegeft", "gift"), ("lora", "gift_mlp"), ("wegeft", "lora", "gift_gelu")],
+    [
+        ("wegeft", "wegeft"),
+        ("wegeft", "gift"),
+        ("lora", "gift_mlp"),
+        ("wegeft", "lora", "gift_gelu"),
+        ("genft", "lora"),
+        ("wegeft", "genft_row"),
+    ],
     ids="+".join,
 )
 def test_several_adapters_are_one_operation(names, kind, monkeypatch):
@@ -242,6 +249,8 @@ def test_autocast(case, kind):
 DROPOUTS = {
     "wegeft": WeGeFTConfig(r=4, wegeft_dropout=0.5),
     "lora": LoRAConfig(r=4, lora_dropout=0.5, init_lora_weights=False),
+    "genft": genft("none", "none", drop=0.5),
+    "genft_gelu": genft("gelu", "gelu", drop=0.5, stages="column"),  # two non-linear stages would bias the mean
 }
 
 

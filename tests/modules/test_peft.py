@@ -97,7 +97,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(case, tmp_path):
     adapt(case).save_pretrained(tmp_path)
     wide = llama(head_dim=16)  # q_proj with twice the rows
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
+    changed = {"r": 5} if "r" in config else {"generator_share_dim": 5}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | changed))
     for load in (
         lambda: PeftModel.from_pretrained(llama(), tmp_path),
         lambda: PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=True),
@@ -242,7 +243,9 @@ def test_other_modules_train_and_are_saved(case, tmp_path):
     torch.testing.assert_close(logits(model.merge_and_unload()), want)
 
 
-@pytest.mark.parametrize(("case", "own"), [("wegeft", "wegeft_only"), ("gift", "gift_only"), ("lora", "lora_only")])
+@pytest.mark.parametrize(
+    ("case", "own"), [("wegeft", "wegeft_only"), ("gift", "gift_only"), ("lora", "lora_only"), ("genft", "genft_only")]
+)
 def test_biases_train_and_are_saved(case, own, tmp_path):
     for bias in ("all", own):
         model = randomize(adapt(case, "gpt2", bias=bias))
@@ -258,8 +261,8 @@ def test_biases_train_and_are_saved(case, own, tmp_path):
 @cases
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(case, reentrant):
-    dropout = {"wegeft": {"wegeft_dropout": 0.3}, "wegeft_own": {"wegeft_dropout": 0.3}, "lora": {"lora_dropout": 0.3}}
-    model = adapt(case, **dropout.get(case, {})).train()
+    field = {"wegeft": "wegeft_dropout", "lora": "lora_dropout", "genft": "drop"}.get(case.partition("_")[0])
+    model = adapt(case, **({field: 0.3} if field else {})).train()
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
