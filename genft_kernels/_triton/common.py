@@ -52,7 +52,8 @@ def keep_mask(p_seed, threshold, o_row, o_col):
 
 def precision(dtype: torch.dtype) -> str:
     """How fp32 operands are multiplied: as torch is told to multiply them."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    # `allow_tf32` raises where the setting was made through `fp32_precision`; this one reads either.
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 
