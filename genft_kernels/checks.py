@@ -53,14 +53,16 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"x: last dimension {x.shape[-1]}, expected K = {weight.shape[1]} of weight [N, K]")
     if x.device != weight.device:
         raise ValueError(f"weight: on {weight.device}, expected the device of x, {x.device}")
-    if x.dtype != weight.dtype and not _autocasting(x):
+    if x.dtype != weight.dtype and not autocasting(x):
         raise TypeError(f"weight: dtype {weight.dtype}, expected that of x, {x.dtype} (autocast is off)")
     if bias is not None:
+        if not isinstance(bias, Tensor):
+            raise TypeError(f"bias: got {type(bias).__name__}, expected a tensor [N] or None")
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: shape {tuple(bias.shape)}, expected [N] = [{weight.shape[0]}]")
         if bias.device != x.device:
             raise ValueError(f"bias: on {bias.device}, expected the device of x, {x.device}")
-        if bias.dtype != x.dtype and not _autocasting(x):
+        if bias.dtype != x.dtype and not autocasting(x):
             raise TypeError(f"bias: dtype {bias.dtype}, expected that of x, {x.dtype} (autocast is off)")
 
 
@@ -78,8 +80,9 @@ def check_factor(name: str, factor: Tensor, like: Tensor, shape: tuple[int | Non
         raise ValueError(f"{name}: rank {rank}, expected r >= 1")
     if factor.device != like.device:
         raise ValueError(f"{name}: on {factor.device}, expected {like.device}")
-    if factor.dtype not in (like.dtype, torch.float32) and not (_autocasting(like) and factor.dtype in FLOATS):
-        raise TypeError(f"{name}: dtype {factor.dtype}, expected {like.dtype} or {torch.float32}")
+    if factor.dtype not in (like.dtype, torch.float32) and not (autocasting(like) and factor.dtype in FLOATS):
+        fits = " or ".join(str(dtype) for dtype in dict.fromkeys((like.dtype, torch.float32)))
+        raise TypeError(f"{name}: dtype {factor.dtype}, expected {fits}")
     return rank
 
 
@@ -91,6 +94,8 @@ def check_dropout(dropout: float, seed: Tensor | None, like: Tensor) -> Tensor |
         return None
     if seed is None:
         raise ValueError("seed: missing, expected draw_seed(device) because dropout > 0")
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed: got {type(seed).__name__}, expected the tensor that draw_seed(device) returns")
     if seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != like.device:
         raise ValueError(
             f"seed: {seed.dtype} {tuple(seed.shape)} on {seed.device}, expected int64 (1,) on {like.device}"
@@ -98,14 +103,15 @@ def check_dropout(dropout: float, seed: Tensor | None, like: Tensor) -> Tensor |
     return seed
 
 
-def _autocasting(x: Tensor) -> bool:
+def autocasting(x: Tensor) -> bool:
+    """Autocast is on for the device of x."""
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The casts that autocast makes around nn.Linear; factors keep their dtype, products accumulate in float32."""
-    if not _autocasting(x) or x.dtype == torch.float64:
+    if not autocasting(x) or x.dtype == torch.float64:
         return (x, *others)
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *others))

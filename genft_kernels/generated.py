@@ -13,15 +13,18 @@ from torch import Tensor
 
 from .activations import activation as activation_named
 from .checks import FLOATS, autocast, check_dropout, check_factor, check_linear, choice_of
-from .ops import launcher, present, wanted
+from .ops import as_kernel, launcher, present, wanted
 from .plan import LaunchPlan, resolve
 from .reference import Generated
 
 _Extra = tuple[LaunchPlan, ...]
 
 
-def _resolve(choice: str, operation: str, m: int, made: Generated, like: Tensor) -> tuple[ModuleType, _Extra]:
-    n, k, r = made.h.shape[0], made.b.shape[0], made.h.shape[1]
+def _resolve(
+    choice: str, operation: str, m: int, made: Generated, like: Tensor, r2: int = 1
+) -> tuple[ModuleType, _Extra]:
+    # A kernel holds the whole of either rank in a block: the wider one decides.
+    n, k, r = made.h.shape[0], made.b.shape[0], max(made.h.shape[1], r2)
     plan = resolve(choice, operation, m, n, k, r, like.dtype, like.device)
     return launcher(plan), (() if plan.algorithm == "reference" else (plan,))
 
@@ -39,6 +42,7 @@ def _empties(likes: list[Tensor | None], needs: list[bool]) -> list[Tensor]:
 
 
 @torch.library.custom_op("genft::generated_linear", mutates_args=())
+@as_kernel
 def _generated_linear(
     x: Tensor,
     weight: Tensor,
@@ -65,6 +69,7 @@ def _(x, weight, h, b, bias, row, column, scale, activation, dropout, seed, plan
 
 
 @torch.library.custom_op("genft::generated_linear_backward", mutates_args=())
+@as_kernel
 def _generated_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -178,6 +183,7 @@ def generated_linear(
 
 
 @torch.library.custom_op("genft::generated_features", mutates_args=())
+@as_kernel
 def _generated_features(
     h: Tensor,
     b: Tensor,
@@ -190,7 +196,7 @@ def _generated_features(
     plan: str,
 ) -> Tensor:
     made = Generated(h, b, None, column, activation, dropout, seed)
-    run, extra = _resolve(plan, "generated_features", 0, made, h)
+    run, extra = _resolve(plan, "generated_features", 0, made, h, a.shape[0])
     z: Tensor = run.generated_features_forward(made, a, bias, *extra)
     return z
 
@@ -201,6 +207,7 @@ def _(h, b, a, bias, column, activation, dropout, seed, plan):  # type: ignore[n
 
 
 @torch.library.custom_op("genft::generated_features_backward", mutates_args=())
+@as_kernel
 def _generated_features_backward(
     dz: Tensor,
     h: Tensor,
@@ -214,7 +221,7 @@ def _generated_features_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     made = Generated(h, b, None, column, activation, dropout, seed)
-    run, extra = _resolve(plan, "generated_features", 0, made, h)
+    run, extra = _resolve(plan, "generated_features", 0, made, h, a.shape[0])
     return present(run.generated_features_backward(dz, made, a, tuple(needs), *extra), h)
 
 
@@ -279,8 +286,12 @@ def generated_features(
     """
     sigma_in = activation_named(inner_activation)
     activation_named(activation)
-    if not isinstance(h, Tensor) or h.dim() != 2 or h.dtype not in FLOATS:
-        raise TypeError(f"h: got {getattr(h, 'dtype', type(h))}, expected a floating tensor [N, r]")
+    if not isinstance(h, Tensor):
+        raise TypeError(f"h: got {type(h).__name__}, expected a tensor")
+    if h.dtype not in FLOATS:
+        raise TypeError(f"h: dtype {h.dtype}, expected one of {FLOATS}")
+    if h.dim() != 2 or 0 in h.shape:
+        raise ValueError(f"h: shape {tuple(h.shape)}, expected [N, r] with N, r >= 1")
     check_factor("b", b, h, (None, h.shape[1]))
     r2 = check_factor("a", a, h, (None, h.shape[0]))
     _check_companions(h, b=b, a=a, bias=(bias, r2), column_bias=(column_bias, b.shape[0]))

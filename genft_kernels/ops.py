@@ -8,6 +8,9 @@ node for each.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +21,7 @@ from . import reference
 from .activations import activation as activation_named
 from .checks import (
     autocast,
+    autocasting,
     check_activations,
     check_dropout,
     check_factor,
@@ -34,6 +38,23 @@ def launcher(plan: LaunchPlan) -> ModuleType:
     from . import _triton
 
     return _triton
+
+
+def as_kernel(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives an operator's body what the dispatcher gives to torch's own kernels, and not to a Python function: autocast
+    is off inside (the casts are made at the door, and a backward may run under another setting than its forward), and
+    the device of its tensors is the current one, on which Triton launches."""
+
+    @wraps(body)
+    def run(first: Tensor, *others: Any) -> Any:
+        elsewhere = first.is_cuda and first.get_device() != torch.cuda.current_device()
+        with (
+            torch.autocast(first.device.type, enabled=False) if autocasting(first) else nullcontext(),
+            torch.cuda.device_of(first) if elsewhere else nullcontext(),
+        ):
+            return body(first, *others)
+
+    return run
 
 
 def _resolve(choice: str, operation: str, x: Tensor, n: int, r: int) -> tuple[ModuleType, tuple[LaunchPlan, ...]]:
@@ -56,6 +77,7 @@ def wanted(gradients: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
 
 
 @torch.library.custom_op("genft::lowrank_linear", mutates_args=())
+@as_kernel
 def _lowrank_linear(
     x: Tensor,
     weight: Tensor,
@@ -77,6 +99,7 @@ def _(x, weight, p, q, bias, scale, dropout, seed, plan):  # type: ignore[no-unt
 
 
 @torch.library.custom_op("genft::lowrank_linear_backward", mutates_args=())
+@as_kernel
 def _lowrank_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -174,6 +197,7 @@ def lowrank_linear(
 
 
 @torch.library.custom_op("genft::input_edit", mutates_args=())
+@as_kernel
 def _input_edit(x: Tensor, psi: Tensor, phi: Tensor, scale: float, plan: str) -> tuple[Tensor, Tensor]:
     run, extra = _resolve(plan, "input_edit", x, x.shape[1], psi.shape[0])
     return run.input_edit_forward(x, psi, phi, scale, *extra)  # type: ignore[no-any-return]
@@ -185,6 +209,7 @@ def _(x, psi, phi, scale, plan):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("genft::input_edit_backward", mutates_args=())
+@as_kernel
 def _input_edit_backward(
     g: Tensor, x: Tensor, psi: Tensor, phi: Tensor, t: Tensor, scale: float, plan: str, needs: list[bool]
 ) -> list[Tensor]:
@@ -254,6 +279,7 @@ def input_edit(
 
 
 @torch.library.custom_op("genft::input_edit_linear", mutates_args=())
+@as_kernel
 def _input_edit_linear(
     x: Tensor, weight: Tensor, psi: Tensor, phi: Tensor, bias: Tensor | None, scale: float, plan: str
 ) -> tuple[Tensor, Tensor]:
@@ -267,6 +293,7 @@ def _(x, weight, psi, phi, bias, scale, plan):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("genft::input_edit_linear_backward", mutates_args=())
+@as_kernel
 def _input_edit_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -356,6 +383,7 @@ def input_edit_linear(
 
 
 @torch.library.custom_op("genft::weight_features", mutates_args=())
+@as_kernel
 def _weight_features(
     weight: Tensor, a: Tensor, bias: Tensor | None, ratio: float, dropout: float, seed: Tensor | None, plan: str
 ) -> Tensor:
@@ -369,6 +397,7 @@ def _(weight, a, bias, ratio, dropout, seed, plan):  # type: ignore[no-untyped-d
 
 
 @torch.library.custom_op("genft::weight_features_backward", mutates_args=())
+@as_kernel
 def _weight_features_backward(
     dz: Tensor, weight: Tensor, ratio: float, dropout: float, seed: Tensor | None, plan: str
 ) -> Tensor:
