@@ -111,7 +111,7 @@ METHODS = (
             partial(_genft, own),
             "generated_linear" if form == "generated" else "lowrank_linear",
             _apply_genft if form == "generated" else None,
-            ("reference", "panel", "fused"),
+            ("panel", "fused"),
             (("q_proj", "v_proj"), 8),
         )
         for name, form, own in (

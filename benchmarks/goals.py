@@ -57,14 +57,6 @@ def _ours(records: Iterable[Record], *forms: str, **wanted: Any) -> dict[str, li
     return found
 
 
-def _generated(method: str, records: Iterable[Record]) -> str:
-    """The contender that speaks for a generated method: the module, or where there is none the operations, fastest
-    family first found."""
-    names = [f"genft-{method}{family}" for family in ("", "-panel", "-fused", "-reference")]
-    measured = {record["contender"] for record in _pick(records)}
-    return next((name for name in names if name in measured), names[0])
-
-
 def _geomean(values: Iterable[float]) -> float:
     values = list(values)
     return math.exp(sum(math.log(v) for v in values) / len(values))
@@ -129,7 +121,7 @@ def _p2(records: list[Record]) -> list[Finding]:
 def _p3(records: list[Record]) -> list[Finding]:
     found = []
     for method, r, limit in (("genft-gelu", 16, 1.15), ("genft-leakyrelu", 37, 1.30)):
-        own = _pick(records, contender=_generated(method, records), mode="step", dtype="bf16", r=r)
+        own = _pick(records, contender=f"genft-{method}", mode="step", dtype="bf16", r=r)
         for peer, most in (("trainable", limit), (f"naive-{method}", 0.5)):
             pairs = _against(records, own, peer)
             if pairs:
@@ -141,7 +133,7 @@ def _p4(records: list[Record]) -> list[Finding]:
     found = []
     floors = {key(r): r for r in _pick(records, contender="frozen") if "memory" in r}
     for method, r in (("genft-gelu", 16), ("genft-leakyrelu", 37)):
-        own = _pick(records, contender=_generated(method, records), mode="step", dtype="bf16", r=r)
+        own = _pick(records, contender=f"genft-{method}", mode="step", dtype="bf16", r=r)
         pairs = []
         for record in own:
             floor = floors.get(key(record))
@@ -207,7 +199,7 @@ def _p8(records: list[Record]) -> list[Finding]:
         found.append(Finding(f"{name} against frozen", own[-1]["ratio"]["median"], 1.10))
         for value, _ in _against(records, own, "peft-lora"):
             found.append(Finding(f"{name} against peft-lora", value, 0.65))
-    for record in _pick(records, contender=_generated("genft-gelu", records), **layer):
+    for record in _pick(records, contender="genft-genft-gelu", **layer):
         found.append(Finding("genft-gelu against frozen", record["ratio"]["median"], 1.75))
         for value, _ in _against(records, [record], "naive-genft-gelu"):
             found.append(Finding("genft-gelu against the released formulation", value, 0.65))

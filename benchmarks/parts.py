@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -214,9 +215,9 @@ def sweep(run: Run) -> None:
     """Candidate plans on the shapes of the goals; the best of each, if it is right, becomes the plan table."""
     dtype = _dtype(run)
     problems = _problems(run, dtype)
-    failed = _compile(run, problems, dtype)
+    compiled = _compile(run, problems, dtype)
     for problem in problems:
-        entry = _sweep_one(run, problem, dtype, failed)
+        entry = _sweep_one(run, problem, dtype, compiled)
         run.data["sweep"].append(entry)
         best = entry["best"]
         print(
@@ -229,25 +230,33 @@ def sweep(run: Run) -> None:
         write_plans(run)
 
 
-def _compile(run: Run, problems: Sequence[Problem], dtype: torch.dtype) -> dict[tuple[str, int, str], str]:
-    """Compiles the candidates in the workers before anything is timed, one shape for all of equal kernels (sizes are
-    run-time arguments). Returns what failed, by operation, rank and plan."""
+Kernels = tuple[str, int, str]
+
+
+def _kernels(problem: Problem, plan: LaunchPlan) -> Kernels:
+    """What a plan compiles to: sizes, groups and panels are run-time arguments."""
+    skinny, contract = replace(plan.skinny, groups=1), replace(plan.contract, groups=1, panel=1)
+    return problem.operation, problem.r, str(replace(plan, skinny=skinny, contract=contract))
+
+
+def _compile(run: Run, problems: Sequence[Problem], dtype: torch.dtype) -> dict[Kernels, str] | None:
+    """Compiles candidates in the workers before anything is timed, most wanted first, for less than half of the time
+    that is left. What went wrong ("": nothing) for each that was compiled; None where there are no workers."""
     if run.workers < 2:
-        return {}
-    chosen: dict[tuple[str, int, bool], Problem] = {}
+        return None
+    items: dict[Kernels, tuple[Problem, str, str]] = {}
     for problem in problems:
-        chosen.setdefault((problem.operation, problem.r, 0 < problem.m <= 64), problem)
-    items = {
-        (problem, DTYPE_NAMES[dtype], str(plan))
-        for problem in chosen.values()
-        for plan in candidates(problem, OPERATIONS[problem.operation], device_facts(run.device))
-    }
-    ordered = sorted(items, key=lambda item: problems.index(item[0]))
-    return {
-        (problem.operation, problem.r, plan): str(error)
-        for (problem, _, plan), error in spread(_warm, ordered, run)
-        if error is not None
-    }
+        for plan in candidates(problem, OPERATIONS[problem.operation], device_facts(run.device)):
+            items.setdefault(_kernels(problem, plan), (problem, DTYPE_NAMES[dtype], str(plan)))
+    names = {item: kernels for kernels, item in items.items()}
+    until = time.monotonic() + 0.45 * min(run.left(), 400)
+    done: dict[Kernels, str] = {}
+    for item, error in spread(_warm, list(items.values()), run):
+        done[names[item]] = "" if error is None else str(error)
+        if time.monotonic() > until:
+            break
+    print(f"  compiled {len(done)} of {len(items)} candidates", flush=True)
+    return done
 
 
 def _problems(run: Run, dtype: torch.dtype) -> list[Problem]:
@@ -315,16 +324,17 @@ def _warm(item: tuple[Problem, str, str], device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _sweep_one(
-    run: Run, problem: Problem, dtype: torch.dtype, known_to_fail: dict[tuple[str, int, str], str]
-) -> dict[str, Any]:
+def _sweep_one(run: Run, problem: Problem, dtype: torch.dtype, compiled: dict[Kernels, str] | None) -> dict[str, Any]:
     operation = OPERATIONS[problem.operation]
     plans = candidates(problem, operation, device_facts(run.device))
+    default, reference = str(plans[0]), str(LaunchPlan("reference"))
     if run.tiny:
         plans = [plan for plan in plans if plan.algorithm == "reference"] + plans[:1] + plans[-1:]
-    failed = {
-        plan: why for (name, r, plan), why in known_to_fail.items() if (name, r) == (problem.operation, problem.r)
-    }
+    failed: dict[str, str] = {}
+    if compiled is not None:
+        # What was not compiled in time would be compiled here, one after the other: only the default is worth that.
+        plans = [p for p in plans if str(p) in (default, reference) or _kernels(problem, p) in compiled]
+        failed = {str(p): compiled[_kernels(problem, p)] for p in plans if compiled.get(_kernels(problem, p))}
     make, floor = _steps(problem, dtype, run.device)
     steps: dict[str, Step] = {}
     for plan in plans:
@@ -341,7 +351,6 @@ def _sweep_one(
         name: Stats.of(ms).median
         for name, ms in interleave(steps, clock, seconds=0.3, min_rounds=3, max_rounds=6, warmup=1).items()
     }
-    default, reference = str(plans[0]), str(LaunchPlan("reference"))
     finalists = sorted(first, key=lambda name: first[name])[:6]
     finalists += [name for name in (default, reference) if name in steps and name not in finalists]
     final = {name: steps[name] for name in finalists}

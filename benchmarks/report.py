@@ -456,6 +456,10 @@ def _chart_roofline(device: Device, path: Path) -> Path | None:
             axis.plot(xs, [min(top, slope * x) for x in xs], color="black", linewidth=1)
             axis.annotate(f"product, {dtype}", (high, top), fontsize=7, ha="right", va="bottom")
     axis.set(xscale="log", yscale="log", xlabel="operations per byte of the floor", ylabel="TFLOP/s of the floor")
+    for each in (axis.xaxis, axis.yaxis):
+        each.set_major_formatter("{x:g}")
+        each.set_minor_formatter("{x:g}")
+    axis.tick_params(which="minor", labelsize=6)
     axis.set_title(device.name, fontsize=9)
     axis.legend(fontsize=7)
     return _save(figure, path)
@@ -483,29 +487,36 @@ def _chart_scaling(device: Device, path: Path) -> Path | None:
         panels.append((words, own, lambda r, field=field: r[field]))  # type: ignore[misc]
     if deep:
         panels.append(("layers", deep, lambda r: r["model"]["layers"]))
+    every = list(dict.fromkeys(r["contender"] for r in records))
     figure, axes = _figure(2, len(panels), 3.2 * len(panels), 5.6)
     for column, (words, own, place) in enumerate(panels):
         for row, (value, label) in enumerate(
             ((lambda r: r["ms"]["median"], "ms"), (lambda r: r["memory"]["peak"] / 2**20, "peak, MiB"))
         ):
             axis = axes[row][column]
-            for number, name in enumerate(dict.fromkeys(r["contender"] for r in own)):
+            for name in dict.fromkeys(r["contender"] for r in own):
+                number = every.index(name)
                 curve = sorted((r for r in own if r["contender"] == name and "memory" in r), key=place)
                 kind = curve[0]["kind"] if curve else "floor"
                 axis.plot(
                     [place(r) for r in curve],
                     [value(r) for r in curve],
-                    color="black" if name == "frozen" else COLOURS[kind],
-                    linestyle="--" if name == "frozen" else "-",
+                    color="black" if name == "frozen" else f"C{number}",
+                    linestyle={"floor": "--", "genft": "-"}.get(kind, ":"),
                     marker=MARKS[number % len(MARKS)],
                     markersize=3,
                     linewidth=1,
                     label=name,
                 )
             axis.set(xscale="log", yscale="log", ylabel=label if column == 0 else "")
+            axis.minorticks_off()
+            places = sorted({place(r) for r in own})
+            axis.set_xticks(places, [f"{p:g}" for p in places], fontsize=7)
+            axis.yaxis.set_major_formatter("{x:g}")
             if row == 1:
                 axis.set_xlabel(words)
-        axes[0][column].legend(fontsize=6)
+        if words in ("M", "layers"):
+            axes[0][column].legend(fontsize=6)
     figure.suptitle(
         f"forward and backward around M = {common[0]}, N = K = {common[1]}, r = {common[2]}; {device.name}", fontsize=9
     )
