@@ -21,10 +21,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Activation:
-    """An element-wise function σ of the pre-activation z: `forward(z)` = σ(z), `backward(grad, z)` = grad·σ'(z)."""
+    """An element-wise function σ of the pre-activation z: `forward(z)` = σ(z), `forward_(z)` the same in z's own
+    memory, `backward(grad, z)` = grad·σ'(z)."""
 
     name: str
     forward: Callable[[Tensor], Tensor]
+    forward_: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -39,16 +41,17 @@ def _sigmoid_backward(grad: Tensor, z: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Activation] = {
     a.name: a
     for a in (
-        Activation("none", lambda z: z, lambda grad, z: grad),
-        Activation("relu", torch.relu, lambda grad, z: aten.threshold_backward(grad, z, 0.0)),
+        Activation("none", lambda z: z, lambda z: z, lambda grad, z: grad),
+        Activation("relu", torch.relu, torch.relu_, lambda grad, z: aten.threshold_backward(grad, z, 0.0)),
         Activation(
             "leakyrelu",
             lambda z: torch.nn.functional.leaky_relu(z, LEAKY_SLOPE),
+            lambda z: aten.leaky_relu_(z, LEAKY_SLOPE),
             lambda grad, z: aten.leaky_relu_backward(grad, z, LEAKY_SLOPE, False),
         ),
-        Activation("gelu", torch.nn.functional.gelu, lambda grad, z: aten.gelu_backward(grad, z)),
-        Activation("tanh", torch.tanh, _tanh_backward),
-        Activation("sigmoid", torch.sigmoid, _sigmoid_backward),
+        Activation("gelu", torch.nn.functional.gelu, aten.gelu_, lambda grad, z: aten.gelu_backward(grad, z)),
+        Activation("tanh", torch.tanh, torch.tanh_, _tanh_backward),
+        Activation("sigmoid", torch.sigmoid, torch.sigmoid_, _sigmoid_backward),
     )
 }
 

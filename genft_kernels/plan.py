@@ -143,24 +143,21 @@ class Problem:
 LOW_RANK_DEFAULTS: dict[int, tuple[tuple[int, SkinnyPlan, SkinnyPlan], ...]] = {
     2: (
         (16, SkinnyPlan(64, 128, warps=4, stages=3), SkinnyPlan(16, 64, warps=4, stages=3)),
-        (64, SkinnyPlan(64, 32, warps=8, stages=3), SkinnyPlan(16, 32, warps=4, stages=2)),
+        (64, SkinnyPlan(64, 32, warps=8, stages=3), SkinnyPlan(64, 32, warps=8, stages=3)),
     ),
     4: (
         (16, SkinnyPlan(32, 32, warps=4, stages=2), SkinnyPlan(16, 64, warps=4, stages=2)),
-        (32, SkinnyPlan(32, 32, warps=8, stages=2), SkinnyPlan(16, 16, warps=4, stages=2)),
+        (32, SkinnyPlan(32, 16, warps=4, stages=2), SkinnyPlan(16, 16, warps=4, stages=2)),
     ),
 }
 PRODUCT_DEFAULTS = {2: ProductPlan(), 4: ProductPlan(64, 64, 32, warps=4, stages=2)}
 # By element size: (widest rank served, blocks of the generated product, of the passes over the generated matrix).
 GENERATED_DEFAULTS: dict[int, tuple[tuple[int, ProductPlan, ContractPlan], ...]] = {
     2: (
-        (64, ProductPlan(128, 128, 32, stages=2), ContractPlan(64, 64, 32)),
-        (128, ProductPlan(128, 64, 32, stages=2), ContractPlan(64, 64, 32)),
+        (64, ProductPlan(128, 128, 32, warps=8, stages=2), ContractPlan(64, 32, 32, warps=8)),
+        (128, ProductPlan(128, 64, 32, warps=8, stages=2), ContractPlan(64, 32, 32, warps=8)),
     ),
-    4: (
-        (64, ProductPlan(64, 64, 16, warps=8, stages=2), ContractPlan(32, 32, 16)),
-        (128, ProductPlan(32, 32, 16, warps=8, stages=2), ContractPlan(32, 32, 16)),
-    ),
+    4: ((64, ProductPlan(64, 32, 16, warps=8, stages=2), ContractPlan(32, 32, 16, warps=8)),),
 }
 
 

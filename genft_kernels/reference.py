@@ -23,22 +23,24 @@ from .activations import activation as activation_named
 from .dropout import keep_mask
 
 _PANEL_ELEMENTS = 1 << 16  # a panel and its mask stay in a core's L2
-_GENERATED_ELEMENTS = 1 << 18  # a panel of a generated weight, which a full product reads: larger, still bounded
+_GENERATED_ELEMENTS = 1 << 19  # a panel of a generated weight feeds a product, which wants it larger ...
+_GENERATED_SHARE = 32  # ... and of a large weight, this part of it
 
 
 # ---- skinny products, with dropout where a seed is given
 
 
-def _panels(rows: int, columns: int, elements: int = _PANEL_ELEMENTS, at_least: int = 1) -> Iterator[slice]:
+def _panels(rows: int, columns: int, elements: int = _PANEL_ELEMENTS) -> Iterator[slice]:
     """Stretches of rows that make panels of about `elements`."""
-    height = max(at_least, elements // max(columns, 1))
+    height = max(1, elements // max(columns, 1))
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
 
 
-def _dropped(panel: Tensor, rows: slice, dropout: float, seed: Tensor) -> Tensor:
-    """`panel`, the rows `rows` of a larger matrix, with dropped elements zero and survivors scaled by 1/(1-p)."""
-    keep = keep_mask(seed, dropout, range(rows.start, rows.stop), range(panel.shape[1]))
+def _dropped(panel: Tensor, rows: slice, dropout: float, seed: Tensor, first_column: int = 0) -> Tensor:
+    """`panel`, a part of a larger matrix, with dropped elements zero and survivors scaled by 1/(1-p)."""
+    columns = range(first_column, first_column + panel.shape[1])
+    keep = keep_mask(seed, dropout, range(rows.start, rows.stop), columns)
     return torch.where(keep, panel / (1.0 - dropout), 0.0)
 
 
@@ -231,16 +233,33 @@ class Generated:
             column=None if self.column is None else self.column[columns],
         )
 
+    def with_row_inside(self) -> Generated:
+        """The same T with the row term as one more rank, [H row] [B 1]ᵀ: no pass of its own over a panel."""
+        if self.row is None:
+            return self
+        h = torch.cat([self.h, self.row[:, None]], 1)
+        b = torch.cat([self.b, self.b.new_ones(self.b.shape[0], 1)], 1)
+        return replace(self, h=h, b=b, row=None)
+
     def preactivation(self, rows: slice) -> Tensor:
         """Z of a panel of rows [rows, K], in the dtype of the factors."""
-        h = self.h[rows]
-        z = h @ self.b.t() if self.column is None else torch.addmm(self.column, h, self.b.t())
-        return z if self.row is None else z.add_(self.row[rows, None])
+        if self.row is not None:
+            return self.part(rows).with_row_inside().preactivation(slice(None))
+        h, b_t = self.h[rows], self.b.t()
+        return h @ b_t if self.column is None else torch.addmm(self.column, h, b_t)
 
     def value(self, z: Tensor, rows: slice) -> Tensor:
-        """T of the panel, from its Z. May share memory with z where σ is none."""
+        """T of the panel, from its Z. Shares memory with z where σ is none and nothing is dropped."""
         t = activation_named(self.activation).forward(z)
         return t if self.seed is None else _dropped(t, rows, self.dropout, self.seed)
+
+    def added_to(self, weight: Tensor, scale: float, rows: slice, columns: slice) -> Tensor:
+        """W0 + s T of a part, in W0's dtype; one buffer where the dtypes agree and nothing is dropped."""
+        t = activation_named(self.activation).forward_(self.part(rows, columns).preactivation(slice(None)))
+        if self.seed is not None:
+            t = _dropped(t, rows, self.dropout, self.seed, columns.start)
+        t = t.to(weight.dtype)
+        return torch.add(weight[rows, columns], t, alpha=scale, out=t)
 
     def backward(self, dt: Tensor, z: Tensor, rows: slice) -> Tensor:
         """dL/dZ of the panel, from dL/dT."""
@@ -250,10 +269,12 @@ class Generated:
 
 
 class GeneratedGradients:
-    """Sums dL/dH, dL/dB, dL/drow and dL/dcolumn over panels of E = dL/dZ. `needs` follows that order."""
+    """Sums dL/dH, dL/dB, dL/drow and dL/dcolumn over panels of E = dL/dZ, which may lack a constant `scale`. `needs`
+    follows that order."""
 
-    def __init__(self, made: Generated, needs: tuple[bool, bool, bool, bool]) -> None:
+    def __init__(self, made: Generated, needs: tuple[bool, bool, bool, bool], scale: float = 1.0) -> None:
         self.made = made
+        self.scale = scale
         self.h = torch.empty_like(made.h) if needs[0] else None
         self.b = torch.zeros_like(made.b) if needs[1] else None
         self.row = torch.empty_like(made.row) if needs[2] and made.row is not None else None
@@ -270,28 +291,25 @@ class GeneratedGradients:
         if self.column is not None:
             self.column += e.sum(0)
 
-    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        return self.h, self.b, self.row, self.column
+    def results(self) -> tuple[Tensor | None, ...]:
+        return tuple(g if g is None else g.mul_(self.scale) for g in (self.h, self.b, self.row, self.column))
 
 
-def _generated_panels(weight: Tensor) -> Iterator[slice]:
-    return _panels(weight.shape[0], weight.shape[1], _GENERATED_ELEMENTS, at_least=64)
+def _generated_panels(length: int, other: int, buffers: int) -> Iterator[slice]:
+    """Stretches of an index of T of `length` whose panels, `buffers` of them alive at a time, are bounded together."""
+    return _panels(length, other, max(_GENERATED_ELEMENTS, length * other // _GENERATED_SHARE) // buffers)
 
 
 # ---- y = x (W0 + s T)ᵀ + b
 
 
-def _generated_weight(weight: Tensor, made: Generated, z: Tensor, rows: slice, scale: float) -> Tensor:
-    """W0 + s T of a panel, in W0's dtype."""
-    t = made.value(z, rows)
-    return torch.add(weight[rows], t.to(weight.dtype), alpha=scale)
-
-
 def generated_linear_forward(x: Tensor, weight: Tensor, made: Generated, bias: Tensor | None, scale: float) -> Tensor:
     """Returns y [M,N]. Nothing is kept: the backward generates the panels again."""
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    for rows in _generated_panels(weight):
-        panel = _generated_weight(weight, made, made.preactivation(rows), rows, scale)
+    n, k = weight.shape
+    y = x.new_empty(x.shape[0], n)
+    made = made.with_row_inside()
+    for rows in _generated_panels(n, k, 1):
+        panel = made.added_to(weight, scale, rows, slice(0, k))
         if bias is None:
             torch.mm(x, panel.t(), out=y[:, rows])
         else:
@@ -309,20 +327,24 @@ def generated_linear_backward(
 ) -> tuple[Tensor | None, ...]:
     """dX = dY (W0 + s T); E = s drop(dYᵀ x)·σ'(Z); dH = E B, dB = Eᵀ H, drow = E 1, dcolumn = Eᵀ 1; db = Σ dY.
 
-    `needs` and the result follow x, H, B, bias, row, column.
+    `needs` and the result follow x, H, B, bias, row, column. dX goes by panels of columns and the factors by panels of
+    rows: either way the results are disjoint, so nothing is summed in a low-precision tensor.
     """
     need_x, need_h, need_b, need_bias, need_row, need_column = needs
+    n, k = weight.shape
+    inside = made.with_row_inside()
+    dx = None
+    if need_x:
+        dx = torch.empty_like(x)
+        for columns in _generated_panels(k, n, 1):
+            torch.mm(dy, inside.added_to(weight, scale, slice(0, n), columns), out=dx[:, columns])
     factor_needs = (need_h, need_b, need_row, need_column)
-    dx = torch.zeros_like(x) if need_x else None
-    gradients = GeneratedGradients(made, factor_needs)
-    if need_x or any(factor_needs):
-        for rows in _generated_panels(weight):
-            z = made.preactivation(rows)
-            if dx is not None:
-                dx.addmm_(dy[:, rows], _generated_weight(weight, made, z, rows, scale))
-            if any(factor_needs):
-                dt = (dy[:, rows].t() @ x).to(z.dtype).mul_(scale)
-                gradients.add(made.backward(dt, z, rows), rows)
+    gradients = GeneratedGradients(made, factor_needs, scale)
+    if any(factor_needs):
+        for rows in _generated_panels(n, k, 2):
+            z = inside.preactivation(rows)
+            dt = (dy[:, rows].t() @ x).to(z.dtype)
+            gradients.add(made.backward(dt, z, rows), rows)
     dh, db, drow, dcolumn = gradients.results()
     return dx, dh, db, dy.sum(0) if need_bias else None, drow, dcolumn
 

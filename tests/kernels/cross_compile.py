@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,26 +170,36 @@ def generated_calls(
         )
 
 
+def _padded_ranks(entries: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], int, float]]:
+    """Each entry with every padded rank that it serves, without dropout; and the widest with dropout."""
+    served = 0
+    for entry in entries:
+        for r in (16, 32, 64, 128):
+            if served < r <= entry[0]:
+                yield entry, r, 0.0
+        yield entry, entry[0], 0.1
+        served = entry[0]
+
+
 def default_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every entry of the default plans and of the measured tables, each with and without dropout."""
+    """Every entry of the default plans, at every rank that it is compiled for."""
     dtypes = {2: torch.bfloat16, 4: torch.float32}
-    for itemsize, entries in plans.LOW_RANK_DEFAULTS.items():
-        for r, *skinny in entries:
-            for blocks in skinny:
+    for itemsize, low_rank in plans.LOW_RANK_DEFAULTS.items():
+        dtype = dtypes[itemsize]
+        for (_, many, few), r, dropout in _padded_ranks(low_rank):
+            for blocks in dict.fromkeys((many, few)):
                 plan = LaunchPlan("thin", blocks, plans.PRODUCT_DEFAULTS[itemsize])
-                for dropout in (0.0, 0.1):
-                    for name, call in low_rank_calls(r, dtypes[itemsize], plan, dropout=dropout):
-                        yield f"{name} r={r} {dtypes[itemsize]} {blocks} dropout={dropout}", call
-            fused = replace(plan, algorithm="fused")
-            for name, call in low_rank_calls(r, dtypes[itemsize], fused, dropout=0.1):
-                yield f"{name} r={r} {dtypes[itemsize]} {fused.product}", call
+                for name, call in low_rank_calls(r, dtype, plan, dropout=dropout):
+                    yield f"{name} r={r} {dtype} {blocks} dropout={dropout}", call
+            for name, call in low_rank_calls(r, dtype, replace(plan, algorithm="fused"), dropout=dropout):
+                yield f"{name} r={r} {dtype} fused dropout={dropout}", call
     for itemsize, generated in plans.GENERATED_DEFAULTS.items():
-        for r, product, contract in generated:
+        dtype = dtypes[itemsize]
+        for (_, product, contract), r, dropout in _padded_ranks(generated):
             for algorithm in ("fused", "panel"):
                 plan = LaunchPlan(algorithm, product=product, contract=contract)
-                for dropout in (0.0, 0.1):
-                    for name, call in generated_calls(r, dtypes[itemsize], plan, dropout=dropout):
-                        yield f"generated_{name} r={r} {dtypes[itemsize]} {algorithm} dropout={dropout}", call
+                for name, call in generated_calls(r, dtype, plan, dropout=dropout):
+                    yield f"generated_{name} r={r} {dtype} {algorithm} dropout={dropout}", call
 
 
 def main() -> int:

@@ -1,0 +1,34 @@
+"""Every kernel of every plan compiles for GPUs that are not here: no spills, shared memory that fits, wgmma on Hopper.
+
+In a process of its own, for there the kernels must not be interpreted.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_plan_compiles_within_limits(target):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.cross_compile", target],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, "\n".join([*(line for line in lines if line.startswith("BAD")), done.stderr[-2000:]])
+    for kernel in ("_skinny", "_product", "_generated_product", "_contract", "_fold", "_panel"):
+        assert any(f" {kernel}_kernel " in line for line in lines), f"nothing compiled {kernel}_kernel"
+    if target == "sm_90":
+        products = [line for line in lines if "_product_kernel " in line and "torch.bfloat16" in line]
+        assert products
+        assert all(" wgmma " in line for line in products), products
