@@ -7,6 +7,7 @@ Importing this package makes its methods known to peft: `get_peft_model`, `PeftM
 from genft_modules.forms import Generated, InputEdit, LowRank
 from genft_modules.generators import METHODS, GeneratorConfig, GenFTConfig, GIFTConfig, LoRAConfig, WeGeFTConfig
 from genft_modules.linear import FusedGenLinear
+from genft_modules.released import load_released_genft
 from genft_modules.tuner import GenFTModel, SharedGenerators
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "LowRank",
     "SharedGenerators",
     "WeGeFTConfig",
+    "load_released_genft",
 ]
