@@ -50,6 +50,18 @@ def keep_mask(p_seed, threshold, o_row, o_col):
     return _mix(key[:, None] ^ column[None, :]) >= tl.cast(threshold, tl.uint32)
 
 
+@triton.jit
+def grouped_tile(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """(row, column) of the tile that program `pid` of a product makes: programs that run together share columns of the
+    right operand and rows of the left one in the L2."""
+    tiles_m = tl.cdiv(M, BM)
+    tiles_n = tl.cdiv(N, BN)
+    band = pid // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - band * GROUP, GROUP)
+    within = pid % (GROUP * tiles_n)
+    return band * GROUP + within % height, within // height
+
+
 def precision(dtype: torch.dtype) -> str:
     """How fp32 operands are multiplied: as torch is told to multiply them."""
     # `allow_tf32` raises where the setting was made through `fp32_precision`; this one reads either.

@@ -27,7 +27,7 @@ from ..dropout import threshold
 from ..plan import ContractPlan, ProductPlan
 from ..reference import Generated
 from .activations import twins
-from .common import INTERPRETING, dot, keep_mask, precision, rank_block, strides, unit, vector
+from .common import INTERPRETING, dot, grouped_tile, keep_mask, precision, rank_block, strides, unit, vector
 
 
 @triton.jit
@@ -64,14 +64,7 @@ def _generated_product_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BM)
-    tiles_n = tl.cdiv(N, BN)
-    band = pid // (GROUP * tiles_n)
-    band_height = tl.minimum(tiles_m - band * GROUP, GROUP)
-    tile_m = band * GROUP + (pid % (GROUP * tiles_n)) % band_height
-    tile_n = (pid % (GROUP * tiles_n)) // band_height
-
+    tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BM, BN, GROUP)
     dtype = p_a.dtype.element_ty
     o_m = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)
     o_n = (tile_n * BN + tl.arange(0, BN)).to(tl.int64)

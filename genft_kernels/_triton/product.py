@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..dropout import threshold
 from ..plan import ProductPlan
-from .common import INTERPRETING, dot, keep_mask, precision, rank_block, unit, vector
+from .common import INTERPRETING, dot, grouped_tile, keep_mask, precision, rank_block, unit, vector
 
 
 @triton.jit
@@ -29,15 +29,7 @@ def _product_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    # Tiles that run together share columns of B and rows of A in the L2.
-    pid = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BM)
-    tiles_n = tl.cdiv(N, BN)
-    band = pid // (GROUP * tiles_n)
-    band_height = tl.minimum(tiles_m - band * GROUP, GROUP)
-    tile_m = band * GROUP + (pid % (GROUP * tiles_n)) % band_height
-    tile_n = (pid % (GROUP * tiles_n)) // band_height
-
+    tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BM, BN, GROUP)
     dtype = p_a.dtype.element_ty
     o_m = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)
     o_n = (tile_n * BN + tl.arange(0, BN)).to(tl.int64)
