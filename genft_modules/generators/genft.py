@@ -282,7 +282,7 @@ class GenFTGenerator(Generator):
         if len(self.stages) == 2:
             first = Generated(h, b, None, bias_b, 1.0, self.outer, drop)
             a, b, bias_a, bias_b = self._factors(2, weight)
-            h = self._features(first, a * self.factor_ratio, bias_a)
+            h = self._features(first, a if self.factor_ratio == 1.0 else a * self.factor_ratio, bias_a)
         if self.features_are_rows:
             return Generated(h, b, None, bias_b, self.scale, self.outer, drop)
         return Generated(b, h, bias_b, None, self.scale, self.outer, drop)
