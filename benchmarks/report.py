@@ -131,6 +131,12 @@ def _environment(device: Device) -> list[str]:
     else:
         facts[:0] = [f"{about['threads']} threads"]
     lines = [f"{device.name}: {', '.join(facts)}.", ""]
+    if about["type"] == "cpu" and run.get("load", 0.0) > 0.5:
+        lines += [
+            f"Other processes were running (load {run['load']:g} before the run): times are longer than the machine's "
+            "own and spread wider; ratios within a run suffer less.",
+            "",
+        ]
     if ceilings:
         products = ", ".join(f"{name} {value:.3g} TFLOP/s" for name, value in ceilings["product_tflops"].items())
         lines += [

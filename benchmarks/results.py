@@ -116,6 +116,7 @@ class Run:
                 "torch": torch.__version__,
                 "cuda": torch.version.cuda,
                 "threads": torch.get_num_threads(),
+                "load": round(os.getloadavg()[0], 2),  # what else the machine was doing when the run began
                 **{name: _version(name) for name in packages},
                 "parts": [],
                 "left_out": {},
