@@ -44,6 +44,16 @@ def _dropped(panel: Tensor, rows: slice, dropout: float, seed: Tensor, first_col
     return torch.where(keep, panel / (1.0 - dropout), 0.0)
 
 
+def _total(like: Tensor, *shape: int) -> Tensor:
+    """Zeros to sum panels in: float32 where the half precision of `like` would be rounded to at every panel."""
+    return like.new_zeros(shape, dtype=torch.float32 if like.dtype.itemsize == 2 else like.dtype)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total += left @ right."""
+    return total.addmm_(left, right) if total.dtype == left.dtype else total.add_(left @ right)
+
+
 def _project(source: Tensor, factor: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """drop(source) @ factor: [M,C] @ [C,r] -> [M,r]."""
     if seed is None:
@@ -58,9 +68,9 @@ def _outer(left: Tensor, source: Tensor, dropout: float = 0.0, seed: Tensor | No
     """leftᵀ @ drop(source): [r,M] @ [M,C] -> [r,C]."""
     if seed is None:
         return left.t() @ source
-    out = source.new_zeros(left.shape[1], source.shape[1])
+    out = _total(source, left.shape[1], source.shape[1])
     for rows in _panels(*source.shape):
-        out.addmm_(left[rows].t(), _dropped(source[rows], rows, dropout, seed))
+        _add_product_(out, left[rows].t(), _dropped(source[rows], rows, dropout, seed))
     return out
 
 
@@ -276,23 +286,24 @@ class GeneratedGradients:
         self.made = made
         self.scale = scale
         self.h = torch.empty_like(made.h) if needs[0] else None
-        self.b = torch.zeros_like(made.b) if needs[1] else None
+        self.b = _total(made.b, *made.b.shape) if needs[1] else None
         self.row = torch.empty_like(made.row) if needs[2] and made.row is not None else None
-        self.column = torch.zeros_like(made.column) if needs[3] and made.column is not None else None
+        self.column = _total(made.column, *made.column.shape) if needs[3] and made.column is not None else None
 
     def add(self, e: Tensor, rows: slice) -> None:
         """Takes E of a panel, in the dtype of the factors."""
         if self.h is not None:
             torch.mm(e, self.made.b, out=self.h[rows])
         if self.b is not None:
-            self.b.addmm_(e.t(), self.made.h[rows])
+            _add_product_(self.b, e.t(), self.made.h[rows])
         if self.row is not None:
             self.row[rows] = e.sum(1)
         if self.column is not None:
-            self.column += e.sum(0)
+            self.column += e.sum(0, dtype=self.column.dtype)
 
     def results(self) -> tuple[Tensor | None, ...]:
-        return tuple(g if g is None else g.mul_(self.scale) for g in (self.h, self.b, self.row, self.column))
+        found = (self.h, self.b, self.row, self.column)
+        return tuple(g if g is None else g.mul_(self.scale).to(self.made.h.dtype) for g in found)
 
 
 def _generated_panels(length: int, other: int, buffers: int) -> Iterator[slice]:
@@ -354,13 +365,13 @@ def generated_linear_backward(
 
 def generated_features_forward(made: Generated, a: Tensor, bias: Tensor | None) -> Tensor:
     """Returns z [K,r2] from A [r2,N], reduced over N panel by panel."""
-    z2 = made.b.new_zeros(made.b.shape[0], a.shape[0])
+    z2 = _total(made.b, made.b.shape[0], a.shape[0])
     if bias is not None:
         z2 += bias
     for rows in _panels(made.h.shape[0], made.b.shape[0]):
         t = made.value(made.preactivation(rows), rows)
-        z2.addmm_(t.t(), a[:, rows].t())
-    return z2
+        _add_product_(z2, t.t(), a[:, rows].t())
+    return z2.to(made.b.dtype)
 
 
 def generated_features_backward(

@@ -27,12 +27,13 @@ def none_grad(z):
 
 @triton.jit
 def relu(z):
-    return tl.maximum(z, 0.0)
+    # Not tl.maximum, which turns a NaN into 0.
+    return tl.where(z <= 0.0, 0.0, z)
 
 
 @triton.jit
 def relu_grad(z):
-    return tl.where(z > 0.0, 1.0, 0.0)
+    return tl.where(z <= 0.0, 0.0, 1.0)
 
 
 @triton.jit

@@ -12,8 +12,9 @@ import torch
 import genft_kernels as gk
 from genft_kernels import DeviceFacts, LaunchPlan, Problem, choose_plan
 from genft_kernels import generated as generated_ops
+from genft_kernels.activations import ACTIVATIONS
 
-from .truth import assert_close_to_truth, make_case, run
+from .truth import assert_close_to_truth, error, make_case, run
 
 NAMES = ("lowrank_linear", "input_edit_linear", "input_edit", "weight_features", "generated_linear")
 ALGORITHMS = dict.fromkeys(NAMES, "thin") | {"generated_linear": "panel", "generated_features": "fused"}
@@ -120,3 +121,30 @@ def test_an_empty_generated_matrix_is_refused(shape):
 def test_what_is_no_tensor_is_named(options, words):
     with pytest.raises(TypeError, match=words):
         gk.lowrank_linear(torch.randn(4, 3), torch.randn(5, 3), torch.randn(3, 2), torch.randn(5, 2), **options)
+
+
+# ---- the reference summed panels in half precision: an error that grows with the number of panels
+
+
+@pytest.mark.parametrize("name", ["lowrank_linear", "weight_features", "generated_features"])
+def test_sums_over_panels_are_not_rounded_at_each(name):
+    m, n, k = (2048, 16, 1024) if name == "lowrank_linear" else (1, 2048, 1024)
+    case = make_case(name, m, n, k, 2, torch.float16, torch.device("cpu"), dropout=0.3)
+    truth = run(case.truth, case, torch.float64)
+    own, found = run(case.truth, case, torch.float16), run(case.operation, case, backend="reference")
+    truth.pop("grad.bias", None)  # no sum over panels
+    for key, value in truth.items():
+        assert error(found[key], value) <= 1.5 * error(own[key], value) + 1e-4, key
+
+
+# ---- relu in a kernel turned a NaN into 0
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("algorithm", ["reference", "panel"])
+def test_a_nan_is_not_hidden(algorithm, activation, device):
+    x, weight, h, b = (torch.randn(shape, device=device) for shape in ((4, 6), (5, 6), (5, 2), (6, 2)))
+    h[1, 0] = torch.nan
+    y = gk.generated_linear(x, weight, h, b, activation=activation, plan=LaunchPlan(algorithm))
+    assert y[:, 1].isnan().all()
+    assert y[:, [0, 2, 3, 4]].isfinite().all()
