@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,37 +20,52 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Activation:
-    """An element-wise function σ of the pre-activation z: `forward(z)` = σ(z), `forward_(z)` the same in z's own
-    memory, `backward(grad, z)` = grad·σ'(z)."""
+    """An element-wise function σ of the pre-activation z.
+
+    `forward(z)` = σ(z); `forward_(z)` the same in z's own memory; `backward_(grad, z)` = grad·σ'(z) in the memory of
+    grad, which may use up z.
+    """
 
     name: str
     forward: Callable[[Tensor], Tensor]
     forward_: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
-
-
-def _tanh_backward(grad: Tensor, z: Tensor) -> Tensor:
-    return cast(Tensor, aten.tanh_backward(grad, torch.tanh(z)))
-
-
-def _sigmoid_backward(grad: Tensor, z: Tensor) -> Tensor:
-    return cast(Tensor, aten.sigmoid_backward(grad, torch.sigmoid(z)))
+    backward_: Callable[[Tensor, Tensor], Tensor]
 
 
 ACTIVATIONS: dict[str, Activation] = {
     a.name: a
     for a in (
         Activation("none", lambda z: z, lambda z: z, lambda grad, z: grad),
-        Activation("relu", torch.relu, torch.relu_, lambda grad, z: aten.threshold_backward(grad, z, 0.0)),
+        Activation(
+            "relu",
+            torch.relu,
+            torch.relu_,
+            lambda grad, z: aten.threshold_backward(grad, z, 0.0, grad_input=grad),
+        ),
         Activation(
             "leakyrelu",
             lambda z: torch.nn.functional.leaky_relu(z, LEAKY_SLOPE),
             lambda z: aten.leaky_relu_(z, LEAKY_SLOPE),
-            lambda grad, z: aten.leaky_relu_backward(grad, z, LEAKY_SLOPE, False),
+            lambda grad, z: aten.leaky_relu_backward(grad, z, LEAKY_SLOPE, False, grad_input=grad),
         ),
-        Activation("gelu", torch.nn.functional.gelu, aten.gelu_, lambda grad, z: aten.gelu_backward(grad, z)),
-        Activation("tanh", torch.tanh, torch.tanh_, _tanh_backward),
-        Activation("sigmoid", torch.sigmoid, torch.sigmoid_, _sigmoid_backward),
+        Activation(
+            "gelu",
+            torch.nn.functional.gelu,
+            aten.gelu_,
+            lambda grad, z: aten.gelu_backward(grad, z, grad_input=grad),
+        ),
+        Activation(
+            "tanh",
+            torch.tanh,
+            torch.tanh_,
+            lambda grad, z: aten.tanh_backward(grad, z.tanh_(), grad_input=grad),
+        ),
+        Activation(
+            "sigmoid",
+            torch.sigmoid,
+            torch.sigmoid_,
+            lambda grad, z: aten.sigmoid_backward(grad, z.sigmoid_(), grad_input=grad),
+        ),
     )
 }
 

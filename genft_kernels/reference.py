@@ -271,11 +271,11 @@ class Generated:
         t = t.to(weight.dtype)
         return torch.add(weight[rows, columns], t, alpha=scale, out=t)
 
-    def backward(self, dt: Tensor, z: Tensor, rows: slice) -> Tensor:
-        """dL/dZ of the panel, from dL/dT."""
+    def backward_(self, dt: Tensor, z: Tensor, rows: slice) -> Tensor:
+        """dL/dZ of the panel, from dL/dT, in whose memory it may lie; z may be used up."""
         if self.seed is not None:
             dt = _dropped(dt, rows, self.dropout, self.seed)
-        return activation_named(self.activation).backward(dt, z)
+        return activation_named(self.activation).backward_(dt, z)
 
 
 class GeneratedGradients:
@@ -325,6 +325,7 @@ def generated_linear_forward(x: Tensor, weight: Tensor, made: Generated, bias: T
             torch.mm(x, panel.t(), out=y[:, rows])
         else:
             torch.addmm(bias[rows], x, panel.t(), out=y[:, rows])
+        del panel  # before the next one is made
     return y
 
 
@@ -355,7 +356,8 @@ def generated_linear_backward(
         for rows in _generated_panels(n, k, 2):
             z = inside.preactivation(rows)
             dt = (dy[:, rows].t() @ x).to(z.dtype)
-            gradients.add(made.backward(dt, z, rows), rows)
+            gradients.add(made.backward_(dt, z, rows), rows)
+            del z, dt  # before the next ones are made
     dh, db, drow, dcolumn = gradients.results()
     return dx, dh, db, dy.sum(0) if need_bias else None, drow, dcolumn
 
@@ -389,6 +391,6 @@ def generated_features_backward(
         if da is not None:
             da[:, rows] = (made.value(z, rows) @ dz).t()
         if need_h or need_b or need_column:
-            gradients.add(made.backward(a[:, rows].t() @ dz.t(), z, rows), rows)
+            gradients.add(made.backward_(a[:, rows].t() @ dz.t(), z, rows), rows)
     dh, db, _, dcolumn = gradients.results()
     return dh, db, da, dcolumn

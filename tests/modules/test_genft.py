@@ -561,7 +561,6 @@ def peak_bytes(run) -> int:
     return most
 
 
-@pytest.mark.xfail(strict=False, reason="the reference's panels take 5 % of W0 alone, two of them live at once")
 def test_memory_beyond_the_frozen_layer():
     """P4 on the CPU: all that a step holds at one time, factors and gradients of the adapter included."""
     d = 4096
