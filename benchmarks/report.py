@@ -299,9 +299,22 @@ def document(devices: dict[str, Device], charts: dict[str, list[Path]], docs: Pa
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _goal_line(goal: goals.Goal, devices: dict[str, Device]) -> list[str]:
+    """A goal in one row: how many of its numbers were met, and the one furthest from it (or nearest to it, if all)."""
+    device = next((d for d in devices.values() if d.type in goal.needs and goal.read(d.records)), None)
+    if device is None:
+        return [goal.id, goal.what, goal.target, UNMEASURED["gpu" if goal.needs == ("gpu",) else "cpu"]]
+    findings = goal.read(device.records)
+    furthest = max(findings, key=lambda f: f.limit / f.value if f.least else f.value / f.limit)
+    sign = "≥" if furthest.least else "≤"
+    met = sum(f.met for f in findings)
+    text = f"{met} of {len(findings)} met; {furthest.what} {_value(furthest)} ({sign} {furthest.limit:g})"
+    return [goal.id, goal.what, goal.target, text]
+
+
 def readme_table(devices: dict[str, Device]) -> str:
     """What stands between the README's markers: the goals, and one layer per device beside its peers."""
-    lines = _table(["", "goal", "measured on", "value", "", "device"], _goal_rows(devices))
+    lines = _table(["", "goal", "target", "measured"], [_goal_line(goal, devices) for goal in goals.GOALS])
     for device in devices.values():
         typical = {r["contender"]: r for r in device.typical() if "ms" in r}
         if "frozen" not in typical:
@@ -462,10 +475,12 @@ def _chart_roofline(device: Device, path: Path) -> Path | None:
             axis.plot(xs, [min(top, slope * x) for x in xs], color="black", linewidth=1)
             axis.annotate(f"product, {dtype}", (high, top), fontsize=7, ha="right", va="bottom")
     axis.set(xscale="log", yscale="log", xlabel="operations per byte of the floor", ylabel="TFLOP/s of the floor")
-    for each in (axis.xaxis, axis.yaxis):
+    for each, (first, last) in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
         each.set_major_formatter("{x:g}")
-        each.set_minor_formatter("{x:g}")
-    axis.tick_params(which="minor", labelsize=6)
+        if last / first < 10:  # perhaps no power of ten in sight
+            each.set_minor_formatter("{x:g}")
+        else:
+            each.set_minor_formatter("")
     axis.set_title(device.name, fontsize=9)
     axis.legend(fontsize=7)
     return _save(figure, path)
