@@ -27,9 +27,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/genft finetune $(ARGS)
 
-# One thread per worker: more would fight over the cores.
+# One thread per worker: more would fight over the cores. An idle worker takes over tests that wait behind a long one.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
