@@ -277,7 +277,7 @@ def generated_features(
         backend, plan: as in `lowrank_linear`.
 
     Returns:
-        [K, r2] in the dtype of h. Differentiable once in h, b, a, bias and column_bias; deterministic.
+        [K, r2] in the dtype of h. Differentiable once in h, b, a, bias and column_bias.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what fits.

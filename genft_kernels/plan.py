@@ -236,6 +236,9 @@ def resolve(
         plan = LaunchPlan.parse(choice)
         if plan.algorithm != "reference":
             _require_triton(device, dtype, r)
+        stranger = "thin" if operation in GENERATED else "panel"
+        if plan.algorithm == stranger:
+            raise ValueError(f"plan: {operation} has no algorithm {stranger!r}")
         return plan
     usable = device.type == "cuda" and dtype in TRITON_DTYPES
     if choice == "reference" or (choice == "auto" and not usable):

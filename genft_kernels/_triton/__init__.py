@@ -71,10 +71,11 @@ def lowrank_linear_backward(
     need_x, need_p, need_q, need_bias = needs
     need_u = need_x or need_p
     r = p.shape[1]
-    # One pass over dY.
-    over_dy = launch_skinny(dy, plan.skinny, r, a=q if need_u else None, left=t if need_q else None, scale=scale)
-    u, dq = over_dy.u, over_dy.left_s
-    dx = dp = None
+    u = dq = dx = dp = None
+    if need_u or need_q:
+        # One pass over dY.
+        over_dy = launch_skinny(dy, plan.skinny, r, a=q if need_u else None, left=t if need_q else None, scale=scale)
+        u, dq = over_dy.u, over_dy.left_s
     if need_x and plan.algorithm == "thin":
         # One pass over g and x.
         g = dy @ weight

@@ -10,8 +10,8 @@ A tile of Z costs r/BM of the product it feeds and is made again for every BM ro
 N·K elements that keeping it would move and hold (docs/mathematics.md has the counts). The tile is the left operand and
 the accumulator holds the transposed output: on Hopper wgmma takes such an operand from registers.
 
-`Sides` names the two ways to look at T: along "out" lies the index that the kernel's grid owns, along "loop" the one it
-runs through. T's own indices are (n, k); SWAPPED says that out is k.
+Along "out" lies the index that the kernel's grid owns, along "loop" the one it runs through. T's own indices are
+(n, k); SWAPPED says that out is k.
 """
 
 from __future__ import annotations

@@ -97,3 +97,12 @@ def test_rank_past_the_kernels_runs_on_library_products():
         gk.lowrank_linear(
             torch.randn(4, 6), torch.randn(5, 6), torch.randn(6, 200), torch.randn(5, 200), plan=LaunchPlan("thin")
         )
+
+
+def test_an_algorithm_of_the_other_form_is_refused():
+    tensors, _ = good()
+    with pytest.raises(ValueError, match="lowrank_linear has no algorithm 'panel'"):
+        gk.lowrank_linear(*tensors.values(), plan=LaunchPlan("panel"))
+    h, b, a = torch.randn(5, 2), torch.randn(6, 2), torch.randn(2, 5)
+    with pytest.raises(ValueError, match="generated_features has no algorithm 'thin'"):
+        gk.generated_features(h, b, a, plan=LaunchPlan("thin"))
