@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+import triton  # noqa: F401 - its own functions are interpreted or compiled as the variable says when it is imported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
