@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from genft_modules.console import UserError, one_line
+from genft_modules.console import INTERRUPTED, UserError, one_line, quiet
 
 _EXAMPLES = """\
 examples:
-  genft finetune                          the embedded demo: five methods side by side, some five minutes on two cores
+  genft finetune                          the embedded demo: all methods side by side, some minutes on two cores
   genft finetune --model ./llama --dataset notes.txt --method wegeft --r 64
   genft finetune --model ./llama --dataset dialogues.jsonl --method lora --epochs 2 --save-every 100
   genft finetune --model ./llama --dataset dialogues.jsonl --method lora --epochs 2 --save-every 100 --resume
@@ -80,8 +79,10 @@ def _add_finetune(commands: Any) -> None:
     what.add_argument("--cache-dir", metavar="DIR", help="the demo's cache (~/.cache/genft)")
 
     how = sub.add_argument_group("method")
-    how.add_argument("--method", metavar="NAME", help="wegeft (default), gift, lora, peft-lora, full")
-    how.add_argument("--r", type=int, help="rank (wegeft and gift 64, lora 16)")
+    how.add_argument(
+        "--method", metavar="NAME", help="wegeft (default), gift, genft, genft-gelu, lora, peft-lora, full"
+    )
+    how.add_argument("--r", type=int, help="rank (wegeft and gift 64, the others 16; genft: half shared)")
     how.add_argument("--alpha", type=float, help="scale: the update is multiplied by alpha / r (twice the rank)")
     how.add_argument("--dropout", type=float, metavar="P", help="the method's own dropout (0)")
     how.add_argument("--target-modules", nargs="+", metavar="NAME", help="names of layers, or one regular expression")
@@ -89,7 +90,7 @@ def _add_finetune(commands: Any) -> None:
     how.add_argument("--backend", choices=("auto", "triton", "reference"), help="kernels of the genft methods (auto)")
 
     train = sub.add_argument_group("training")
-    train.add_argument("--lr", type=float, help="peak learning rate, then cosine (depends on the method)")
+    train.add_argument("--lr", type=float, help="peak learning rate, then cosine (2e-4; full 2e-5)")
     length = train.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimizer steps")
     length.add_argument("--epochs", type=float, help="passes over the data (1)")
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("genft: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _main(arguments: Sequence[str] | None) -> int:
@@ -133,24 +134,10 @@ def _main(arguments: Sequence[str] | None) -> int:
 
         return doctor.run(options["seconds"])
     if command == "finetune":
-        _quiet()
+        quiet()
         return _finetune(options) if options.keys() - {"output", "cache_dir"} else _demo(options)
     parser.print_help()
     return 0
-
-
-def _quiet() -> None:
-    """Our own progress bars tell what happens: silence those of the libraries, and their chatter."""
-    # The Trainer would spread one process over all GPUs with DataParallel, which no adapter is made for.
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate)\b")
 
 
 def _demo(options: dict[str, Any]) -> int:

@@ -6,15 +6,31 @@ Progress goes to stderr, results go to stdout.
 from __future__ import annotations
 
 import io
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, TextIO
 
 from tqdm import tqdm  # type: ignore[import-untyped] # its types are a package of their own
 
+INTERRUPTED = 130  # the exit code of a process that Ctrl-C ended
+
 
 class UserError(Exception):
     """Something the user can put right: the command says it in one line and exits with code 2."""
+
+
+def quiet() -> None:
+    """Our own progress bars tell what happens: silence those of the libraries, and their chatter."""
+    from transformers.utils import logging
+
+    # The Trainer would spread one process over all GPUs with DataParallel, which no adapter is made for.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate)\b")
 
 
 def one_line(error: BaseException | str) -> str:

@@ -2,7 +2,8 @@
 
 Each method runs as the command `genft finetune --model ... --dataset ...` in a process of its own, so that its peak
 memory is its own; then all of them take turns at single steps for the comparison of time, and a new process reloads
-every adapter.
+every adapter. This module starts those processes and reports; `genft_modules.demo_stages` has the work that is the
+demo's alone.
 """
 
 from __future__ import annotations
@@ -23,18 +24,33 @@ from typing import Any
 
 import torch
 
-from genft_modules import corpora, finetune, recipes
-from genft_modules.console import say, table
-from genft_modules.data import Windows, byte_tokenizer, collate, encode, read_records
-from genft_modules.measure import ratio, step_seconds
+from genft_modules import corpora
+from genft_modules.console import INTERRUPTED, UserError, one_line, say, table
+from genft_modules.measure import ratio
+from genft_modules.plotting import loss_curves
+from genft_modules.verify import verify_in_new_process
 
 REFERENCE = "peft-lora"  # what the others' time is relative to
 NAMES = {
     "wegeft": "WeGeFT",
     "gift": "GIFT",
+    "genft": "GenFT (linear)",
+    "genft-gelu": "GenFT (gelu)",
     "peft-lora": "LoRA (peft)",
     "lora": "LoRA (genft)",
     "full": "full fine-tuning",
+}
+
+
+# Each the best of three to five values between a fifth and five times as much, held-out text after 80 steps.
+LEARNING_RATES = {
+    "wegeft": 3.5e-3,
+    "gift": 5e-3,
+    "genft": 2e-3,
+    "genft-gelu": 4e-3,
+    "peft-lora": 4e-3,
+    "lora": 4e-3,
+    "full": 5e-4,
 }
 
 
@@ -47,16 +63,25 @@ class Demo:
     heads: int = 4
     feed_forward: int = 704
     seq_len: int = 256
-    batch_size: int = 8
-    pretrain_steps: int = 350
-    pretrain_batch: int = 4
-    pretrain_lr: float = 2e-3
-    adapt_steps: int = 60
+    pretrain_steps: int = 900
+    pretrain_batch: int = 2
+    pretrain_lr: float = 6e-4
+    batch_size: int = 4
+    adapt_steps: int = 80
+    evaluations: int = 3
     timing_rounds: int = 15
     held_out: float = 0.08
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
     methods: tuple[str, ...] = tuple(NAMES)
     seed: int = 0
+
+    @staticmethod
+    def parse(text: str) -> Demo:
+        """The demo of `json.dumps(dataclasses.asdict(demo))`."""
+        fields: dict[str, Any] = json.loads(text)
+        for name, value in fields.items():
+            fields[name] = tuple(value) if isinstance(value, list) else value
+        return Demo(**fields)
 
 
 def default_cache() -> Path:
@@ -67,26 +92,30 @@ def default_cache() -> Path:
 def run(demo: Demo, output: Path, cache: Path) -> dict[str, Any]:
     """The whole demo; what it measured, as written to OUTPUT/results.json beside table.md and loss.png."""
     began = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
+    for option, directory in (("--output", output), ("--cache-dir", cache)):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{option} {directory}: {error.strerror or one_line(error)}") from None
     texts = {}
     for name, text in zip(("train", "held-out"), corpora.pydoc_prose(demo.held_out), strict=True):
         texts[name] = output / f"{name}.txt"
         texts[name].write_text(text, encoding="utf-8")
+    # Threads that wait in a loop stand still for milliseconds wherever another process has the core: a step takes ten
+    # times as long beside one busy neighbour. Asleep they lose a few per cent on an idle machine, and nothing else.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     base, pretrained = pretrained_base(demo, cache)
     runs = {}
     for number, method in enumerate(demo.methods, start=1):
         say(f"[{number}/{len(demo.methods)}] {NAMES[method]}")
         runs[method] = _adapt(demo, method, base, texts, output / method)
-    times = _time(demo, base, texts["train"])
-    from genft_modules.verify import verify_in_new_process
-
+    _stage("time", demo, base, texts["train"], output / "times.json")
+    times = json.loads((output / "times.json").read_text(encoding="utf-8"))
     reloads = verify_in_new_process([output / method for method in demo.methods])
     for method, reload in zip(demo.methods, reloads, strict=True):
         runs[method]["reload"] = reload
         runs[method]["timed_seconds_per_step"] = statistics.median(times[method])
         runs[method]["relative_time"] = ratio(times, method, REFERENCE)
-    from genft_modules.plotting import loss_curves
-
     loss_curves({NAMES[method]: record for method, record in runs.items()}, output / "loss.png")
     results = {
         "demo": dataclasses.asdict(demo),
@@ -103,6 +132,13 @@ def run(demo: Demo, output: Path, cache: Path) -> dict[str, Any]:
     return results
 
 
+# What the pre-trained base depends on.
+_BASE = {
+    "hidden", "layers", "heads", "feed_forward", "seq_len",
+    "pretrain_steps", "pretrain_batch", "pretrain_lr", "seed",
+}  # fmt: skip
+
+
 # --- the base ----------------------------------------------------------------------------------------------------
 
 
@@ -114,11 +150,7 @@ def pretrained_base(demo: Demo, cache: Path) -> tuple[Path, bool]:
     code = corpora.stdlib_code(demo.pretrain_steps * demo.pretrain_batch * demo.seq_len)
     key = json.dumps(
         [
-            {
-                name: value
-                for name, value in dataclasses.asdict(demo).items()
-                if name not in {"adapt_steps", "timing_rounds", "held_out", "target_modules", "methods"}
-            },
+            {name: value for name, value in dataclasses.asdict(demo).items() if name in _BASE},
             platform.python_version(),
             hashlib.sha256(code.encode()).hexdigest(),
         ]
@@ -127,10 +159,12 @@ def pretrained_base(demo: Demo, cache: Path) -> tuple[Path, bool]:
     if (place / "config.json").is_file():
         say(f"the pre-trained base is in the cache: {place}")
         return place, False
-    cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".base-", dir=cache))
     try:
-        _pretrain(demo, code, partial)
+        text = partial / "code.txt"
+        text.write_text(code, encoding="utf-8")
+        _stage("pretrain", demo, text, partial)
+        text.unlink()
         try:
             os.replace(partial, place)
         except OSError:
@@ -141,55 +175,6 @@ def pretrained_base(demo: Demo, cache: Path) -> tuple[Path, bool]:
     return place, True
 
 
-def _pretrain(demo: Demo, code: str, directory: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
-
-    from genft_modules.data import Record
-    from genft_modules.training import Schedule, train
-
-    set_seed(demo.seed)
-    tokenizer = byte_tokenizer()
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=demo.hidden,
-            intermediate_size=demo.feed_forward,
-            num_hidden_layers=demo.layers,
-            num_attention_heads=demo.heads,
-            max_position_embeddings=demo.seq_len,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    device = finetune.check_device("auto")
-    windows = encode([Record(code)], tokenizer, demo.seq_len, title="source code")
-    parameters = sum(p.numel() for p in model.parameters())
-    say(
-        f"pre-training {parameters / 1e6:.1f} M parameters on {len(code) / 1e6:.2f} MB of the standard library's source"
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        train(
-            model.to(device),
-            windows,
-            Schedule(
-                steps=demo.pretrain_steps,
-                lr=demo.pretrain_lr,
-                batch_size=demo.pretrain_batch,
-                weight_decay=0.1,
-                beta2=0.98,
-                seed=demo.seed,
-            ),
-            Path(scratch),
-            pad_id=tokenizer.pad_token_id,
-            title="pre-training",
-            device=device,
-        )
-    model.save_pretrained(str(directory))
-    tokenizer.save_pretrained(str(directory))
-
-
 # --- the methods -------------------------------------------------------------------------------------------------
 
 
@@ -197,37 +182,30 @@ def _adapt(demo: Demo, method: str, base: Path, texts: dict[str, Path], output: 
     command = [
         sys.executable, "-m", "genft_modules.cli", "finetune",
         "--model", str(base), "--dataset", str(texts["train"]), "--eval-dataset", str(texts["held-out"]),
-        "--method", method, "--steps", str(demo.adapt_steps), "--batch-size", str(demo.batch_size),
+        "--method", method, "--lr", str(LEARNING_RATES[method]), "--evaluations", str(demo.evaluations),
+        "--steps", str(demo.adapt_steps), "--batch-size", str(demo.batch_size),
         "--seq-len", str(demo.seq_len), "--seed", str(demo.seed), "--dtype", "float32",
         "--output", str(output), "--overwrite", "--no-verify",
     ]  # fmt: skip
     if method != "full":
         command += ["--target-modules", *demo.target_modules]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}")
+    _run(command)
     record: dict[str, Any] = json.loads((output / "run.json").read_text(encoding="utf-8"))
     return record
 
 
-def _time(demo: Demo, base: Path, text: Path) -> dict[str, list[float]]:
-    from transformers import AutoModelForCausalLM, set_seed
+def _stage(name: str, demo: Demo, *paths: Path) -> None:
+    """One of `genft_modules.demo_stages`, in a new process."""
+    settings = json.dumps(dataclasses.asdict(demo))
+    _run([sys.executable, "-m", "genft_modules.demo_stages", name, settings, *map(str, paths)])
 
-    tokenizer, device = byte_tokenizer(), finetune.check_device("auto")
-    windows: Windows = encode(read_records(str(text)), tokenizer, demo.seq_len)
-    batch = collate([windows[i] for i in range(demo.batch_size)], tokenizer.pad_token_id)
-    set_seed(demo.seed)
-    models = {}
-    for method in demo.methods:
-        config = recipes.peft_config(method, target_modules=None if method == "full" else demo.target_modules)
-        model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
-        models[method] = finetune.adapt(model, config).to(device)
-    return step_seconds(
-        models,
-        {name: value.to(device) for name, value in batch.items()},
-        rounds=demo.timing_rounds,
-        title="time per step, in turns",
-    )
+
+def _run(command: list[str]) -> None:
+    code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    if code:
+        raise RuntimeError(f"{' '.join(command)}: exit code {code}")
 
 
 # --- the result --------------------------------------------------------------------------------------------------

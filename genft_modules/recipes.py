@@ -14,25 +14,37 @@ from genft_modules.console import UserError, one_line
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Defaults of one method. `None` leaves the matter to the method's own configuration."""
+    """Defaults of one method. `None` leaves the matter to the method's own configuration.
 
-    lr: float = 1e-3
+    With `variant_of`, the name stands for another method with `fields` of its configuration.
+    """
+
+    lr: float = 2e-4
     r: int | None = None
     alpha_by_r: float | None = None
+    variant_of: str | None = None
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+# For models of billions of parameters. WeGeFT's and LoRA's values are those of the commands that WeGeFT's authors
+# publish for Llama-2-7B; the others' learning rates are set by analogy, as points to start from. A small model takes
+# ten times as much: see LEARNING_RATES in genft_modules.demo.
 RECIPES: dict[str, Recipe] = {
-    "wegeft": Recipe(lr=1e-3, r=64, alpha_by_r=2),
-    "gift": Recipe(lr=1e-3, r=64),
-    "lora": Recipe(lr=1e-3, r=16, alpha_by_r=2),
-    "peft-lora": Recipe(lr=1e-3, r=16, alpha_by_r=2),
-    "full": Recipe(lr=1e-4),
+    "wegeft": Recipe(lr=2e-4, r=64, alpha_by_r=2),
+    "gift": Recipe(lr=2e-4, r=64),
+    "genft": Recipe(lr=2e-4, r=16),
+    "genft-gelu": Recipe(
+        lr=2e-4, r=16, variant_of="genft", fields={"inner_activation": "gelu", "outer_activation": "gelu"}
+    ),
+    "lora": Recipe(lr=2e-4, r=16, alpha_by_r=2),
+    "peft-lora": Recipe(lr=2e-4, r=16, alpha_by_r=2),
+    "full": Recipe(lr=2e-5),
 }
 
 
 def methods() -> list[str]:
     """Every name that --method takes."""
-    return [*_configs(), "full"]
+    return [*_configs(), *(name for name, recipe in RECIPES.items() if recipe.variant_of), "full"]
 
 
 def _configs() -> dict[str, type]:
@@ -59,8 +71,9 @@ def peft_config(
 ) -> Any:
     """The peft configuration of `method`, or None for "full".
 
-    `r`, `alpha` and `dropout` go to the fields that the method has for them (`wegeft_alpha`, `lora_alpha`, ...),
-    `extra` to fields by their own names. Raises UserError for an option that the method has no field for, or refuses.
+    `r`, `alpha` and `dropout` go to the fields that the method has for them (`wegeft_alpha`, `lora_alpha`, ...; GenFT's
+    rank is half shared, half specific), `extra` to fields by their own names. Raises UserError for an option that the
+    method has no field for, or refuses.
     """
     if method not in methods():
         raise UserError(f"--method {method}: unknown; choose from {', '.join(methods())}")
@@ -72,7 +85,8 @@ def peft_config(
             if value is not None:
                 raise UserError(f"{option}: full fine-tuning has no adapter to set this for")
         return None
-    config = _configs()[method]
+    defaults = recipe(method)
+    config = _configs()[defaults.variant_of or method]
     known = {field.name for field in dataclasses.fields(config)}
     if r is not None and r < 1:
         raise UserError(f"--r {r}: the rank must be at least 1")
@@ -80,11 +94,10 @@ def peft_config(
         raise UserError(f"--alpha {alpha}: must be a finite number")
     if dropout is not None and not 0 <= dropout < 1:
         raise UserError(f"--dropout {dropout}: must be at least 0 and below 1")
-    defaults = recipe(method)
     r = r or defaults.r
     if alpha is None and r and defaults.alpha_by_r:
         alpha = defaults.alpha_by_r * r
-    fields: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    fields: dict[str, Any] = {"task_type": "CAUSAL_LM", **defaults.fields}
     if "backend" in known:
         fields["backend"] = backend
     if target_modules:
@@ -92,6 +105,9 @@ def peft_config(
         only = target_modules[0] if len(target_modules) == 1 else ""
         pattern = only == "all-linear" or not re.fullmatch(r"[\w.]*", only)
         fields["target_modules"] = only if pattern else list(target_modules)
+    if r is not None and "generator_share_dim" in known:
+        fields |= {"generator_share_dim": r - r // 2, "individual_features": r // 2}
+        r = None
     for option, value in (("r", r), ("alpha", alpha), ("dropout", dropout)):
         name = _field(option, known, config)
         if value is not None and name is None:
@@ -113,7 +129,8 @@ def _field(option: str, known: set[str], config: type) -> str | None:
     if option in known:
         return option
     stem = config.__name__.removesuffix("Config").lower()  # WeGeFTConfig: wegeft_alpha; LoRAConfig: lora_alpha
-    return next((name for name in (f"{stem}_{option}", f"lora_{option}") if name in known), None)
+    names = (f"{stem}_{option}", f"lora_{option}", option.removesuffix("out"))  # wegeft_dropout, lora_dropout, drop
+    return next((name for name in names if name in known), None)
 
 
 def parse_field(text: str) -> tuple[str, Any]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from genft_modules.console import bar
+from genft_modules.console import INTERRUPTED, bar, quiet
 
 # How far logits may be apart, as a share of the largest logit. A reloaded adapter computes what the trained one did;
 # a merged one rounds W0 + ΔW to the weights' dtype, in every layer.
@@ -43,6 +42,8 @@ def _logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 def verify_in_new_process(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """`verify` for each run, in one fresh Python. Raises RuntimeError if that process fails."""
     done = subprocess.run([sys.executable, "-m", "genft_modules.verify", *map(str, runs)], check=False)
+    if done.returncode == INTERRUPTED:
+        raise KeyboardInterrupt
     if done.returncode:
         raise RuntimeError(f"the process that reloads the adapters ended with exit code {done.returncode}")
     return [json.loads((run / "reload.json").read_text(encoding="utf-8")) for run in runs]
@@ -73,16 +74,15 @@ def verify(run: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft)\b")
-    with bar(len(arguments), "reloading in a new process", unit="adapter") as progress:
-        for argument in arguments:
-            run = Path(argument)
-            (run / "reload.json").write_text(json.dumps(verify(run), indent=2) + "\n", encoding="utf-8")
-            progress.update()
+    quiet()
+    try:
+        with bar(len(arguments), "reloading in a new process", unit="adapter") as progress:
+            for argument in arguments:
+                run = Path(argument)
+                (run / "reload.json").write_text(json.dumps(verify(run), indent=2) + "\n", encoding="utf-8")
+                progress.update()
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -195,3 +197,28 @@ def test_collate_pads_and_masks() -> None:
 def test_records_survive_json(pairs: Path) -> None:
     for line, record in zip(pairs.read_text().splitlines(), read_records(str(pairs)), strict=True):
         assert json.loads(line) == {"prompt": record.prompt, "completion": record.text}
+
+
+# --- the hub
+
+
+def test_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for the `datasets` package: no network in tests."""
+    (tmp_path / "datasets.py").write_text(
+        "def load_dataset(name, split):\n"
+        "    if name == 'nobody/nothing':\n"
+        "        raise FileNotFoundError('no such\\n data set')\n"
+        "    return [{'text': f'{name} {split}', 'id': 1}, {'text': ''}, {'text': 'two'}]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "datasets", raising=False)
+    assert read_records("some/set", "dev") == [Record("some/set dev"), Record("two")]
+    with pytest.raises(UserError, match=r"nobody/nothing: .*not read from the hub \(no such data set\)"):
+        read_records("nobody/nothing")
+    monkeypatch.delitem(sys.modules, "datasets")
+
+
+def test_data_set_of_the_hub_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="no such file; to read it from the hub, pip install datasets"):
+        read_records("some/set")

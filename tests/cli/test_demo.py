@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -48,10 +49,14 @@ def test_interrupted_pretraining_leaves_no_base(tmp_path: Path, monkeypatch: pyt
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "_pretrain", interrupted)
+    monkeypatch.setattr(demo, "_stage", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo.pretrained_base(MINIATURE, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_survives_the_way_to_its_processes() -> None:
+    assert Demo.parse(json.dumps(dataclasses.asdict(MINIATURE))) == MINIATURE
 
 
 def test_report_says_when_a_reload_differs() -> None:

@@ -98,6 +98,12 @@ def test_half_of_what_is_needed(genft: Genft, llama: Path, prose: Path) -> None:
     _refused(genft("finetun"), "finetun", "doctor")
 
 
+def test_demo_without_a_place(genft: Genft) -> None:
+    Path("file").touch()
+    _refused(genft("finetune", "--output", "file", "--cache-dir", "cache"), "--output file")
+    _refused(genft("finetune", "--output", "out", "--cache-dir", "file/cache"), "--cache-dir file/cache")
+
+
 def test_triton_without_a_gpu(genft: Genft, llama: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     done = genft("finetune", "--model", llama, "--dataset", prose, "--device", "cpu", "--backend", "triton")

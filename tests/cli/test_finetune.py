@@ -26,7 +26,7 @@ def _tensors(run: Path) -> dict[str, torch.Tensor]:
     return load_file(str(path if path.exists() else run / "adapter" / "adapter_model.safetensors"))
 
 
-@pytest.mark.parametrize("method", [*METHODS, "peft-lora", "full"])
+@pytest.mark.parametrize("method", [*METHODS, "genft-gelu", "peft-lora", "full"])
 def test_every_method_trains_and_saves(genft: Genft, llama: Path, prose: Path, tmp_path: Path, method: str) -> None:
     options = () if method == "full" else PROJECTIONS
     before = {path: path.read_bytes() for path in llama.iterdir()}

@@ -14,7 +14,7 @@ def test_methods() -> None:
     assert set(RECIPES) <= set(methods())
 
 
-@pytest.mark.parametrize("method", [*METHODS, "peft-lora"])
+@pytest.mark.parametrize("method", [*METHODS, "genft-gelu", "peft-lora"])
 def test_every_method_makes_its_configuration(method: str) -> None:
     config = peft_config(method, target_modules=["q_proj"])
     assert config.target_modules == {"q_proj"}
@@ -32,6 +32,16 @@ def test_options_go_to_the_fields_of_the_method() -> None:
     assert peft_config("wegeft").wegeft_alpha == 128
     config = peft_config("peft-lora", r=4, alpha=3, dropout=0.5)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 3, 0.5)
+
+
+def test_genft_has_its_rank_in_two_parts_and_a_variant() -> None:
+    config = peft_config("genft-gelu", r=5, dropout=0.25)
+    assert (config.generator_share_dim, config.individual_features, config.drop) == (3, 2, 0.25)
+    assert (config.inner_activation, config.outer_activation) == ("gelu", "gelu")
+    config = peft_config("genft", extra={"outer_activation": "tanh", "individual_features": 3})
+    assert (config.generator_share_dim, config.individual_features, config.outer_activation) == (8, 3, "tanh")
+    with pytest.raises(UserError, match="--alpha: genft has no such setting"):
+        peft_config("genft", alpha=2)
 
 
 @pytest.mark.parametrize(
