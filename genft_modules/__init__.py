@@ -4,6 +4,7 @@ Importing this package makes its methods known to peft: `get_peft_model`, `PeftM
 `add_adapter` and `load_adapter` then take their configs and checkpoints.
 """
 
+from genft_modules.export import ExportedLayer, export_lora
 from genft_modules.forms import Generated, InputEdit, LowRank
 from genft_modules.generators import METHODS, GeneratorConfig, GenFTConfig, GIFTConfig, LoRAConfig, WeGeFTConfig
 from genft_modules.linear import FusedGenLinear
@@ -12,6 +13,7 @@ from genft_modules.tuner import GenFTModel, SharedGenerators
 
 __all__ = [
     "METHODS",
+    "ExportedLayer",
     "FusedGenLinear",
     "GIFTConfig",
     "GenFTConfig",
@@ -23,5 +25,6 @@ __all__ = [
     "LowRank",
     "SharedGenerators",
     "WeGeFTConfig",
+    "export_lora",
     "load_released_genft",
 ]

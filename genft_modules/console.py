@@ -60,18 +60,19 @@ class _Lines(io.TextIOBase):
         self._stream.flush()
 
 
-def bar(total: int, title: str, *, unit: str = "step", leave: bool = True, initial: int = 0) -> Any:
+def bar(total: int, title: str, *, unit: str = "step", leave: bool = True, initial: int = 0, show: bool = True) -> Any:
     """A progress bar over `total` units: live in a terminal, a line every 10 seconds in a log file.
 
-    `leave=False` marks work of a few seconds: its bar vanishes from a terminal and never enters a log.
+    `leave=False` marks work of a few seconds: its bar vanishes from a terminal and never enters a log. `show=False`
+    shows none.
     """
     common: dict[str, Any] = {"total": total, "desc": title, "unit": unit, "initial": initial, "leave": leave}
     if sys.stderr.isatty():
-        return tqdm(**common, file=sys.stderr, dynamic_ncols=True)
+        return tqdm(**common, file=sys.stderr, dynamic_ncols=True, disable=not show)
     return tqdm(
         **common,
         file=_Lines(sys.stderr),
-        disable=not leave,
+        disable=not (leave and show),
         ascii=" #",
         ncols=100,
         mininterval=10,

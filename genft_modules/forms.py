@@ -45,6 +45,10 @@ class LowRank:
         t = F.dropout(x, self.dropout) @ self.p.to(x.dtype)
         return (t @ self.q.to(t.dtype).t()) * self.scale
 
+    def low_rank_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A [r, K] and B [N, r] with ΔW = B A, in float32 or wider."""
+        return _wide(self.p).t(), _wide(self.q) * self.scale
+
     def delta_weight(self, weight: Tensor) -> Tensor:
         """ΔW [N, K], in float32 or wider."""
         p, q = _wide(self.p), _wide(self.q)
@@ -70,6 +74,11 @@ class InputEdit:
     def low_rank(self, weight: Tensor, backend: str) -> LowRank:
         """The same update in the other form: P = ψᵀ, Q = W0 φᵀ."""
         return LowRank(self.psi.t(), weight_features(weight, self.phi, backend=backend), self.scale)
+
+    def low_rank_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A [r, K] and B [N, r] with ΔW = B A, in float32 or wider."""
+        phi = _wide(self.phi)
+        return _wide(self.psi), (weight.to(phi.dtype) @ phi.t()) * self.scale
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """ΔW [N, K], in float32 or wider."""
@@ -126,6 +135,10 @@ class Generated:
             p.append(self.column_bias[:, None])
             q.append(self.h.new_ones(self.h.shape[0], 1))
         return LowRank(torch.cat(p, dim=1), torch.cat(q, dim=1), self.scale)
+
+    def low_rank_factors(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """None: as long as σ is none the generator yields a `LowRank` in the place of this; else the rank is full."""
+        return None
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """ΔW [N, K] without dropout, in float32 or wider."""

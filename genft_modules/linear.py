@@ -187,6 +187,13 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         with torch.autocast(self.base_layer.weight.device.type, enabled=False):
             return generator.delta_weight(self._frozen_weight())
 
+    def low_rank_factors(self, adapter_name: str = "default") -> tuple[Tensor, Tensor] | None:
+        """A [r, K] and B [N, r] with B A = `get_delta_weight`, of the adapter's own rank r and not decomposed from ΔW;
+        None where ΔW has full rank."""
+        generator = self._generator(adapter_name)
+        with torch.autocast(self.base_layer.weight.device.type, enabled=False):
+            return generator.low_rank_factors(self._frozen_weight())
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts W0 + Σ ΔW, summed in float32 or wider, in the place of W0.
 

@@ -144,6 +144,10 @@ class Generator(nn.Module):
         """ΔW [N, K] without dropout, in float32 or wider."""
         return self.form(weight, dropout=False).delta_weight(weight)
 
+    def low_rank_factors(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """A [r, K] and B [N, r] with ΔW = B A without dropout, in float32 or wider; None where ΔW has full rank."""
+        return self.form(weight, dropout=False).low_rank_factors(weight)
+
     def modules_with_shared(self) -> tuple[nn.Module, ...]:
         """This module and the factors that it only refers to."""
         return (self, *self.shared)
