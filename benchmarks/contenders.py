@@ -102,6 +102,7 @@ METHODS = (
         ),
     ),
     Method("gift", "lowrank", naive.NaiveGift, "GIFTConfig", lambda r: {"r": r}, "input_edit_linear"),
+    Method("peanut", "lowrank", naive.NaivePeanut, "PeanutConfig", lambda r: {"r": r}, "lowrank_linear"),
     *(
         Method(
             name,

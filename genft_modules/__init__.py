@@ -6,9 +6,17 @@ Importing this package makes its methods known to peft: `get_peft_model`, `PeftM
 
 from genft_modules.export import ExportedLayer, export_lora
 from genft_modules.forms import Generated, InputEdit, LowRank
-from genft_modules.generators import METHODS, GeneratorConfig, GenFTConfig, GIFTConfig, LoRAConfig, WeGeFTConfig
+from genft_modules.generators import (
+    METHODS,
+    GeneratorConfig,
+    GenFTConfig,
+    GIFTConfig,
+    LoRAConfig,
+    PeanutConfig,
+    WeGeFTConfig,
+)
 from genft_modules.linear import FusedGenLinear
-from genft_modules.released import load_released_genft
+from genft_modules.released import load_peft_peanut, load_released_genft
 from genft_modules.tuner import GenFTModel, SharedGenerators
 
 __all__ = [
@@ -23,8 +31,10 @@ __all__ = [
     "InputEdit",
     "LoRAConfig",
     "LowRank",
+    "PeanutConfig",
     "SharedGenerators",
     "WeGeFTConfig",
     "export_lora",
+    "load_peft_peanut",
     "load_released_genft",
 ]

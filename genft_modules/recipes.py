@@ -36,6 +36,7 @@ RECIPES: dict[str, Recipe] = {
     "genft-gelu": Recipe(
         lr=2e-4, r=16, variant_of="genft", fields={"inner_activation": "gelu", "outer_activation": "gelu"}
     ),
+    "peanut": Recipe(lr=2e-4, r=16),
     "lora": Recipe(lr=2e-4, r=16, alpha_by_r=2),
     "peft-lora": Recipe(lr=2e-4, r=16, alpha_by_r=2),
     "full": Recipe(lr=2e-5),

@@ -1,22 +1,25 @@
-"""Adapters that the methods' own code has published, as adapters of ours."""
+"""Adapters that the methods' own code, or peft's, has saved, as adapters of ours."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from genft_modules.generators.base import module_type
+from genft_modules.generators.base import GeneratorConfig, module_type
 from genft_modules.generators.genft import GenFTConfig, GenFTFactors
+from genft_modules.generators.peanut import PeanutConfig
 from genft_modules.linear import FusedGenLinear
 from genft_modules.tuner import SHARED
 
@@ -25,6 +28,7 @@ _PREFIX = "base_model.model."
 _SHARED = re.compile(r"(?:.+\.)?genft_share_([12])_([ab])\.linear\.(weight|bias)")
 _FIELDS = ("generator_share_dim", "individual_features", "ratio_W0", "inner_activation", "outer_activation", "scaling")
 _PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+_PEANUT = re.compile(r"\.genft_generators\.(A|B|encoders|decoders)(\.\d+)?$")
 _PROJECTIONS = (["qkv"], ["q_proj", "v_proj"], ["query", "value"])
 
 
@@ -75,11 +79,74 @@ def load_released_genft(
     for old, new in (rename or {}).items():
         released.others = {re.sub(rf"^{re.escape(old)}(?=\.)", new, key): t for key, t in released.others.items()}
     config = _vit_config(released, model, target_modules) if released.is_vit else _peft_config(released)
+    return _loaded(
+        model, config, adapter_name, backend, is_trainable, lambda adapted: _fill(adapted, adapter_name, released)
+    )
+
+
+def load_peft_peanut(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    backend: str = "auto",
+    is_trainable: bool = False,
+) -> PeftModel:
+    """The model with an adapter that peft's own PEANuT has saved. It gives the outputs that it gave there.
+
+    Its keys are like `base_model.model.<layer>.peanut_A.weight`, `<...>.peanut_B.weight` and, with a depth,
+    `<...>.peanut_encoders.<i>.weight` and `<...>.peanut_decoders.<i>.weight`. Modules saved in full, such as a head,
+    come along.
+
+    Args:
+        model: the base model, with its own weights and without adapters.
+        path: a folder with adapter_config.json and adapter_model.safetensors (or .bin), or a name on the hub.
+        adapter_name: what to call the adapter.
+        backend: "auto", "triton" or "reference".
+        is_trainable: whether the adapter is for more training; else it is frozen and the model in eval mode.
+
+    Raises:
+        ValueError: a key or setting that has no counterpart, or a shape that does not fit, by name. The model has its
+            own layers then.
+
+    Source: keys and settings as in peft 0.21.
+    """
+    theirs = PeftConfig.from_pretrained(str(path))
+    if not isinstance(theirs, peft.PeanutConfig):
+        hint = "; adapters of genft itself are for PeftModel.from_pretrained" * isinstance(theirs, GeneratorConfig)
+        raise ValueError(f"path: {path} has an adapter of type {theirs.peft_type}, expected peft's own PEANUT{hint}")
+    known, usual = {each.name for each in fields(PeanutConfig)} - {"peft_type"}, type(theirs)()
+    settings = {each.name: getattr(theirs, each.name) for each in fields(theirs) if each.name != "peft_type"}
+    strange = {name: value for name, value in settings.items() if name not in known and value != getattr(usual, name)}
+    if strange:
+        raise ValueError(f"path: settings {strange} are unknown, expected those of peft 0.21's PEANuT")
+    tensors = load_peft_weights(str(path), device="cpu")
+
+    def fill(adapted: PeftModel) -> None:
+        state = get_peft_model_state_dict(adapted, adapter_name=adapter_name)
+        ours = {_PEANUT.sub(r".peanut_\1\2.weight", key): key for key in state}
+        _same(tensors, ours, "{}")
+        _check_shapes((key, state[ours[key]], tensor) for key, tensor in tensors.items())
+        set_peft_model_state_dict(adapted, {ours[key]: tensor for key, tensor in tensors.items()}, adapter_name)
+
+    config = PeanutConfig(**{name: value for name, value in settings.items() if name in known})
+    return _loaded(model, config, adapter_name, backend, is_trainable, fill)
+
+
+def _loaded(
+    model: nn.Module,
+    config: GeneratorConfig,
+    adapter_name: str,
+    backend: str,
+    is_trainable: bool,
+    fill: Callable[[PeftModel], None],
+) -> PeftModel:
+    """The model with an adapter of `config`, its tensors set by `fill`; its own layers again if that fails."""
     config.backend = backend
     config.inference_mode = not is_trainable
     adapted = get_peft_model(model, config, adapter_name)
     try:
-        _fill(adapted, adapter_name, released)
+        fill(adapted)
     except Exception:
         adapted.unload()
         raise
@@ -235,8 +302,7 @@ def _fill(model: PeftModel, adapter_name: str, released: _Released) -> None:
     _same(others, saved, "{}")
 
     pieces = [*copies, *((key, saved[key], tensor) for key, tensor in others.items())]
-    if wrong := [f"{key} {tuple(t.shape)} for {tuple(p.shape)}" for key, p, t in pieces if p.shape != t.shape]:
-        raise ValueError(f"path: shapes do not fit: {', '.join(wrong)}")
+    _check_shapes(pieces)
     with torch.no_grad():
         for _, parameter, tensor in copies:
             parameter.copy_(tensor)
@@ -268,6 +334,12 @@ def _same(found: Iterable[str], expected: Iterable[str], key: str) -> None:
             "path: the checkpoint does not fit the model; "
             + "; ".join(f"{what}: {names}" for what, names in (("keys", unmapped), ("missing", missing)) if names)
         )
+
+
+def _check_shapes(pieces: Iterable[tuple[str, Tensor, Tensor]]) -> None:
+    """Pieces: key, ours, theirs."""
+    if wrong := [f"{key} {tuple(t.shape)} for {tuple(p.shape)}" for key, p, t in pieces if p.shape != t.shape]:
+        raise ValueError(f"path: shapes do not fit: {', '.join(wrong)}")
 
 
 def _natural(name: str) -> list[Any]:

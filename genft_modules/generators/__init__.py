@@ -4,10 +4,20 @@ from genft_modules.generators.base import Generator, GeneratorConfig
 from genft_modules.generators.genft import GenFTConfig
 from genft_modules.generators.gift import GIFTConfig
 from genft_modules.generators.lora import LoRAConfig
+from genft_modules.generators.peanut import PeanutConfig
 from genft_modules.generators.wegeft import WeGeFTConfig
 
 METHODS: dict[str, type[GeneratorConfig]] = {
-    config.method: config for config in (WeGeFTConfig, GIFTConfig, GenFTConfig, LoRAConfig)
+    config.method: config for config in (WeGeFTConfig, GIFTConfig, GenFTConfig, PeanutConfig, LoRAConfig)
 }
 
-__all__ = ["METHODS", "GIFTConfig", "GenFTConfig", "Generator", "GeneratorConfig", "LoRAConfig", "WeGeFTConfig"]
+__all__ = [
+    "METHODS",
+    "GIFTConfig",
+    "GenFTConfig",
+    "Generator",
+    "GeneratorConfig",
+    "LoRAConfig",
+    "PeanutConfig",
+    "WeGeFTConfig",
+]

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from genft_modules import GeneratorConfig, GenFTConfig, GIFTConfig, LoRAConfig, WeGeFTConfig
+from genft_modules import GeneratorConfig, GenFTConfig, GIFTConfig, LoRAConfig, PeanutConfig, WeGeFTConfig
 
 from ..conftest import DEVICE
 
@@ -42,6 +42,8 @@ CASES: dict[str, Callable[..., GeneratorConfig]] = {
     "gift_pamcat_attn": lambda **kw: GIFTConfig(r=4, block="pamcat_attn", **kw),
     "gift_pamcat_transformer": lambda **kw: GIFTConfig(r=4, block="pamcat_transformer", **kw),
     "lora": lambda **kw: LoRAConfig(r=4, lora_alpha=6, **kw),
+    "peanut": lambda **kw: PeanutConfig(r=4, **kw),
+    "peanut_deep": lambda **kw: PeanutConfig(r=4, depth=2, act_fn="silu", scaling=0.7, **kw),
     "genft": lambda **kw: genft("none", "none", **kw),
     "genft_gelu": lambda **kw: genft("gelu", "gelu", **kw),
     "genft_vit": lambda **kw: genft(

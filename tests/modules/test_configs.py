@@ -9,7 +9,7 @@ import pytest
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from genft_modules import METHODS, GenFTConfig, GenFTModel, GIFTConfig, LoRAConfig, WeGeFTConfig
+from genft_modules import METHODS, GenFTConfig, GenFTModel, GIFTConfig, LoRAConfig, PeanutConfig, WeGeFTConfig
 
 ALL = list(METHODS.values())
 
@@ -94,6 +94,10 @@ def test_every_method_refuses(config, error, message, make):
         (GIFTConfig, {"enable_gift": [True]}, TypeError, "enable_gift: got"),
         (GIFTConfig, {"enable_gift": {"qkv": "qv"}}, TypeError, r"enable_gift\['qkv'\]: got 'qv'"),
         (GIFTConfig, {"enable_gift": {"qkv": [False]}}, ValueError, "at least one True"),
+        (PeanutConfig, {"depth": -1}, ValueError, "depth: got -1, expected an integer >= 0"),
+        (PeanutConfig, {"act_fn": "swoosh"}, ValueError, "act_fn: got 'swoosh', expected one of .*'relu'"),
+        (PeanutConfig, {"scaling": "1"}, TypeError, "scaling: got '1', expected a number"),
+        (PeanutConfig, {"init_weights": "yes"}, TypeError, "init_weights: got 'yes', expected True or False"),
         (GenFTConfig, {"individual_features": -1}, ValueError, "individual_features: got -1, expected an integer >= 0"),
         (GenFTConfig, {"individual_features": False}, TypeError, "individual_features: got False"),
         (GenFTConfig, {"rank_pattern": {"q": -1}}, ValueError, r"rank_pattern\['q'\]: got -1"),

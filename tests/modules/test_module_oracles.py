@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from genft_modules import METHODS, FusedGenLinear, GenFTConfig, WeGeFTConfig
+from genft_modules import METHODS, FusedGenLinear, GenFTConfig, PeanutConfig, WeGeFTConfig
 
 from ..conftest import DEVICE
 from ..kernels.truth import EPSILON
@@ -32,6 +32,8 @@ def _config(case):
             orientation=case["orientation"],
             **{field: case[field] for field in same},
         )
+    if case["method"] == "peanut":
+        return PeanutConfig(**{field: case[field] for field in ("r", "depth", "act_fn", "scaling")})
     return METHODS[case["method"]](r=case["r"], block=case["block"], block_kwargs=case["block_kwargs"])
 
 
