@@ -73,18 +73,18 @@ def llama(**kw: Any) -> nn.Module:
         num_key_value_heads=2,
         **kw,
     )
-    return _seeded(lambda: LlamaForCausalLM(config))
+    return seeded(lambda: LlamaForCausalLM(config))
 
 
 def gpt2() -> nn.Module:
-    return _seeded(lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=32, n_embd=32, n_layer=2, n_head=4)))
+    return seeded(lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=32, n_embd=32, n_layer=2, n_head=4)))
 
 
 def bert() -> nn.Module:
     config = BertConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=3
     )
-    return _seeded(lambda: BertForSequenceClassification(config))
+    return seeded(lambda: BertForSequenceClassification(config))
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
@@ -111,6 +111,6 @@ def randomize(module: nn.Module, seed: int = 1, std: float = 0.1) -> nn.Module:
     return module
 
 
-def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     return make().to(DEVICE).eval()

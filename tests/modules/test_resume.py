@@ -1,0 +1,62 @@
+"""Resuming is bit-exact on the CPU: a run that was killed at a random step and resumed ends as one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .killed_training import METHODS, SAVE_EVERY, STEPS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("runs")
+    step = random.SystemRandom().randrange(SAVE_EVERY, STEPS)  # after the first checkpoint
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.modules.killed_training", directory, str(step)],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"killed in step {step}\n{done.stderr[-3000:]}"
+    return directory
+
+
+def assert_same(found, wanted, at: str) -> None:
+    """Nested dicts and lists of tensors and numbers, bit for bit."""
+    assert type(found) is type(wanted), at
+    if isinstance(wanted, torch.Tensor):
+        assert torch.equal(found, wanted), at
+    elif isinstance(wanted, dict):
+        assert found.keys() == wanted.keys(), at
+        for key, value in wanted.items():
+            assert_same(found[key], value, f"{at}.{key}")
+    elif isinstance(wanted, (list, tuple)):
+        assert len(found) == len(wanted), at
+        for index, value in enumerate(wanted):
+            assert_same(found[index], value, f"{at}.{index}")
+    else:
+        assert found == wanted, at
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_resuming_is_bit_exact(case, runs):
+    whole, resumed = (runs / case / name / f"checkpoint-{STEPS}" for name in ("whole", "killed"))
+    start = load_file(runs / case / "whole" / f"checkpoint-{SAVE_EVERY}" / "adapter_model.safetensors")
+    wanted = load_file(whole / "adapter_model.safetensors")
+    assert not any(torch.equal(start[name], tensor) for name, tensor in wanted.items())  # it has been training
+    assert_same(load_file(resumed / "adapter_model.safetensors"), wanted, "parameters")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        state = torch.load(whole / name, weights_only=True)
+        assert state
+        assert_same(torch.load(resumed / name, weights_only=True), state, name)
