@@ -102,6 +102,14 @@ METHODS = (
         ),
     ),
     Method("gift", "lowrank", naive.NaiveGift, "GIFTConfig", lambda r: {"r": r}, "input_edit_linear"),
+    Method(
+        "sas",
+        "lowrank",
+        naive.NaiveSas,
+        "SaSConfig",
+        lambda r: dict(zip(("r_shared", "r_specific"), naive.NaiveSas.split(r), strict=True)),
+        "lowrank_linear",
+    ),
     Method("peanut", "lowrank", naive.NaivePeanut, "PeanutConfig", lambda r: {"r": r}, "lowrank_linear"),
     *(
         Method(

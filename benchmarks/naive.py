@@ -6,6 +6,8 @@ compares with. Parameters carry the released names.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,6 +81,36 @@ class NaivePeanut(Naive):
 
     def delta(self) -> Tensor:
         return (torch.relu(self.weight.t() @ self.A.t()) @ self.B.t()).t()
+
+
+class NaiveSas(Naive):
+    """r is half shared, half made by the hypernetwork; its sizes are the config's defaults."""
+
+    size, hidden, chunk = 16, 32, 64
+
+    @classmethod
+    def split(cls, r: int) -> tuple[int, int]:
+        """r_shared and r_specific."""
+        return r - r // 2, r // 2
+
+    def reset(self) -> None:
+        shared, specific = self.split(self.r)
+        self.embedding = self.factor(self.size)
+        chunks = math.ceil(self.k / self.chunk) + math.ceil(self.n / self.chunk)
+        pair = {"p": (self.k, shared), "q": (self.n, shared), "chunks": (chunks, self.size)}
+        head = (self.chunk * specific, self.hidden)
+        network = {"weight": (self.hidden, self.size), "bias": (self.hidden,), "head_p": head, "head_q": head}
+        for name, shapes in (("pair", pair), ("hypernetwork", network)):
+            setattr(self, name, nn.ParameterDict({key: self.factor(*shape) for key, shape in shapes.items()}))
+
+    def delta(self) -> Tensor:
+        pair, network = self.pair, self.hypernetwork
+        hidden = torch.tanh((pair["chunks"] + self.embedding) @ network["weight"].t() + network["bias"])
+        specific = network["head_p"].shape[0] // self.chunk
+        first = math.ceil(self.k / self.chunk)
+        p = (hidden[:first] @ network["head_p"].t()).reshape(-1, specific)[: self.k] * self.k**-0.5
+        q = (hidden[first:] @ network["head_q"].t()).reshape(-1, specific)[: self.n] * self.hidden**-0.5
+        return pair["q"] @ pair["p"].t() + q @ p.t()
 
 
 class NaiveGenft(Naive):

@@ -13,6 +13,7 @@ from genft_modules.generators import (
     GIFTConfig,
     LoRAConfig,
     PeanutConfig,
+    SaSConfig,
     WeGeFTConfig,
 )
 from genft_modules.linear import FusedGenLinear
@@ -32,6 +33,7 @@ __all__ = [
     "LoRAConfig",
     "LowRank",
     "PeanutConfig",
+    "SaSConfig",
     "SharedGenerators",
     "WeGeFTConfig",
     "export_lora",

@@ -80,9 +80,9 @@ def _add_finetune(commands: Any) -> None:
 
     how = sub.add_argument_group("method")
     how.add_argument(
-        "--method", metavar="NAME", help="wegeft (default), gift, genft, genft-gelu, peanut, lora, peft-lora, full"
+        "--method", metavar="NAME", help="wegeft (default), gift, genft, genft-gelu, sas, peanut, lora, peft-lora, full"
     )
-    how.add_argument("--r", type=int, help="rank (wegeft and gift 64, the others 16; genft: half shared)")
+    how.add_argument("--r", type=int, help="rank (wegeft and gift 64, the others 16; genft and sas: half shared)")
     how.add_argument("--alpha", type=float, help="scale: the update is multiplied by alpha / r (twice the rank)")
     how.add_argument("--dropout", type=float, metavar="P", help="the method's own dropout (0)")
     how.add_argument("--target-modules", nargs="+", metavar="NAME", help="names of layers, or one regular expression")

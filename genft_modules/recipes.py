@@ -36,6 +36,7 @@ RECIPES: dict[str, Recipe] = {
     "genft-gelu": Recipe(
         lr=2e-4, r=16, variant_of="genft", fields={"inner_activation": "gelu", "outer_activation": "gelu"}
     ),
+    "sas": Recipe(lr=2e-4, r=16),
     "peanut": Recipe(lr=2e-4, r=16),
     "lora": Recipe(lr=2e-4, r=16, alpha_by_r=2),
     "peft-lora": Recipe(lr=2e-4, r=16, alpha_by_r=2),
@@ -73,8 +74,8 @@ def peft_config(
     """The peft configuration of `method`, or None for "full".
 
     `r`, `alpha` and `dropout` go to the fields that the method has for them (`wegeft_alpha`, `lora_alpha`, ...; GenFT's
-    rank is half shared, half specific), `extra` to fields by their own names. Raises UserError for an option that the
-    method has no field for, or refuses.
+    and SaS's rank is half shared, half specific), `extra` to fields by their own names. Raises UserError for an option
+    that the method has no field for, or refuses.
     """
     if method not in methods():
         raise UserError(f"--method {method}: unknown; choose from {', '.join(methods())}")
@@ -106,9 +107,10 @@ def peft_config(
         only = target_modules[0] if len(target_modules) == 1 else ""
         pattern = only == "all-linear" or not re.fullmatch(r"[\w.]*", only)
         fields["target_modules"] = only if pattern else list(target_modules)
-    if r is not None and "generator_share_dim" in known:
-        fields |= {"generator_share_dim": r - r // 2, "individual_features": r // 2}
-        r = None
+    for shared, specific in (("generator_share_dim", "individual_features"), ("r_shared", "r_specific")):
+        if r is not None and shared in known:
+            fields |= {shared: r - r // 2, specific: r // 2}
+            r = None
     for option, value in (("r", r), ("alpha", alpha), ("dropout", dropout)):
         name = _field(option, known, config)
         if value is not None and name is None:

@@ -5,10 +5,11 @@ from genft_modules.generators.genft import GenFTConfig
 from genft_modules.generators.gift import GIFTConfig
 from genft_modules.generators.lora import LoRAConfig
 from genft_modules.generators.peanut import PeanutConfig
+from genft_modules.generators.sas import SaSConfig
 from genft_modules.generators.wegeft import WeGeFTConfig
 
 METHODS: dict[str, type[GeneratorConfig]] = {
-    config.method: config for config in (WeGeFTConfig, GIFTConfig, GenFTConfig, PeanutConfig, LoRAConfig)
+    config.method: config for config in (WeGeFTConfig, GIFTConfig, GenFTConfig, SaSConfig, PeanutConfig, LoRAConfig)
 }
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "GeneratorConfig",
     "LoRAConfig",
     "PeanutConfig",
+    "SaSConfig",
     "WeGeFTConfig",
 ]

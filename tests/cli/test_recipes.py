@@ -34,12 +34,14 @@ def test_options_go_to_the_fields_of_the_method() -> None:
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 3, 0.5)
 
 
-def test_genft_has_its_rank_in_two_parts_and_a_variant() -> None:
+def test_genft_and_sas_have_their_rank_in_two_parts_and_genft_a_variant() -> None:
     config = peft_config("genft-gelu", r=5, dropout=0.25)
     assert (config.generator_share_dim, config.individual_features, config.drop) == (3, 2, 0.25)
     assert (config.inner_activation, config.outer_activation) == ("gelu", "gelu")
     config = peft_config("genft", extra={"outer_activation": "tanh", "individual_features": 3})
     assert (config.generator_share_dim, config.individual_features, config.outer_activation) == (8, 3, "tanh")
+    config = peft_config("sas", r=5)
+    assert (config.r_shared, config.r_specific) == (3, 2)
     with pytest.raises(UserError, match="--alpha: genft has no such setting"):
         peft_config("genft", alpha=2)
 

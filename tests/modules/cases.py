@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from genft_modules import GeneratorConfig, GenFTConfig, GIFTConfig, LoRAConfig, PeanutConfig, WeGeFTConfig
+from genft_modules import GeneratorConfig, GenFTConfig, GIFTConfig, LoRAConfig, PeanutConfig, SaSConfig, WeGeFTConfig
 
 from ..conftest import DEVICE
 
@@ -44,6 +44,9 @@ CASES: dict[str, Callable[..., GeneratorConfig]] = {
     "lora": lambda **kw: LoRAConfig(r=4, lora_alpha=6, **kw),
     "peanut": lambda **kw: PeanutConfig(r=4, **kw),
     "peanut_deep": lambda **kw: PeanutConfig(r=4, depth=2, act_fn="silu", scaling=0.7, **kw),
+    "sas": lambda **kw: SaSConfig(
+        **{"r_shared": 2, "r_specific": 2, "embedding_dim": 3, "hidden_dim": 5, "chunk_dim": 4, "scaling": 0.7, **kw}
+    ),
     "genft": lambda **kw: genft("none", "none", **kw),
     "genft_gelu": lambda **kw: genft("gelu", "gelu", **kw),
     "genft_vit": lambda **kw: genft(
@@ -53,8 +56,8 @@ CASES: dict[str, Callable[..., GeneratorConfig]] = {
     "genft_row": lambda **kw: genft("tanh", "none", stages="row", **kw),
 }
 # one per way of keeping and applying parameters: shared edit, own edit, shared low rank with a block, own low rank,
-# low rank that is partly shared, generated
-KINDS = ("wegeft", "wegeft_own", "gift_mlp", "lora", "genft", "genft_gelu")
+# low rank that is partly shared, generated, low rank from parameters in lists, low rank by a shared network
+KINDS = ("wegeft", "wegeft_own", "gift_mlp", "lora", "genft", "genft_gelu", "peanut_deep", "sas")
 
 LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
     "Linear": nn.Linear,

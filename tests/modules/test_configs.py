@@ -9,14 +9,23 @@ import pytest
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from genft_modules import METHODS, GenFTConfig, GenFTModel, GIFTConfig, LoRAConfig, PeanutConfig, WeGeFTConfig
+from genft_modules import (
+    METHODS,
+    GenFTConfig,
+    GenFTModel,
+    GIFTConfig,
+    LoRAConfig,
+    PeanutConfig,
+    SaSConfig,
+    WeGeFTConfig,
+)
 
 ALL = list(METHODS.values())
 
 
 def rank(config) -> str:
     """The field of the rank."""
-    return "generator_share_dim" if config is GenFTConfig else "r"
+    return {GenFTConfig: "generator_share_dim", SaSConfig: "r_shared"}.get(config, "r")
 
 
 @pytest.mark.parametrize("config", ALL)
@@ -98,6 +107,11 @@ def test_every_method_refuses(config, error, message, make):
         (PeanutConfig, {"act_fn": "swoosh"}, ValueError, "act_fn: got 'swoosh', expected one of .*'relu'"),
         (PeanutConfig, {"scaling": "1"}, TypeError, "scaling: got '1', expected a number"),
         (PeanutConfig, {"init_weights": "yes"}, TypeError, "init_weights: got 'yes', expected True or False"),
+        (SaSConfig, {"r_specific": 0}, ValueError, "r_specific: got 0, expected an integer >= 1"),
+        (SaSConfig, {"chunk_dim": 0}, ValueError, "chunk_dim: got 0, expected an integer >= 1"),
+        (SaSConfig, {"hidden_dim": 1.5}, TypeError, "hidden_dim: got 1.5, expected an integer"),
+        (SaSConfig, {"embedding_dim": True}, TypeError, "embedding_dim: got True, expected an integer"),
+        (SaSConfig, {"scaling": "1"}, TypeError, "scaling: got '1', expected a number"),
         (GenFTConfig, {"individual_features": -1}, ValueError, "individual_features: got -1, expected an integer >= 0"),
         (GenFTConfig, {"individual_features": False}, TypeError, "individual_features: got False"),
         (GenFTConfig, {"rank_pattern": {"q": -1}}, ValueError, r"rank_pattern\['q'\]: got -1"),

@@ -81,7 +81,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(case, tmp_path):
     adapt(case).save_pretrained(tmp_path)
     wide = llama(head_dim=16)  # q_proj with twice the rows
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    changed = {"r": 5} if "r" in config else {"generator_share_dim": 5}
+    changed = {next(name for name in ("r", "r_shared", "generator_share_dim") if name in config): 5}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | changed))
     for load in (
         lambda: PeftModel.from_pretrained(llama(), tmp_path),
