@@ -17,7 +17,16 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from genft_modules import GeneratorConfig, GenFTConfig, GIFTConfig, LoRAConfig, PeanutConfig, SaSConfig, WeGeFTConfig
+from genft_modules import (
+    METHODS,
+    GeneratorConfig,
+    GenFTConfig,
+    GIFTConfig,
+    LoRAConfig,
+    PeanutConfig,
+    SaSConfig,
+    WeGeFTConfig,
+)
 
 from ..conftest import DEVICE
 
@@ -58,6 +67,7 @@ CASES: dict[str, Callable[..., GeneratorConfig]] = {
 # one per way of keeping and applying parameters: shared edit, own edit, shared low rank with a block, own low rank,
 # low rank that is partly shared, generated, low rank from parameters in lists, low rank by a shared network
 KINDS = ("wegeft", "wegeft_own", "gift_mlp", "lora", "genft", "genft_gelu", "peanut_deep", "sas")
+REPRESENTATIVES = tuple(dict.fromkeys((*METHODS, *KINDS)))  # and every method: for tests too dear to run with all cases
 
 LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
     "Linear": nn.Linear,
