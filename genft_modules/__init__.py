@@ -4,6 +4,7 @@ Importing this package makes its methods known to peft: `get_peft_model`, `PeftM
 `add_adapter` and `load_adapter` then take their configs and checkpoints.
 """
 
+from genft_modules.adapters import check_adapter, load_adapter, save_adapter
 from genft_modules.export import ExportedLayer, export_lora
 from genft_modules.forms import Generated, InputEdit, LowRank
 from genft_modules.generators import (
@@ -36,7 +37,10 @@ __all__ = [
     "SaSConfig",
     "SharedGenerators",
     "WeGeFTConfig",
+    "check_adapter",
     "export_lora",
+    "load_adapter",
     "load_peft_peanut",
     "load_released_genft",
+    "save_adapter",
 ]

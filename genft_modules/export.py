@@ -18,13 +18,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from genft_modules.adapters import PREFIX
 from genft_modules.console import bar
-from genft_modules.files import new_directory
+from genft_modules.files import WEIGHTS, new_directory
 from genft_modules.generators.base import check_number, check_rank, module_type
 from genft_modules.linear import FusedGenLinear
 from genft_modules.tuner import GenFTModel
-
-_PREFIX = "base_model.model."  # of every key in a peft checkpoint
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def export_lora(
         if not 0 < max_error < 1:
             raise ValueError(f"max_error: got {max_error}, expected 0 < max_error < 1")
     layers = {
-        name.removeprefix(_PREFIX): layer
+        name.removeprefix(PREFIX): layer
         for name, layer in model.named_modules()
         if isinstance(layer, FusedGenLinear) and adapter_name in layer.genft_generators
     }
@@ -98,11 +97,11 @@ def export_lora(
             for name, layer in layers.items():
                 a, b, exact, error = _factors(layer, adapter_name, name, max_error, rank)
                 exported.append(ExportedLayer(name, a.shape[0], exact, error))
-                tensors[f"{_PREFIX}{name}.lora_A.weight"] = _copy(a)
-                tensors[f"{_PREFIX}{name}.lora_B.weight"] = _copy(b)
+                tensors[f"{PREFIX}{name}.lora_A.weight"] = _copy(a)
+                tensors[f"{PREFIX}{name}.lora_B.weight"] = _copy(b)
                 progress.update()
         tensors |= _other_tensors(model, adapter_name)
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         _config(model, adapter_name, layers, exported).save_pretrained(str(partial))
     return exported
 
@@ -147,7 +146,7 @@ def _other_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         return {}
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return {
-        _PREFIX + key.removeprefix(_PREFIX): _copy(tensor)
+        PREFIX + key.removeprefix(PREFIX): _copy(tensor)
         for key, tensor in state.items()
         if f".{GenFTModel.prefix}" not in key
     }
@@ -192,7 +191,7 @@ def _names(model: nn.Module) -> list[str]:
             continue
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             inside = (*inside, f"{name}.")
-        names.append(name.removeprefix(_PREFIX))
+        names.append(name.removeprefix(PREFIX))
     return names
 
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: directories that appear whole or not at all."""
+"""Files on disk: directories that appear whole, adapters that are replaced whole, no pickles."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+FORMER = CONFIG + ".old"  # while CONFIG and WEIGHTS change places with newer ones
+PARTIAL = ".partial"
 
 
 @contextmanager
@@ -23,25 +30,88 @@ def new_directory(path: Path) -> Iterator[Path]:
     elif path.exists():
         raise ValueError(f"{path}: is a file, expected a new directory")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed and had this number
+    with _written(path.parent / f".{path.name}{PARTIAL}") as partial:
+        yield partial
+        _sync(*partial.rglob("*"), partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+
+
+@contextmanager
+def replaced_adapter(path: Path) -> Iterator[Path]:
+    """A directory to write an adapter's files into, which take the place of those in `path` when the block ends without
+    an error. Other files in `path` stay.
+
+    A process that dies on the way leaves the former adapter, or the new one, and never the configuration of one with
+    the weights of the other: where the configuration changes, the former one is put aside before the weights change,
+    and for that moment the directory holds no adapter that anything would load (see `check_files`).
+    """
+    if not path.is_dir() or not any(path.iterdir()):
+        with new_directory(path) as partial:
+            yield partial
+        return
+    with _written(path / PARTIAL) as partial:
+        yield partial
+        _sync(*partial.rglob("*"))
+        for new in partial.iterdir():
+            if new.name not in (CONFIG, WEIGHTS):
+                os.replace(new, path / new.name)
+        config = path / CONFIG
+        if config.exists() and config.read_bytes() != (partial / CONFIG).read_bytes():
+            os.replace(config, path / FORMER)
+        _sync(path)
+        os.replace(partial / WEIGHTS, path / WEIGHTS)
+        _sync(path)
+        os.replace(partial / CONFIG, config)
+        _sync(path)
+        (path / FORMER).unlink(missing_ok=True)
+
+
+@contextmanager
+def _written(partial: Path) -> Iterator[Path]:
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir()
     try:
         yield partial
-        for written in [*partial.rglob("*"), partial]:
-            sync(written)
-        os.replace(partial, path)
-        sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a directory's list of names, is on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no directories
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _sync(*paths: Path) -> None:
+    """Waits until files' contents, and directories' lists of names, are on the disk."""
+    for path in paths:
+        if os.name == "nt" and path.is_dir():
+            continue  # Windows opens no directories
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def check_files(directory: Path, *, weights: bool = True) -> None:
+    """Raises ValueError, naming the file, if the directory holds no adapter in whole safetensors. `weights=False`: a
+    configuration on its own will do."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory, expected one with {CONFIG} and {WEIGHTS}")
+    if not (directory / CONFIG).is_file():
+        hint = ""
+        if (directory / FORMER).is_file():
+            if (directory / PARTIAL / WEIGHTS).exists():
+                hint = f"; a save was interrupted here: {FORMER} belongs to the weights"
+            else:
+                hint = f"; a save was interrupted here: {PARTIAL}/{CONFIG} belongs to the weights"
+        raise ValueError(f"{directory}: holds no {CONFIG}{hint}")
+    path = directory / WEIGHTS
+    if path.is_file():
+        try:
+            with safe_open(path, framework="pt"):
+                return
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: is not a whole safetensors file ({error})") from None
+    if (directory / "adapter_model.bin").exists():
+        raise ValueError(
+            f"{directory}: holds adapter_model.bin, a pickle, which genft does not read; expected {WEIGHTS}"
+        )
+    if weights:
+        raise ValueError(f"{directory}: holds no {WEIGHTS}")

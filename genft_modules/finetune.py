@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from genft_modules import recipes
+from genft_modules.adapters import save_adapter
 from genft_modules.console import UserError, one_line, say
 from genft_modules.data import Windows, byte_tokenizer, encode, read_records, split_records
+from genft_modules.files import new_directory
 from genft_modules.measure import PeakMemory
 
 SEQ_LEN = 512  # the default, where the model allows it
@@ -411,14 +413,14 @@ def adapt(model: Any, peft_config: Any) -> Any:
 
 
 def _save(model: Any, tokenizer: Any, directory: Path, adapter: bool) -> None:
-    """Write adapter/ or model/ under another name first: a directory of that name is whole."""
-    final, partial = directory / ("adapter" if adapter else "model"), directory / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial))
-    if not adapter:
+    """Write adapter/ or model/: a directory of that name is whole."""
+    if adapter:
+        save_adapter(model, directory / "adapter")
+        return
+    shutil.rmtree(directory / "model", ignore_errors=True)
+    with new_directory(directory / "model") as partial:
+        model.save_pretrained(str(partial))
         tokenizer.save_pretrained(str(partial))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
 
 
 def _write_json(path: Path, value: Any) -> None:

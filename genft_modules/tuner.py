@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
+from genft_modules.adapters import refuse_misfits
 from genft_modules.generators import METHODS, GeneratorConfig
 from genft_modules.generators.base import fits
 from genft_modules.linear import FusedGenLinear
@@ -143,6 +144,21 @@ class GenFTModel(BaseTuner):
             if found:
                 return f"{before}{container}.{after}"
         return cast(str, super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """peft loads what this returns, and takes no notice of keys that are unknown or missing. Refuses them, before
+        any tensor of the model has changed; but for a state without any of the method's tensors, which may be meant."""
+        state: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        known = model.state_dict()
+        # with bias="all", peft saves the biases of modules to save twice, the second time under a key that nothing has
+        state = {key: tensor for key, tensor in state.items() if key in known or ".modules_to_save." not in key}
+        containers = FusedGenLinear.adapter_layer_names + SharedGenerators.adapter_layer_names
+        own = {k: t for k, t in known.items() if any(f"{name}.{adapter_name}." in k for name in containers)}
+        refuse_misfits(f"adapter {adapter_name!r}", state, own if own.keys() & state.keys() else {}, known)
+        return state
 
 
 def _adapted(model: nn.Module, adapter_name: str) -> dict[str, FusedGenLinear]:

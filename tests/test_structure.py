@@ -45,6 +45,16 @@ def test_the_reference_never_imports_triton():
         assert not any(name.split(".")[0] == "triton" for name in imports_of(path)), path.name
 
 
+def test_nothing_is_unpickled_but_released_checkpoints_and_those_with_weights_only():
+    for package in ("genft_kernels", "genft_modules"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert not imports_of(path) & {"pickle", "joblib", "dill", "cloudpickle"}, path.name
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
+                    assert path.name == "released.py"
+                    assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+
+
 @pytest.mark.parametrize("package", ["genft_kernels", "genft_modules"])
 def test_importing_starts_no_gpu_and_no_triton(package):
     """genft_kernels imports no triton at all; genft_modules none but what peft and transformers may bring."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from genft_modules.files import check_files
 from genft_modules.forms import Form
 
 BACKENDS = ("auto", "triton", "reference")
@@ -86,10 +88,19 @@ class GeneratorConfig(PeftConfig):
         check_choice("backend", self.backend, BACKENDS)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are saved."""
+        """The fields that are saved; names in order, so that the same config makes the same file."""
         fields: dict[str, Any] = super().to_dict()
         del fields["backend"]
-        return fields
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As in peft. `PeftModel.from_pretrained` begins here, so weights beside the config that are torn, or a pickle,
+        are refused here, before the model has the adapter. Raises ValueError, naming the file."""
+        directory = Path(pretrained_model_name_or_path, subfolder or "")
+        if directory.is_dir():
+            check_files(directory, weights=False)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> Generator:
         """The generator of one layer, its parameters initialised, on the CPU and in float32.

@@ -88,11 +88,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused(case, tmp_path):
         lambda: PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=True),
         lambda: llama().load_adapter(str(tmp_path)),
     ):
-        with pytest.raises(RuntimeError, match="mismatch"):
+        with pytest.raises((ValueError, RuntimeError), match="mismatch"):
             load()
     if case == "lora":  # the others do not depend on N
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-        with pytest.raises(RuntimeError, match="size mismatch"):
+        with pytest.raises(ValueError, match="shape mismatch"):
             PeftModel.from_pretrained(wide, tmp_path)
 
 
