@@ -7,6 +7,7 @@ from .dropout import draw_seed
 from .generated import generated_features, generated_linear
 from .ops import input_edit, input_edit_linear, lowrank_linear, weight_features
 from .plan import ContractPlan, DeviceFacts, LaunchPlan, Problem, ProductPlan, SkinnyPlan, choose_plan, device_facts
+from .sliced import sliced_linear, squared_gradient_sums
 
 __all__ = [
     "ContractPlan",
@@ -23,5 +24,7 @@ __all__ = [
     "input_edit",
     "input_edit_linear",
     "lowrank_linear",
+    "sliced_linear",
+    "squared_gradient_sums",
     "weight_features",
 ]

@@ -86,6 +86,30 @@ def check_factor(name: str, factor: Tensor, like: Tensor, shape: tuple[int | Non
     return rank
 
 
+ORIENTATIONS = ("row", "column")
+
+
+def check_orientation(orientation: str) -> bool:
+    """True for columns."""
+    if orientation not in ORIENTATIONS:
+        raise ValueError(f"orientation: got {orientation!r}, expected one of {ORIENTATIONS}")
+    return orientation == "column"
+
+
+def check_indices(indices: Tensor, k: int, size: int, like: Tensor) -> None:
+    """int64 [k] on the device of `like`; what they say is not looked at: that would wait for a GPU."""
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices: got {type(indices).__name__}, expected an int64 tensor")
+    if indices.dtype != torch.int64:
+        raise TypeError(f"indices: dtype {indices.dtype}, expected torch.int64")
+    if indices.shape != (k,):
+        raise ValueError(f"indices: shape {tuple(indices.shape)}, expected [{k}], one for each slice of values")
+    if k > size:
+        raise ValueError(f"indices: {k} of them, expected at most {size}, for they are different")
+    if indices.device != like.device:
+        raise ValueError(f"indices: on {indices.device}, expected {like.device}")
+
+
 def check_dropout(dropout: float, seed: Tensor | None, like: Tensor) -> Tensor | None:
     """The seed to use: None where nothing is dropped."""
     if not 0.0 <= dropout < 1.0:

@@ -6,9 +6,10 @@ at import or on first call. A device with a measured table (`genft_kernels/plans
 
 Algorithms:
 - "reference": library products only (genft_kernels.reference), on any device.
-- "thin" (low rank): the library's product with W0, and one Triton pass for each stretch of skinny work around it.
-- "fused": one Triton product; low rank: its accumulator starts from the low-rank term; generated: the tiles of ΔW are
-  made inside it.
+- "thin" (low rank, slices): the library's product with W0, and one Triton pass for each stretch of skinny work around
+  it.
+- "fused": one Triton product; low rank and slices: its accumulator starts from the update's term; generated: the tiles
+  of ΔW are made inside it; squared gradients: its tiles are reduced, not stored.
 - "panel" (generated): W0 + ΔW for a bounded panel in a reused workspace, then the library's product, panel by panel.
 """
 
@@ -24,9 +25,10 @@ from typing import Any
 import torch
 
 BACKENDS = ("auto", "triton", "reference")
-LOW_RANK = ("lowrank_linear", "input_edit_linear", "input_edit", "weight_features")
+LOW_RANK = ("lowrank_linear", "input_edit_linear", "input_edit", "weight_features", "sliced_linear")
 GENERATED = ("generated_linear", "generated_features")
-OPERATIONS = LOW_RANK + GENERATED
+SQUARES = "squared_gradient_sums"
+OPERATIONS = (*LOW_RANK, *GENERATED, SQUARES)
 ALGORITHMS = ("reference", "thin", "fused", "panel")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TRITON_RANK = 128  # a kernel holds a factor's whole rank in one block
@@ -123,7 +125,8 @@ class DeviceFacts:
 
 @dataclass(frozen=True)
 class Problem:
-    """One call, flattened to matrices: x [m,k], weight [n,k], rank r, the element size of x in bytes."""
+    """One call, flattened to matrices: x [m,k], weight [n,k], rank r (of slices: their number; 1 where there is none),
+    the element size of x in bytes."""
 
     operation: str
     m: int
@@ -147,7 +150,7 @@ LOW_RANK_DEFAULTS: dict[int, tuple[tuple[int, SkinnyPlan, SkinnyPlan], ...]] = {
     ),
     4: (
         (16, SkinnyPlan(32, 32, warps=4, stages=2), SkinnyPlan(16, 64, warps=4, stages=2)),
-        (32, SkinnyPlan(32, 16, warps=4, stages=2), SkinnyPlan(16, 16, warps=4, stages=2)),
+        (32, SkinnyPlan(32, 16, warps=8, stages=2), SkinnyPlan(16, 16, warps=4, stages=2)),
     ),
 }
 PRODUCT_DEFAULTS = {2: ProductPlan(), 4: ProductPlan(64, 64, 32, warps=4, stages=2)}
@@ -170,6 +173,8 @@ def default_plan(problem: Problem, facts: DeviceFacts) -> LaunchPlan:
                 contract = replace(contract, groups=max(1, facts.processors))
                 return LaunchPlan(algorithm, product=product, contract=contract)
         return LaunchPlan("reference")
+    if problem.operation == SQUARES:
+        return LaunchPlan("fused", product=PRODUCT_DEFAULTS[problem.itemsize])
     for widest, many, few in LOW_RANK_DEFAULTS[problem.itemsize]:
         if problem.r <= widest:
             # Fill the card, and never hold more partial sums than the rows need.
@@ -236,9 +241,9 @@ def resolve(
         plan = LaunchPlan.parse(choice)
         if plan.algorithm != "reference":
             _require_triton(device, dtype, r)
-        stranger = "thin" if operation in GENERATED else "panel"
-        if plan.algorithm == stranger:
-            raise ValueError(f"plan: {operation} has no algorithm {stranger!r}")
+        strangers = ("panel",) if operation in LOW_RANK else ("thin",) if operation in GENERATED else ("thin", "panel")
+        if plan.algorithm in strangers:
+            raise ValueError(f"plan: {operation} has no algorithm {plan.algorithm!r}")
         return plan
     usable = device.type == "cuda" and dtype in TRITON_DTYPES
     if choice == "reference" or (choice == "auto" and not usable):

@@ -394,3 +394,74 @@ def generated_features_backward(
             gradients.add(made.backward_(a[:, rows].t() @ dz.t(), z, rows), rows)
     dh, db, _, dcolumn = gradients.results()
     return dh, db, da, dcolumn
+
+
+# ---- y = x W0ᵀ + b, and a few of its outputs or inputs with more: y[:,I] += s x Vᵀ, or y += s x[:,J] Vᵀ
+
+
+def sliced_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    columns: bool,
+    scale: float,
+) -> Tensor:
+    """Returns y [M,N]; V is [k,K] for rows, [N,k] for columns. Nothing is kept: both directions gather again."""
+    y = F.linear(x, weight, bias)
+    v_t = values.to(x.dtype).t()
+    if columns:
+        return y.addmm_(x.index_select(1, indices) * scale, v_t)
+    return y.index_add_(1, indices, (x @ v_t).mul_(scale))
+
+
+def sliced_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    columns: bool,
+    scale: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Rows: u = s dY[:,I]; dX = dY W0 + u V, dV = uᵀ x. Columns: dX = dY W0, dX[:,J] += s dY V; dV = s dYᵀ x[:,J].
+
+    `needs` and the result follow x, V, bias.
+    """
+    need_x, need_values, need_bias = needs
+    dx = dv = None
+    v = values.to(dy.dtype)
+    if columns:
+        if need_x:
+            dx = (dy @ weight).index_add_(1, indices, (dy @ v).mul_(scale))
+        if need_values:
+            dv = dy.t() @ (x.index_select(1, indices) * scale)
+    elif need_x or need_values:
+        u = dy.index_select(1, indices) * scale
+        if need_x:
+            dx = (dy @ weight).addmm_(u, v)
+        if need_values:
+            dv = u.t() @ x
+    return dx, None if dv is None else dv.to(values.dtype), dy.sum(0) if need_bias else None
+
+
+# ---- Σ_k G², G = dYᵀ x: how large the rows of a weight's gradient are
+
+
+def squared_gradient_sums(dy: Tensor, x: Tensor) -> Tensor:
+    """Sums over k of G[n,k]², G = dYᵀ x [N,K], of which only a panel of rows exists at a time; float32 or wider [N].
+
+    A panel is summed over M in float32, with a bounded stretch of 16-bit rows made wider at a time: rounded to float16
+    it could overflow.
+    """
+    n, k = dy.shape[1], x.shape[1]
+    sums = _total(dy, n)
+    for rows in _panels(n, k, _GENERATED_ELEMENTS):
+        panel = _total(dy, rows.stop - rows.start, k)
+        stretches = [slice(None)] if panel.dtype == dy.dtype else _panels(x.shape[0], k, _GENERATED_ELEMENTS)
+        for part in stretches:
+            panel.addmm_(dy[part, rows].t().to(panel.dtype), x[part].to(panel.dtype))
+        sums[rows] = panel.square_().sum(1)
+    return sums

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..plan import LaunchPlan
 from ..reference import Generated
 from .generated import launch_contract, launch_fold, launch_generated_product, launch_panel
-from .product import launch_product
+from .product import launch_product, launch_squares
 from .skinny import launch_skinny
 
 __all__ = [
@@ -28,6 +28,9 @@ __all__ = [
     "input_edit_linear_forward",
     "lowrank_linear_backward",
     "lowrank_linear_forward",
+    "sliced_linear_backward",
+    "sliced_linear_forward",
+    "squared_gradient_sums",
     "weight_features_backward",
     "weight_features_forward",
 ]
@@ -326,3 +329,110 @@ def generated_features_backward(
         da,
         dcolumn.to(dtype) if need_column and dcolumn is not None else None,
     )
+
+
+def sliced_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    columns: bool,
+    scale: float,
+    plan: LaunchPlan,
+) -> Tensor:
+    r = indices.shape[0]
+    if plan.algorithm == "fused":
+        u, v = x, values.t()
+        if not columns:
+            u, v = launch_skinny(x, plan.skinny, r, a=v, scale=scale).u, None
+        return launch_product(x, weight.t(), u, v, plan.product, bias=bias, pick=indices, scale=scale)
+    y = F.linear(x, weight, bias)
+    if columns:
+        launch_skinny(y, plan.skinny, r, u=x, pick=indices, b=values.t(), out=y, scale=scale)
+    else:
+        launch_skinny(x, plan.skinny, r, a=values.t(), u=y, pick=indices, scale=scale)
+    return y
+
+
+def sliced_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    columns: bool,
+    scale: float,
+    needs: tuple[bool, bool, bool],
+    plan: LaunchPlan,
+) -> Gradients:
+    need_x, need_values, need_bias = needs
+    db = dy.sum(0) if need_bias else None
+    if not (need_x or need_values):
+        return None, None, db
+    gradients = _column_gradients if columns else _row_gradients
+    dx, dv = gradients(dy, x, weight, values, indices, scale, need_x, need_values, plan)
+    return dx, None if dv is None else dv.to(values.dtype), db
+
+
+def _row_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    scale: float,
+    need_x: bool,
+    need_values: bool,
+    plan: LaunchPlan,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dX = dY W0 + u V and dV = uᵀ x [k,K] in fp32, u = s dY[:,I]."""
+    r = indices.shape[0]
+    if need_x and plan.algorithm == "thin":
+        # One pass over g and x.
+        g = dy @ weight
+        over_g = launch_skinny(
+            g, plan.skinny, r, u=dy, pick=indices, b=values, out=g, z=x if need_values else None, scale=scale
+        )
+        return over_g.out, over_g.u_z
+    dx = dv = None
+    if need_x:
+        dx = launch_product(dy, weight, dy, values, plan.product, pick=indices, scale=scale)
+    if need_values:
+        dv = launch_skinny(x, plan.skinny, r, left=dy, pick=indices).left_s * scale
+    return dx, dv
+
+
+def _column_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    scale: float,
+    need_x: bool,
+    need_values: bool,
+    plan: LaunchPlan,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dX = dY W0, dX[:,J] += s dY V, and dV = s dYᵀ x[:,J] [N,k] in fp32."""
+    r = indices.shape[0]
+    fused = plan.algorithm == "fused"
+    dx = None if fused or not need_x else dy @ weight
+    # One pass over dY.
+    over_dy = launch_skinny(
+        dy,
+        plan.skinny,
+        r,
+        a=values if need_x else None,
+        u=dx,
+        left=x if need_values else None,
+        pick=indices,
+        scale=scale,
+    )
+    if need_x and fused:
+        dx = launch_product(dy, weight, over_dy.u, None, plan.product, pick=indices)
+    return dx, None if over_dy.left_s is None else over_dy.left_s.t() * scale
+
+
+def squared_gradient_sums(dy: Tensor, x: Tensor, plan: LaunchPlan) -> Tensor:
+    return launch_squares(dy.t(), x, plan.product)

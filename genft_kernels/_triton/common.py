@@ -51,6 +51,16 @@ def keep_mask(p_seed, threshold, o_row, o_col):
 
 
 @triton.jit
+def picked(p_pick, o_r, m_r, PICK: tl.constexpr):
+    """Where the r columns of a matrix lie: one after the other, or at the places that are picked from a wider one."""
+    if PICK:
+        o = tl.load(p_pick + o_r, mask=m_r, other=0)
+    else:
+        o = o_r
+    return o
+
+
+@triton.jit
 def grouped_tile(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     """(row, column) of the tile that program `pid` of a product makes: programs that run together share columns of the
     right operand and rows of the left one in the L2."""

@@ -14,6 +14,14 @@ Each part is a compile-time flag. What the operations make of it:
     dX = g + drop(u Pᵀ), dP = drop(x)ᵀ u           column pass on a given U, with G_z
     z = ρ drop(W0) Aᵀ + bias, dA = ρ dZᵀ drop(W0)  row pass over the weight; G_s alone
 
+U and L may be a few columns of a wide matrix, which `pick` [r] names: they are gathered where they are read, and a U
+that is made is added to them. That is what slices of a weight need, and nothing of U is stored:
+
+    y[:,I] += s x Vᵀ                               row pass over x
+    u = s dY[:,I], dX = g + u V, dV = uᵀ x         column pass on a picked U, with G_z
+    y += s x[:,J] Vᵀ                               column pass on a picked U
+    dX[:,J] += s dY V, dVᵀ = x[:,J]ᵀ dY            row pass over dY, with G_s
+
 A program owns a stretch of row blocks. A reduction is two-stage and deterministic: each program adds its row blocks, in
 order, into its own fp32 slab [r,C] (in the L2 while it is in use), and the launcher sums the slabs. Where no row pass
 is asked for, the columns are split over a second grid axis.
@@ -32,18 +40,18 @@ from torch import Tensor
 
 from ..dropout import threshold
 from ..plan import SkinnyPlan
-from .common import INTERPRETING, dot, keep_mask, precision, rank_block, strides, unit, vector
+from .common import INTERPRETING, dot, keep_mask, picked, precision, rank_block, strides, unit, vector
 
 
 @triton.jit
 def _skinny_kernel(
-    p_s, p_a, p_bias, p_left, p_u, p_b, p_o, p_z, p_gs, p_gz, p_seed,
+    p_s, p_a, p_bias, p_left, p_u, p_b, p_o, p_z, p_gs, p_gz, p_seed, p_pick,
     M, C, R,
     s_sm, s_sc, s_ac, s_ar, s_lm, s_lr, s_um, s_ur, s_br, s_bc, s_om, s_oc, s_zm, s_zc,
     s_gsg, s_gsr, s_gsc, s_gzg, s_gzr, s_gzc,
     scale, dropout_threshold, dropout_scale, blocks_per_group, columns_per_program,
     PROJECT: tl.constexpr, REDUCE_S: tl.constexpr, UPDATE: tl.constexpr, REDUCE_Z: tl.constexpr,
-    BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    BIAS: tl.constexpr, DROPOUT: tl.constexpr, PICK_U: tl.constexpr, PICK_L: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -53,6 +61,7 @@ def _skinny_kernel(
     dtype = p_s.dtype.element_ty
     o_r = tl.arange(0, BR)
     m_r = o_r < R
+    o_l = picked(p_pick, o_r, m_r, PICK_L)
     row_blocks = tl.cdiv(M, BM)
     last_block = tl.minimum((group + 1) * blocks_per_group, row_blocks)
     for block in tl.range(group * blocks_per_group, last_block, num_stages=1, disable_licm=True):
@@ -61,12 +70,11 @@ def _skinny_kernel(
         o_m = (block * BM + tl.arange(0, BM)).to(tl.int64)
         m_m = o_m < M
         u = tl.zeros((BM, BR), tl.float32)
-        p_u_tile = p_u + o_m[:, None] * s_um + o_r[None, :] * s_ur
 
         if PROJECT or REDUCE_S:
             if REDUCE_S:
                 left = tl.load(
-                    p_left + o_m[:, None] * s_lm + o_r[None, :] * s_lr, mask=m_m[:, None] & m_r[None, :], other=0.0
+                    p_left + o_m[:, None] * s_lm + o_l[None, :] * s_lr, mask=m_m[:, None] & m_r[None, :], other=0.0
                 )
                 left_t = tl.trans(left.to(dtype))  # [BR, BM]
             for start in range(first_column, last_column, BC):
@@ -92,9 +100,15 @@ def _skinny_kernel(
                 u *= scale
                 if BIAS:
                     u += tl.load(p_bias + o_r, mask=m_r, other=0.0).to(tl.float32)[None, :]
+                o_u = picked(p_pick, o_r, m_r, PICK_U)
+                p_u_tile = p_u + o_m[:, None] * s_um + o_u[None, :] * s_ur
+                if PICK_U:
+                    u += tl.load(p_u_tile, mask=m_m[:, None] & m_r[None, :], other=0.0).to(tl.float32)
                 tl.store(p_u_tile, u.to(p_u.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
         else:
-            u = tl.load(p_u_tile, mask=m_m[:, None] & m_r[None, :], other=0.0).to(tl.float32)
+            o_u = picked(p_pick, o_r, m_r, PICK_U)
+            p_u_tile = p_u + o_m[:, None] * s_um + o_u[None, :] * s_ur
+            u = tl.load(p_u_tile, mask=m_m[:, None] & m_r[None, :], other=0.0).to(tl.float32) * scale
 
         if UPDATE or REDUCE_Z:
             u_low = u.to(dtype)
@@ -149,6 +163,7 @@ def launch_skinny(
     left: Tensor | None = None,
     u: Tensor | None = None,
     u_dtype: torch.dtype | None = None,
+    pick: Tensor | None = None,
     b: Tensor | None = None,
     out: Tensor | None = None,
     z: Tensor | None = None,
@@ -159,14 +174,19 @@ def launch_skinny(
     """Runs the parts whose operands are given, over s [M,C].
 
     Args:
-        a: [C,r], asks for U = scale·drop(S) A + bias, in `u_dtype` (default: that of s). Without it, U is `u` [M,r].
+        a: [C,r], asks for U = scale·drop(S) A + bias, in `u_dtype` (default: that of s). Without it, U is scale·`u`
+            [M,r].
         left: [M,r], asks for G_s = leftᵀ drop(S).
+        pick: int64 [r], different columns of `left` and, where it is given, of `u` [M,any]: these are meant then. With
+            a, U is added to those of `u`, and there is no b or z.
         b: [r,C], asks for O = S + drop(U B), into `out` (may be s itself; default: a new tensor).
         z: [M,C], asks for G_z = Uᵀ drop(Z).
     """
     rows, columns = s.shape
     project, update = a is not None, b is not None
-    if project:
+    pick_u = pick is not None and u is not None
+    assert not (project and pick_u and (update or z is not None))  # U is gone: it is in a sum
+    if project and not pick_u:
         u = torch.empty((rows, r), dtype=u_dtype or s.dtype, device=s.device)
     if update and out is None:
         out = torch.empty((rows, columns), dtype=s.dtype, device=s.device)
@@ -183,13 +203,14 @@ def launch_skinny(
     if rows:
         _skinny_kernel[(groups, triton.cdiv(columns, columns_per_program))](
             s, unit(a, s), vector(bias, s), unit(left, s), unit(u, s), unit(b, s), unit(out, s), unit(z, s),
-            unit(slab_s, s), unit(slab_z, s), unit(seed, s),
+            unit(slab_s, s), unit(slab_z, s), unit(seed, s), vector(pick, s),
             rows, columns, r,
             *strides(s), *strides(a), *strides(left), *strides(u), *strides(b), *strides(out), *strides(z),
             *((0, 0, 0) if slab_s is None else slab_s.stride()), *((0, 0, 0) if slab_z is None else slab_z.stride()),
             scale, threshold(dropout), 1.0 / (1.0 - dropout), blocks_per_group, columns_per_program,
             PROJECT=project, REDUCE_S=left is not None, UPDATE=update, REDUCE_Z=z is not None,
             BIAS=bias is not None, DROPOUT=seed is not None,
+            PICK_U=pick_u, PICK_L=pick is not None and left is not None,
             BM=plan.rows, BC=plan.columns, BR=rank_block(r),
             PRECISION=precision(s.dtype), INTERPRET=INTERPRETING,
             num_warps=plan.warps, num_stages=plan.stages,

@@ -170,6 +170,24 @@ def generated_calls(
         )
 
 
+def sliced_calls(k: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:
+    """One call for each launcher on k rows or columns of a weight; on "fused", the sums of squared gradients too."""
+    from genft_kernels import _triton as run
+
+    x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
+    bias, indices = torch.empty(N, dtype=dtype), torch.arange(k)
+    for columns, values in ((False, torch.empty(k, K)), (True, torch.empty(N, k))):
+        rest = (values, indices)
+        name = "columns" if columns else "rows"
+        yield f"{name}_forward", lambda c=columns, v=rest: run.sliced_linear_forward(x, weight, *v, bias, c, 1.5, plan)
+        yield (
+            f"{name}_backward",
+            lambda c=columns, v=rest: run.sliced_linear_backward(dy, x, weight, *v, c, 1.5, (True,) * 3, plan),
+        )
+    if plan.algorithm == "fused":
+        yield "squared_gradient_sums", lambda: run.squared_gradient_sums(dy, x, plan)
+
+
 def _padded_ranks(entries: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], int, float]]:
     """Each entry with every padded rank that it serves, without dropout; and the widest with dropout."""
     served = 0
@@ -193,6 +211,11 @@ def default_calls() -> Iterator[tuple[str, Callable[[], object]]]:
                     yield f"{name} r={r} {dtype} {blocks} dropout={dropout}", call
             for name, call in low_rank_calls(r, dtype, replace(plan, algorithm="fused"), dropout=dropout):
                 yield f"{name} r={r} {dtype} fused dropout={dropout}", call
+        for widest, many, _ in low_rank:  # the passes of the low-rank family, once more with columns picked
+            for algorithm in ("thin", "fused"):
+                plan = LaunchPlan(algorithm, many, plans.PRODUCT_DEFAULTS[itemsize])
+                for name, call in sliced_calls(widest, dtype, plan):
+                    yield f"sliced_{name} k={widest} {dtype} {algorithm}", call
     for itemsize, generated in plans.GENERATED_DEFAULTS.items():
         dtype = dtypes[itemsize]
         for (_, product, contract), r, dropout in _padded_ranks(generated):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import genft_kernels as gk
-from genft_kernels import ContractPlan, LaunchPlan, ProductPlan, SkinnyPlan, generated, ops
+from genft_kernels import ContractPlan, LaunchPlan, ProductPlan, SkinnyPlan, generated, ops, sliced
 from genft_kernels.activations import ACTIVATIONS
 
 from .truth import ALGORITHMS, OPERATIONS, WITH_DROPOUT, Case, assert_close_to_truth, make_case, run
@@ -64,7 +64,7 @@ class TestAgainstTruth:
         case = make_case(name, 37, 48, 33, 6, torch.float32, device)
 
         def gapped(tensor: torch.Tensor) -> torch.Tensor:
-            wide = torch.empty(*tensor.shape[:-1], 2 * tensor.shape[-1], device=device)
+            wide = torch.empty(*tensor.shape[:-1], 2 * tensor.shape[-1], dtype=tensor.dtype, device=device)
             view = wide[..., ::2]
             view.copy_(tensor.detach())
             return view.requires_grad_(tensor.requires_grad)
@@ -198,7 +198,7 @@ class Inside(TorchDispatchMode):
 
     BODIES: ClassVar = {
         value._opoverload: value._init_fn
-        for value in (*vars(ops).values(), *vars(generated).values())
+        for value in (*vars(ops).values(), *vars(generated).values(), *vars(sliced).values())
         if isinstance(value, torch.library.CustomOpDef)
     }
 
@@ -318,7 +318,7 @@ def test_nothing_of_n_by_k_is_allocated(name, algorithm, device):
 
 @pytest.mark.parametrize(("name", "algorithm"), [pair for pair in PAIRS if not pair[0].endswith("features")])
 def test_saved_for_backward_is_t_at_most(name, algorithm, device):
-    """P5: beyond x and the parameters, t [M,r]; nothing for the generated form."""
+    """P5: beyond x and the parameters, t [M,r]; nothing for the generated form and for slices."""
     m, r = 50, 4
     case = make_case(name, m, 64, 48, r, torch.float16, device)
     own = {t.untyped_storage().data_ptr() for t in case.tensors.values()}
@@ -333,7 +333,8 @@ def test_saved_for_backward_is_t_at_most(name, algorithm, device):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = case.operation(*case.tensors.values(), **case.options, plan=PLANS[algorithm])
     assert y.requires_grad
-    assert sum(saved.values()) == (0 if name == "generated_linear" else m * r * 2)
+    keeps_nothing = name.startswith(("generated", "sliced"))
+    assert sum(saved.values()) == (0 if keeps_nothing else m * r * 2)
 
 
 # ---- around the operation

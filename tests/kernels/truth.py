@@ -76,6 +76,18 @@ def generated_features(
     return FUNCTIONS[inner_activation](z if bias is None else z + bias)
 
 
+def sliced_linear(x, weight, values, indices, bias=None, *, orientation, scale=1.0):
+    delta = torch.zeros_like(weight).index_copy(1 if orientation == "column" else 0, indices, scale * values.to(weight))
+    return F.linear(x, weight + delta, bias)
+
+
+def squared_gradient_sums(dy, x, *, orientation="row"):
+    """By autograd, of a layer whose weight trains."""
+    weight = x.new_zeros(dy.shape[-1], x.shape[-1], requires_grad=True)
+    (gradient,) = torch.autograd.grad(F.linear(x.detach(), weight), weight, dy.detach())
+    return gradient.square().sum(0 if orientation == "column" else 1)
+
+
 @dataclass(frozen=True)
 class Case:
     """One call of an operation: the operation, its truth, tensors by name in order, keyword arguments."""
@@ -116,6 +128,14 @@ def make_case(
         q = tensor(n, r, kind=factor_dtype)
         tensors = {"x": x, "weight": weight, "p": p, "q": q, "bias": b}
         return Case(gk.lowrank_linear, lowrank_linear, tensors, {"scale": scale, **drop})
+    if name.startswith("sliced_linear"):
+        columns = name == "sliced_linear_column"
+        size = k if columns else n
+        indices = torch.randperm(size, device=device)[:r]
+        values = tensor(*((n, len(indices)) if columns else (len(indices), k)), kind=factor_dtype, size=k**-0.5)
+        tensors = {"x": x, "weight": weight, "values": values, "indices": indices, "bias": b}
+        options = {"orientation": "column" if columns else "row", "scale": scale}
+        return Case(gk.sliced_linear, sliced_linear, tensors, options)
     psi, phi = (tensor(r, k, kind=factor_dtype, size=k**-0.5) for _ in range(2))
     if name == "input_edit_linear":
         tensors = {"x": x, "weight": weight, "psi": psi, "phi": phi, "bias": b}
@@ -157,6 +177,8 @@ ALGORITHMS = {
     "weight_features": ("reference", "thin"),
     "generated_linear": ("reference", "fused", "panel"),
     "generated_features": ("reference", "fused"),
+    "sliced_linear_row": ("reference", "thin", "fused"),
+    "sliced_linear_column": ("reference", "thin", "fused"),
 }
 OPERATIONS = tuple(ALGORITHMS)
 WITH_DROPOUT = ("lowrank_linear", "weight_features", "generated_linear", "generated_features")
@@ -169,7 +191,9 @@ def run(
     leaves = {}
     for name, tensor in case.tensors.items():
         if tensor is not None:
-            cast = tensor.detach().to(dtype or tensor.dtype)
+            cast = tensor.detach()
+            if dtype is not None and tensor.is_floating_point():
+                cast = cast.to(dtype)
             # A cast keeps the strides that the test chose; detach alone shares memory, which no call may write.
             leaves[name] = cast.requires_grad_(tensor.requires_grad)
     y = function(*(leaves.get(name) for name in case.tensors), **case.options, **extra)

@@ -1,0 +1,206 @@
+"""The door to the operations on a few rows or columns of a weight: the product with them added, and the measure by
+which they are chosen.
+
+The same arrangement as `genft_kernels.ops`: checks, a `genft::` operator on matrices, its backward as an operator.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    autocast,
+    check_activations,
+    check_factor,
+    check_indices,
+    check_linear,
+    check_orientation,
+    choice_of,
+)
+from .ops import as_kernel, launcher, present, wanted
+from .plan import SQUARES, LaunchPlan, resolve
+
+_Extra = tuple[LaunchPlan, ...]
+
+
+def _resolve(choice: str, operation: str, x: Tensor, n: int, r: int) -> tuple[ModuleType, _Extra]:
+    plan = resolve(choice, operation, x.shape[0], n, x.shape[1], r, x.dtype, x.device)
+    return launcher(plan), (() if plan.algorithm == "reference" else (plan,))
+
+
+# ---- sliced_linear
+
+
+@torch.library.custom_op("genft::sliced_linear", mutates_args=())
+@as_kernel
+def _sliced_linear(
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    columns: bool,
+    scale: float,
+    plan: str,
+) -> Tensor:
+    run, extra = _resolve(plan, "sliced_linear", x, weight.shape[0], indices.shape[0])
+    return run.sliced_linear_forward(x, weight, values, indices, bias, columns, scale, *extra)  # type: ignore[no-any-return]
+
+
+@_sliced_linear.register_fake
+def _(x, weight, values, indices, bias, columns, scale, plan):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("genft::sliced_linear_backward", mutates_args=())
+@as_kernel
+def _sliced_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    columns: bool,
+    scale: float,
+    plan: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    run, extra = _resolve(plan, "sliced_linear", x, weight.shape[0], indices.shape[0])
+    return present(run.sliced_linear_backward(dy, x, weight, values, indices, columns, scale, tuple(needs), *extra), dy)
+
+
+@_sliced_linear_backward.register_fake
+def _(dy, x, weight, values, indices, columns, scale, plan, needs):  # type: ignore[no-untyped-def]
+    shapes = (x.shape, values.shape, (weight.shape[0],))
+    dtypes = (dy.dtype, values.dtype, dy.dtype)
+    return [
+        dy.new_empty(s if need else (0,), dtype=d if need else dy.dtype)
+        for s, d, need in zip(shapes, dtypes, needs, strict=True)
+    ]
+
+
+def _sliced_linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, values, indices, _, ctx.columns, ctx.scale, ctx.plan = inputs
+    ctx.save_for_backward(x, weight, values, indices)
+
+
+def _sliced_linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, values, indices = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    needs = [wants[0], wants[2], wants[4]]
+    gradients = _sliced_linear_backward(dy, x, weight, values, indices, ctx.columns, ctx.scale, ctx.plan, needs)
+    dx, dv, db = wanted(gradients, needs)
+    return dx, None, dv, None, db, None, None, None
+
+
+_sliced_linear.register_autograd(_sliced_linear_autograd, setup_context=_sliced_linear_context)
+
+
+def sliced_linear(
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    bias: Tensor | None = None,
+    *,
+    orientation: str = "row",
+    scale: float = 1.0,
+    backend: str = "auto",
+    plan: LaunchPlan | None = None,
+) -> Tensor:
+    """A frozen linear layer with an update of a few rows or columns: y = x (W0 + ΔW)ᵀ + b, ΔW[I] = scale·V for rows,
+    ΔW[:, I] = scale·V for columns, and zero elsewhere.
+
+    Args:
+        x: activations [..., K].
+        weight: frozen W0 [N, K], any strides, the dtype of x.
+        values: V, [k, K] for rows, [N, k] for columns, the dtype of x or float32.
+        indices: I, int64 [k]: which rows (0 to N−1) or columns (0 to K−1), each at most once. Their values are not
+            looked at, because that would wait for a GPU: whoever makes them checks them, once. One that is out of range
+            or there twice gives an undefined result.
+        bias: [N] or None, the dtype of x.
+        orientation: "row" or "column".
+        scale: s.
+        backend, plan: as in `lowrank_linear`.
+
+    Returns:
+        y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable once in x, values and bias;
+        of the weight's gradient only the k chosen rows or columns are computed.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what fits.
+
+    Source: GRFT (arXiv 2507.00016); docs/mathematics.md derives the form.
+    """
+    check_linear(x, weight, bias)
+    columns = check_orientation(orientation)
+    n, k = weight.shape
+    count = check_factor("values", values, x, (n, None) if columns else (None, k))
+    check_indices(indices, count, k if columns else n, x)
+    x, weight, bias = autocast(x, weight, bias)
+    y: Tensor = _sliced_linear(
+        x.reshape(-1, k), weight, values, indices, bias, columns, float(scale), choice_of(backend, plan)
+    )
+    return y.view(*x.shape[:-1], n)
+
+
+# ---- squared_gradient_sums
+
+
+@torch.library.custom_op("genft::squared_gradient_sums", mutates_args=())
+@as_kernel
+def _squared_gradient_sums(left: Tensor, right: Tensor, plan: str) -> Tensor:
+    run, extra = _resolve(plan, SQUARES, right, left.shape[1], 1)
+    return run.squared_gradient_sums(left, right, *extra)  # type: ignore[no-any-return]
+
+
+@_squared_gradient_sums.register_fake
+def _(left, right, plan):  # type: ignore[no-untyped-def]
+    return left.new_empty(left.shape[1], dtype=torch.promote_types(left.dtype, torch.float32))
+
+
+def squared_gradient_sums(
+    dy: Tensor,
+    x: Tensor,
+    *,
+    orientation: str = "row",
+    backend: str = "auto",
+    plan: LaunchPlan | None = None,
+) -> Tensor:
+    """How much of a weight's gradient lies in each of its rows or columns: sums of the squares of G = dYᵀ x [N, K],
+    which is made tile by tile (on the reference, panel by panel) and never exists as a whole.
+
+    Args:
+        dy: gradient of the layer's output [..., N].
+        x: its input [..., K], with the leading dimensions, dtype and device of dy.
+        orientation: "row": Σ_k G[n,k]² for each row n; "column": Σ_n G[n,k]² for each column k.
+        backend, plan: as in `lowrank_linear`; the algorithm on Triton is "fused".
+
+    Returns:
+        [N] or [K], in float32 or wider. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what fits.
+
+    Source: the criterion of GRFT (arXiv 2507.00016), which adds these up over calibration batches.
+    """
+    columns = check_orientation(orientation)
+    check_activations(x)
+    if not isinstance(dy, Tensor):
+        raise TypeError(f"dy: got {type(dy).__name__}, expected a tensor")
+    if dy.dim() != x.dim() or dy.shape[:-1] != x.shape[:-1] or dy.shape[-1] == 0:
+        raise ValueError(f"dy: shape {tuple(dy.shape)}, expected [..., N] beside x {tuple(x.shape)}, with N >= 1")
+    if dy.dtype != x.dtype:
+        raise TypeError(f"dy: dtype {dy.dtype}, expected that of x, {x.dtype}")
+    if dy.device != x.device:
+        raise ValueError(f"dy: on {dy.device}, expected the device of x, {x.device}")
+    left, right = (tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in ((x, dy) if columns else (dy, x)))
+    sums: Tensor = _squared_gradient_sums(left, right, choice_of(backend, plan))
+    return sums
+
+
+__all__ = ["sliced_linear", "squared_gradient_sums"]
