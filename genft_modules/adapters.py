@@ -142,7 +142,7 @@ def refuse_misfits(
         if key in known and known[key].is_floating_point() and not tensor.is_floating_point()
     ]
     complaints = [
-        f"{title}: {_some(entries)}"
+        f"{title}: {some(entries)}"
         for title, entries in (
             ("missing", [key for key in wanted if key not in found]),
             ("unknown", [key for key in found if key not in known]),
@@ -155,7 +155,8 @@ def refuse_misfits(
         raise ValueError(f"{what}: does not fit the model: {'; '.join(complaints)}")
 
 
-def _some(entries: Collection[str], most: int = 3) -> str:
+def some(entries: Collection[str], most: int = 3) -> str:
+    """The first entries, and how many more there are."""
     shown = ", ".join(list(entries)[:most])
     return shown if len(entries) <= most else f"{shown} and {len(entries) - most} more"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +16,9 @@ examples:
   genft finetune --model ./llama --dataset notes.txt --method wegeft --r 64
   genft finetune --model ./llama --dataset dialogues.jsonl --method lora --epochs 2 --save-every 100
   genft finetune --model ./llama --dataset dialogues.jsonl --method lora --epochs 2 --save-every 100 --resume
+  genft merge runs/wegeft/adapter --output merged
+  genft export-lora runs/wegeft/adapter --output lora
+  genft inspect runs/wegeft/adapter --plot norms.png
   genft doctor                            versions, device, the plan for one shape, a numerical self-check
 """
 
@@ -26,6 +29,31 @@ table. With both: the same job for your model and your data.
 
 data: .txt (one long text), .jsonl with "text", or with "prompt" and "completion" (only the completion is learned),
 or the name of a data set on the hub (needs: pip install datasets) with these columns.
+"""
+
+_MERGE = """\
+The base model with the adapter's ΔW added to its weights, as a model directory like any other: no adapter, no genft.
+
+examples:
+  genft merge runs/wegeft/adapter --output merged
+  genft merge runs/wegeft/adapter --model ./llama --dtype float32 --output merged
+"""
+
+_EXPORT = """\
+The adapter as plain LoRA, for programs that know no other: exactly where ΔW has low rank, which is everywhere but in
+GenFT with a non-linear outer activation, else cut off after --rank singular values, or as many as --max-error needs.
+
+examples:
+  genft export-lora runs/wegeft/adapter --output lora
+  genft export-lora runs/genft-gelu/adapter --output lora --max-error 0.01
+"""
+
+_INSPECT = """\
+Method, settings, counts and shared tensors of an adapter; with its base model, rank and norm of each layer's ΔW.
+
+examples:
+  genft inspect runs/wegeft/adapter
+  genft inspect runs/wegeft/adapter --model ./llama --plot norms.svg
 """
 
 
@@ -53,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--seconds", type=float, default=10.0, metavar="S", help="how long to check (10)")
     _add_finetune(commands)
+    _add_adapter_commands(commands)
     return parser
 
 
@@ -108,6 +137,33 @@ def _add_finetune(commands: Any) -> None:
     train.add_argument("--no-verify", dest="verify", action="store_false", help="do not reload what was saved")
 
 
+def _add_adapter_commands(commands: Any) -> None:
+    def add(name: str, summary: str, description: str) -> Any:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+        sub.add_argument("adapter", metavar="ADAPTER", help="directory with adapter_config.json and its weights")
+        sub.add_argument("--model", metavar="PATH_OR_HUB_ID", help="the base model (where the adapter says it was)")
+        sub.add_argument("--device", metavar="NAME", help="auto, cuda, cpu")
+        return sub
+
+    sub = add("merge", "write the base model with an adapter merged into it", _MERGE)
+    sub.add_argument("--output", metavar="DIR", required=True, help="a new directory for the merged model")
+    sub.add_argument("--dtype", metavar="NAME", help="auto, float32, bfloat16, float16 (auto: as the base is stored)")
+    sub = add("export-lora", "write an adapter as plain LoRA, which needs no genft", _EXPORT)
+    sub.add_argument("--output", metavar="DIR", required=True, help="a new directory for the LoRA adapter")
+    size = sub.add_mutually_exclusive_group()
+    size.add_argument("--max-error", type=float, metavar="E", help="allowed ‖error‖/‖ΔW‖ of layers of full rank")
+    size.add_argument("--rank", type=int, metavar="R", help="rank for layers of full rank")
+    sub = add("inspect", "what is in an adapter, and how much it changes each layer", _INSPECT)
+    sub.add_argument("--plot", metavar="FILE", help="draw the norms; .png, .svg, .pdf")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0 done, 1 a check failed, 2 a mistake of the user's, 130 interrupted."""
     try:
@@ -136,6 +192,9 @@ def _main(arguments: Sequence[str] | None) -> int:
     if command == "finetune":
         quiet()
         return _finetune(options) if options.keys() - {"output", "cache_dir"} else _demo(options)
+    if command is not None:
+        quiet()
+        return _adapter(command, options)
     parser.print_help()
     return 0
 
@@ -172,6 +231,18 @@ def _finetune(options: dict[str, Any]) -> int:
     record = finetune.run(job, resume=resume, overwrite=overwrite)
     print(finetune.summary(record, job.output))
     return 0 if record.get("reload", {"agree": True})["agree"] else 1
+
+
+def _adapter(command: str, options: dict[str, Any]) -> int:
+    from genft_modules import adapter_commands
+
+    run: dict[str, Callable[..., str]] = {
+        "merge": adapter_commands.merge,
+        "export-lora": adapter_commands.export,
+        "inspect": adapter_commands.inspect,
+    }
+    print(run[command](**options))
+    return 0
 
 
 if __name__ == "__main__":

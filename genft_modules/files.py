@@ -24,17 +24,22 @@ def new_directory(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: `path` is a file, or a directory that is not empty.
     """
-    if path.is_dir():
-        if any(path.iterdir()):
-            raise ValueError(f"{path}: exists and is not empty, expected a new directory")
-    elif path.exists():
-        raise ValueError(f"{path}: is a file, expected a new directory")
+    check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _written(path.parent / f".{path.name}{PARTIAL}") as partial:
         yield partial
         _sync(*partial.rglob("*"), partial)
         os.replace(partial, path)
         _sync(path.parent)
+
+
+def check_new(path: Path) -> None:
+    """Raises ValueError if `path` is a file, or a directory that is not empty."""
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise ValueError(f"{path}: exists and is not empty, expected a new directory")
+    elif path.exists():
+        raise ValueError(f"{path}: is a file, expected a new directory")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,10 @@ def check(job: Job) -> Checked:
         train_records, held_records = split_records(records, job.eval_fraction)
     else:
         train_records, held_records = records, read_records(job.eval_dataset, job.dataset_split)
-    model_config = _model_config(job.model)
-    tokenizer = _tokenizer(job, model_config)
-    seq_len = _seq_len(job, model_config)
-    trainable, total = rehearse(model_config, config, f"--method {job.method} on {job.model}")
+    base_config = model_config(job.model)
+    tokenizer = _tokenizer(job, base_config)
+    seq_len = _seq_len(job, base_config)
+    trainable, total = rehearse(base_config, config, f"--method {job.method} on {job.model}")
     train = encode(train_records, tokenizer, seq_len, title="training text")
     held_out = encode(held_records, tokenizer, seq_len, title="held-out text")
     per_step = job.batch_size * job.grad_accumulation
@@ -166,7 +166,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _model_config(model: str) -> Any:
+def model_config(model: str) -> Any:
     from transformers import AutoConfig
 
     path = Path(model).expanduser()
@@ -176,13 +176,13 @@ def _model_config(model: str) -> Any:
     elif path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise UserError(f"--model {model}: no such directory")
     try:
-        return AutoConfig.from_pretrained(_place(model))
+        return AutoConfig.from_pretrained(place(model))
     except Exception as error:  # the hub's client has many ways to say that there is no such model
         what = "cannot be read" if path.is_dir() else "no such directory, and not read from the hub"
         raise UserError(f"--model {model}: {what} ({one_line(error)[:200]})") from None
 
 
-def _place(model: str) -> str:
+def place(model: str) -> str:
     path = Path(model).expanduser()
     return str(path) if path.is_dir() else model
 
@@ -200,7 +200,7 @@ def _tokenizer(job: Job, model_config: Any) -> Any:
         raise UserError(f"--byte-level: the model {job.model} has a tokenizer of its own")
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(_place(job.model))
+            tokenizer = AutoTokenizer.from_pretrained(place(job.model))
         except Exception as error:  # missing packages, broken files, the hub: one thing to the user
             raise UserError(f"--model {job.model}: its tokenizer cannot be read ({one_line(error)[:200]})") from None
     if len(tokenizer) > vocabulary:
@@ -337,7 +337,7 @@ def _train(checked: Checked, directory: Path, resume_from: Path | None) -> dict[
     set_seed(job.seed)
     # Full fine-tuning keeps 32-bit weights and lowers the products alone: small updates would be lost in 16 bits.
     stored = torch.float32 if checked.peft_config is None else checked.dtype
-    model = _load(job.model, stored).to(checked.device)
+    model = load_base(job.model, stored).to(checked.device)
     batch = job.batch_size
     before = bits_per_byte(model, checked.held_out, batch, checked.pad_id, "held out, before")
     model = adapt(model, checked.peft_config)
@@ -363,7 +363,7 @@ def _train(checked: Checked, directory: Path, resume_from: Path | None) -> dict[
     verify.save_probe(model, checked.held_out[0]["input_ids"][None], directory / "probe.safetensors")
     record: dict[str, Any] = {
         "method": job.method,
-        "base": _place(job.model),
+        "base": place(job.model),
         "adapter": adapter,
         "device": str(checked.device),
         "dtype": str(stored).removeprefix("torch."),
@@ -392,15 +392,20 @@ def _train(checked: Checked, directory: Path, resume_from: Path | None) -> dict[
     return record
 
 
-def _load(model: str, dtype: torch.dtype) -> Any:
+def load_base(
+    model: str, dtype: torch.dtype | str, kind: str = "AutoModelForCausalLM", found_elsewhere: Collection[str] = ()
+) -> Any:
+    """The model, by the class `kind` of transformers. UserError if weights are missing, but for those of the modules
+    whose names are in `found_elsewhere`."""
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(_place(model), dtype=dtype, output_loading_info=True)
+        loaded, info = getattr(transformers, kind).from_pretrained(place(model), dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {model}: its weights cannot be read ({one_line(error)[:200]})") from None
-    if missing := sorted(info["missing_keys"]):
+    parts = [f".{name}." for name in found_elsewhere]
+    if missing := sorted(key for key in info["missing_keys"] if not any(part in f".{key}" for part in parts)):
         raise UserError(f"--model {model}: {len(missing)} of its weights are missing, {missing[0]} first")
     return loaded
 

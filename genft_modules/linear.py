@@ -185,14 +185,14 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         wider. While adapters are merged, it is still made from W0."""
         generator = self._generator(adapter_name)
         with torch.autocast(self.base_layer.weight.device.type, enabled=False):
-            return generator.delta_weight(self._frozen_weight())
+            return generator.delta_weight(self.frozen_weight())
 
     def low_rank_factors(self, adapter_name: str = "default") -> tuple[Tensor, Tensor] | None:
         """A [r, K] and B [N, r] with B A = `get_delta_weight`, of the adapter's own rank r and not decomposed from ΔW;
         None where ΔW has full rank."""
         generator = self._generator(adapter_name)
         with torch.autocast(self.base_layer.weight.device.type, enabled=False):
-            return generator.low_rank_factors(self._frozen_weight())
+            return generator.low_rank_factors(self.frozen_weight())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts W0 + Σ ΔW, summed in float32 or wider, in the place of W0.
@@ -252,8 +252,8 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"adapter_name: got {adapter_name!r}, expected one of {list(self.genft_generators)}")
         return cast(Generator, self.genft_generators[adapter_name])
 
-    def _frozen_weight(self) -> Tensor:
-        """W0 [N, K]."""
+    def frozen_weight(self) -> Tensor:
+        """W0 [N, K], also while adapters are merged."""
         weight: Tensor = self.base_layer.weight if self.original_weight is None else self.original_weight
         return weight.t() if self.transposed else weight
 

@@ -1,7 +1,8 @@
-"""Loss curves to a PNG."""
+"""Charts: loss curves, and how much each layer was changed."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 
 def loss_curves(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Draw `training_curve` and `held_out_curve` of each run, pairs of (step, bits per byte), side by side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(11, 4.5)
     left, right = figure.subplots(1, 2)
     for (name, run), colour in zip(runs.items(), _COLOURS * len(runs), strict=False):
         steps = [step for step, _ in run["training_curve"]]
@@ -29,9 +26,58 @@ def loss_curves(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.set(title=title, xlabel="step", ylabel="bits per byte")
         axes.grid(alpha=0.3)
         axes.legend()
-    partial = path.with_suffix(".tmp")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    _save(figure, path)
+
+
+def update_norms(norms: Mapping[str, tuple[float, float]], path: Path, title: str) -> None:
+    """Draw (‖ΔW‖, ‖ΔW‖/‖W0‖) of each layer over its depth, a line for each kind of layer; layer name → the pair.
+
+    A layer's depth is the first number in its name, its kind is the name without that number.
+    """
+    kinds: dict[str, list[tuple[int, tuple[float, float]]]] = {}
+    for name, pair in norms.items():
+        depth = re.search(r"(?<![^.])\d+(?![^.])", name)
+        kind = name if depth is None else f"{name[: depth.start()]}*{name[depth.end() :]}"
+        kinds.setdefault(kind, []).append((0 if depth is None else int(depth[0]), pair))
+    figure = _figure(11, 4.5)
+    figure.suptitle(title)
+    for axes, index, label in zip(figure.subplots(1, 2), (0, 1), ("‖ΔW‖", "‖ΔW‖ / ‖W0‖"), strict=True):
+        for number, (kind, points) in enumerate(kinds.items()):
+            depths, values = [depth for depth, _ in points], [pair[index] for _, pair in points]
+            style = ("-", "--", ":", "-.")[number // len(_COLOURS) % 4]
+            colour = _COLOURS[number % len(_COLOURS)]
+            axes.plot(depths, values, style, color=colour, marker="o", markersize=4, label=kind)
+        axes.set(xlabel="depth of the layer", ylabel=label, ylim=(0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
+    _save(figure, path)
+
+
+def check_format(path: Path) -> None:
+    """Raises ValueError if the file's name asks for a format that charts are not drawn in."""
+    known = _figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ValueError(f"{path}: expected a name that ends in one of .{', .'.join(sorted(known))}")
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    """In the format of the file's name, beside it first: a file of that name is whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(partial, format=path.suffix.removeprefix(".").lower(), dpi=120)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:

@@ -119,6 +119,11 @@ class GenFTModel(BaseTuner):
             if not container.genft_shared:
                 delattr(model, SHARED)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """peft also hands over a `weight`, which a quantised layer, or a saved head of several layers, does not have;
+        ours hold the base layer itself, and put their parameters on its device."""
+        setattr(parent, child_name, new_module)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
         if hasattr(model, SHARED):

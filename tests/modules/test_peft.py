@@ -214,6 +214,15 @@ def test_other_modules_train_and_are_saved(case, tmp_path):
     torch.testing.assert_close(logits(model.merge_and_unload()), want)
 
 
+def test_a_saved_head_of_several_layers_is_unloaded():
+    base, _ = MODELS["bert"]
+    model = adapt("wegeft", "bert", modules_to_save=["pooler", "classifier"])
+    want = logits(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), want)
+    assert list(merged.state_dict()) == list(base().state_dict())
+
+
 @pytest.mark.parametrize(
     ("case", "own"), [("wegeft", "wegeft_only"), ("gift", "gift_only"), ("lora", "lora_only"), ("genft", "genft_only")]
 )
