@@ -7,12 +7,13 @@ python -m benchmarks.report --compare OLD NEW     what became slower or larger; 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import goals, results
+from . import adaptation, goals, results
 from .results import key
 from .shapes import CPU_GOAL
 
@@ -276,8 +277,89 @@ def _device(device: Device, charts: list[Path], docs: Path) -> list[str]:
     return lines + _table(["date", "commit", "command"], rows)
 
 
-def document(devices: dict[str, Device], charts: dict[str, list[Path]], docs: Path) -> str:
-    """docs/benchmarks.md."""
+def _spread(bits: Sequence[float]) -> str:
+    return f"{statistics.mean(bits):.3f} [{min(bits):.3f}, {max(bits):.3f}]"
+
+
+def _adaptation(data: Record, chart: Path, docs: Path) -> list[str]:
+    """Methods at one parameter budget, on one device."""
+    about, steps = data["about"], data["steps"]
+    task, rows = about["task"], adaptation.rows(data)
+    device = f"{about['device']['name']}, {about['device'].get('threads', '')} threads".removesuffix(",  threads")
+    loads = [steps["load"], *(run["load"] for run in data["runs"].values())]
+    commits = sorted({steps["commit"], *(run["commit"] for run in data["runs"].values())})
+    lines = [
+        f"### On {device}",
+        "",
+        f"The task of `make demo`: a byte-level Llama ({task['layers']} layers of {task['hidden']}), pre-trained on "
+        f"source code, adapted to prose in {task['adapt_steps']} steps of {task['batch_size']}×{task['seq_len']} bytes "
+        f"on {', '.join(task['target_modules'])}. The base has {adaptation.before(data):.3f} bits per byte on the "
+        f"held-out prose. Each method but full fine-tuning has the size that comes nearest to {about['budget']:,} "
+        "trainable parameters. Bits per byte are the mean of "
+        f"{len(about['seeds'])} seeds and their range: methods whose ranges overlap are not told apart. A step's time "
+        "is relative to that of LoRA (peft), median and quartiles of rounds in which all take turns. Memory is the "
+        "median over the seeds of the largest that a run's process "
+        + ("held, of which the libraries alone are " if about["device"]["type"] == "cpu" else "was given, beside ")
+        + f"{statistics.median(row.idle for row in rows):.0f} MiB.",
+        "",
+        *_table(
+            [
+                "",
+                "size",
+                "trainable",
+                "learning rate",
+                "bits/byte [range]",
+                "× peft LoRA [quartiles]",
+                "ms/step",
+                "MiB",
+            ],
+            [
+                [
+                    row.name,
+                    row.knob,
+                    f"{row.trainable:,}",
+                    f"{row.lr:g}",
+                    _spread(row.bits),
+                    f"{row.relative[0]:.2f} [{row.relative[1]:.2f}, {row.relative[2]:.2f}]",
+                    f"{1e3 * row.seconds:.0f}",
+                    f"{row.memory:.0f}",
+                ]
+                for row in rows
+            ],
+        ),
+        f"![{chart.stem}]({chart.relative_to(docs).as_posix()})",
+        "",
+    ]
+    if max(loads) > 0.5 and about["device"]["type"] == "cpu":
+        lines += [
+            f"Steps were timed at a load of {steps['load']:g}, runs began at a load of {min(loads):g} to "
+            f"{max(loads):g} (the runs of this command among it).",
+            "",
+        ]
+    tuned = adaptation.tuned(data)
+    if tuned:
+        lines += [
+            "Learning rates: of those tried with another seed, as `--tune` does, the best; bits per byte of each.",
+            "",
+            *_table(
+                ["", "learning rate: bits/byte"],
+                [
+                    [row.name, ", ".join(f"{lr:g}: {bits:.3f}" for lr, bits in tuned[row.method])]
+                    for row in rows
+                    if row.method in tuned
+                ],
+            ),
+        ]
+    return [*lines, f"Made with torch {about['torch']} at commits {', '.join(commits)}.", ""]
+
+
+def document(
+    devices: dict[str, Device],
+    charts: dict[str, list[Path]],
+    docs: Path,
+    adapted: Sequence[tuple[Record, Path]] = (),
+) -> str:
+    """docs/benchmarks.md. `adapted`: result files of `benchmarks.adaptation`, each with its chart."""
     lines = [
         "# Benchmarks",
         "",
@@ -296,6 +378,10 @@ def document(devices: dict[str, Device], charts: dict[str, list[Path]], docs: Pa
     ]
     for slug, device in devices.items():
         lines += _device(device, charts.get(slug, []), docs)
+    if adapted:
+        lines += ["## Methods at one parameter budget", "", "`python -m benchmarks.adaptation` makes this.", ""]
+    for data, chart in adapted:
+        lines += _adaptation(data, chart, docs)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -312,8 +398,9 @@ def _goal_line(goal: goals.Goal, devices: dict[str, Device]) -> list[str]:
     return [goal.id, goal.what, goal.target, text]
 
 
-def readme_table(devices: dict[str, Device]) -> str:
-    """What stands between the README's markers: the goals, and one layer per device beside its peers."""
+def readme_table(devices: dict[str, Device], adapted: Sequence[tuple[Record, Path]] = ()) -> str:
+    """What stands between the README's markers: the goals, one layer per device beside its peers, and the methods at
+    one parameter budget."""
     lines = _table(["", "goal", "target", "measured"], [_goal_line(goal, devices) for goal in goals.GOALS])
     for device in devices.values():
         typical = {r["contender"]: r for r in device.typical() if "ms" in r}
@@ -338,6 +425,19 @@ def readme_table(devices: dict[str, Device]) -> str:
             for name, r in sorted(typical.items(), key=lambda item: item[1]["ms"]["median"])
         ]
         lines += _table(["", "ms [quartiles]", "× frozen", "× peft LoRA", "saved beyond x"], rows)
+    for data, _ in adapted[:1]:
+        about = data["about"]
+        lines += [
+            f"Methods at about {about['budget']:,} trainable parameters: a small byte-level Llama adapted from source "
+            f"code ({adaptation.before(data):.3f} bits per byte on held-out prose) to prose, mean and range of "
+            f"{len(about['seeds'])} seeds, on {about['device']['name']}; see [docs/benchmarks.md](docs/benchmarks.md):",
+            "",
+        ]
+        rows = [
+            [row.name, f"{row.trainable:,}", _spread(row.bits), f"{row.relative[0]:.2f}", f"{row.memory:.0f}"]
+            for row in adaptation.rows(data)
+        ]
+        lines += _table(["", "trainable", "bits/byte", "time of a step, × peft LoRA", "peak MiB"], rows)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -544,6 +644,30 @@ def _chart_scaling(device: Device, path: Path) -> Path | None:
     return _save(figure, path)
 
 
+def _chart_adaptation(slug: str, data: Record, folder: Path) -> Path:
+    """Bits per byte of each seed, time of a step and memory, by method."""
+    rows = adaptation.rows(data)[::-1]
+    colours = [COLOURS["genft" if row.method not in ("peft-lora", "full") else "peer"] for row in rows]
+    places = range(len(rows))
+    figure, axes = _figure(1, 3, 10, 0.28 * len(rows) + 1.2)
+    bits, time, memory = axes[0]
+    for place, (row, colour) in enumerate(zip(rows, colours, strict=True)):
+        bits.plot(row.bits, [place] * len(row.bits), "o", color=colour, markersize=4, alpha=0.6)
+        bits.plot(statistics.mean(row.bits), place, "|", color="black", markersize=12)
+        middle, low, high = row.relative
+        time.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="o", color=colour, markersize=5)
+    time.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
+    memory.barh(list(places), [row.memory for row in rows], color=colours)
+    bits.set_yticks(list(places), [f"{row.name}, {row.trainable:,}" for row in rows])
+    for axis, words in ((bits, "held-out bits per byte"), (time, "time of a step, × peft LoRA"), (memory, "peak MiB")):
+        axis.set_xlabel(words)
+        axis.set_ylim(-0.6, len(rows) - 0.4)
+    for axis in (time, memory):
+        axis.set_yticks(list(places), [])
+    figure.suptitle(data["about"]["device"]["name"], fontsize=9)
+    return _save(figure, folder / f"{slug}-adaptation.svg")
+
+
 def draw(device: Device, folder: Path) -> list[Path]:
     """The device's charts, those for which there are records."""
     made = (
@@ -619,9 +743,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs.setdefault(slug, []).append(data)
     devices = {slug: Device(slug, own) for slug, own in sorted(runs.items(), key=lambda item: _gpu_first(item[1]))}
     charts = {slug: draw(device, arguments.docs / "charts") for slug, device in devices.items()}
+    adapted = [
+        (data, _chart_adaptation(slug, data, arguments.docs / "charts"))
+        for slug, data in adaptation.load_folder(arguments.results)
+    ]
     arguments.docs.mkdir(parents=True, exist_ok=True)
-    (arguments.docs / "benchmarks.md").write_text(document(devices, charts, arguments.docs))
-    told = "README refreshed" if refresh_readme(arguments.readme, readme_table(devices)) else "README has no markers"
+    (arguments.docs / "benchmarks.md").write_text(document(devices, charts, arguments.docs, adapted))
+    refreshed = refresh_readme(arguments.readme, readme_table(devices, adapted))
+    told = "README refreshed" if refreshed else "README has no markers"
     print(
         f"{arguments.docs / 'benchmarks.md'}: {len(devices)} devices, {sum(map(len, charts.values()))} charts; {told}"
     )

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ NAMES = {
     "gift": "GIFT",
     "genft": "GenFT (linear)",
     "genft-gelu": "GenFT (gelu)",
+    "sas": "SaS (reconstructed)",
+    "peanut": "PEANuT",
     "peft-lora": "LoRA (peft)",
     "lora": "LoRA (genft)",
     "full": "full fine-tuning",
@@ -48,6 +51,8 @@ LEARNING_RATES = {
     "gift": 5e-3,
     "genft": 2e-3,
     "genft-gelu": 4e-3,
+    "sas": 1e-2,
+    "peanut": 1e-2,
     "peft-lora": 4e-3,
     "lora": 4e-3,
     "full": 5e-4,
@@ -72,7 +77,7 @@ class Demo:
     timing_rounds: int = 11
     held_out: float = 0.07
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    methods: tuple[str, ...] = tuple(NAMES)
+    methods: tuple[str, ...] = ("wegeft", "gift", "genft", "genft-gelu", "peft-lora", "lora", "full")
     seed: int = 0
 
     @staticmethod
@@ -97,10 +102,7 @@ def run(demo: Demo, output: Path, cache: Path) -> dict[str, Any]:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{option} {directory}: {error.strerror or one_line(error)}") from None
-    texts = {}
-    for name, text in zip(("train", "held-out"), corpora.pydoc_prose(demo.held_out), strict=True):
-        texts[name] = output / f"{name}.txt"
-        texts[name].write_text(text, encoding="utf-8")
+    texts = write_texts(demo, output)
     # Threads that wait in a loop stand still for milliseconds wherever another process has the core: a step takes ten
     # times as long beside one busy neighbour. Asleep they lose a few per cent on an idle machine, and nothing else.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -178,18 +180,34 @@ def pretrained_base(demo: Demo, cache: Path) -> tuple[Path, bool]:
 # --- the methods -------------------------------------------------------------------------------------------------
 
 
-def _adapt(demo: Demo, method: str, base: Path, texts: dict[str, Path], output: Path) -> dict[str, Any]:
+def finetune_command(
+    demo: Demo, method: str, base: Path, texts: dict[str, Path], output: Path, *, lr: float, options: Sequence[str] = ()
+) -> list[str]:
+    """The command that adapts the base to `texts["train"]`, and measures on `texts["held-out"]`."""
     command = [
         sys.executable, "-m", "genft_modules.cli", "finetune",
         "--model", str(base), "--dataset", str(texts["train"]), "--eval-dataset", str(texts["held-out"]),
-        "--method", method, "--lr", str(LEARNING_RATES[method]), "--evaluations", str(demo.evaluations),
+        "--method", method, "--lr", str(lr), "--evaluations", str(demo.evaluations),
         "--steps", str(demo.adapt_steps), "--batch-size", str(demo.batch_size),
         "--seq-len", str(demo.seq_len), "--seed", str(demo.seed), "--dtype", "float32",
-        "--output", str(output), "--overwrite", "--no-verify",
+        "--output", str(output), "--overwrite", "--no-verify", *options,
     ]  # fmt: skip
     if method != "full":
         command += ["--target-modules", *demo.target_modules]
-    _run(command)
+    return command
+
+
+def write_texts(demo: Demo, directory: Path) -> dict[str, Path]:
+    """train.txt and held-out.txt, the prose that the base is adapted to."""
+    texts = {}
+    for name, text in zip(("train", "held-out"), corpora.pydoc_prose(demo.held_out), strict=True):
+        texts[name] = directory / f"{name}.txt"
+        texts[name].write_text(text, encoding="utf-8")
+    return texts
+
+
+def _adapt(demo: Demo, method: str, base: Path, texts: dict[str, Path], output: Path) -> dict[str, Any]:
+    _run(finetune_command(demo, method, base, texts, output, lr=LEARNING_RATES[method]))
     record: dict[str, Any] = json.loads((output / "run.json").read_text(encoding="utf-8"))
     return record
 

@@ -1,0 +1,437 @@
+"""Every method at one parameter budget on the embedded task: held-out bits per byte over seeds, time, memory.
+
+python -m benchmarks.adaptation                    trains what is missing, then writes docs and README
+python -m benchmarks.adaptation --tune             beside it, each method at other learning rates with another seed
+
+The task is the demo's: a small byte-level Llama, pre-trained on source code, is adapted to prose. Each run is `genft
+finetune` in a process of its own, so its peak memory is its own; single steps are timed afterwards, in turns. A
+finished run is kept in benchmarks/results/<device>/adaptation/<size>.json and not made again, unless what it depends
+on has changed: its settings, the base model or the text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from genft_modules import demo, finetune, measure, recipes
+from genft_modules.console import bar, quiet, say
+from genft_modules.data import byte_tokenizer, collate, encode, read_records
+from genft_modules.demo import Demo
+
+from . import results
+
+SCHEMA = 1
+REFERENCE = "peft-lora"  # what the others' time is relative to
+TUNING_SEED = 1000  # not one of the seeds that are compared
+TUNING_FACTORS = (0.4, 1.0, 2.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entrant:
+    """A method in the comparison.
+
+    Attributes:
+        method: its name in `genft finetune`.
+        lr: peak learning rate: the best of `TUNING_FACTORS` times a first guess, by --tune.
+        knob: the option or field of its configuration that its size is set by; "" where it has none.
+    """
+
+    method: str
+    lr: float
+    knob: str = "r"
+
+    @property
+    def name(self) -> str:
+        return demo.NAMES[self.method]
+
+    def options(self, value: int) -> list[str]:
+        """What sets the knob on the command line."""
+        if not self.knob:
+            return []
+        return ["--r", str(value)] if self.knob == "r" else ["--config", f"{self.knob}={value}"]
+
+    def config(self, value: int, task: Demo) -> Any:
+        """The peft configuration; None for full fine-tuning."""
+        if not self.knob:
+            return recipes.peft_config(self.method)
+        r, extra = (value, None) if self.knob == "r" else (None, {self.knob: value})
+        return recipes.peft_config(self.method, r=r, extra=extra, target_modules=task.target_modules)
+
+
+ENTRANTS = (
+    Entrant("wegeft", 1e-2),
+    Entrant("gift", 1e-2),
+    Entrant("genft", 5e-3),
+    Entrant("genft-gelu", 1e-2),
+    Entrant("sas", 1e-2),
+    Entrant("peanut", 1e-2),
+    Entrant("lora", 1e-2),
+    Entrant("peft-lora", 1e-2),
+    Entrant("full", 5e-4, knob=""),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How large the comparison is. `budget`: trainable parameters; each method gets the size that comes nearest."""
+
+    name: str
+    task: Demo
+    budget: int
+    seeds: tuple[int, ...] = (0, 1, 2)
+    methods: tuple[str, ...] = tuple(entrant.method for entrant in ENTRANTS)
+    rounds: int = 15
+
+    def entrants(self) -> list[Entrant]:
+        return [entrant for entrant in ENTRANTS if entrant.method in self.methods]
+
+
+SIZES = {
+    # 55,296 is a LoRA of rank 4.
+    "full": Size("full", Demo(), 55_296),
+    "smoke": Size(
+        "smoke",
+        Demo(
+            hidden=32, layers=2, heads=2, feed_forward=48, seq_len=64, batch_size=2, pretrain_steps=2,
+            pretrain_batch=2, adapt_steps=2, evaluations=1, held_out=0.01,
+        ),
+        2_000,
+        seeds=(0, 1),
+        methods=("sas", "peft-lora", "full"),
+        rounds=2,
+    ),
+}  # fmt: skip
+
+
+# ---- sizes of methods
+
+
+def fitted(entrant: Entrant, size: Size, base: Path) -> tuple[int, int]:
+    """(the knob's value whose count of trainable parameters is nearest to the budget, that count)."""
+    model_config = transformers.AutoConfig.from_pretrained(str(base))
+
+    def count(value: int) -> int:
+        return finetune.rehearse(model_config, entrant.config(value, size.task), entrant.method)[0]
+
+    if not entrant.knob:
+        return 0, count(0)
+    low, high = count(2), count(6)
+    slope = (high - low) / 4  # nearly: a rank may be split between two parts
+    near = max(3, 2 + round((size.budget - low) / slope))
+    return min(((value, count(value)) for value in (near - 1, near, near + 1)), key=lambda it: abs(it[1] - size.budget))
+
+
+# ---- what there is, and what is missing
+
+
+class Store:
+    """The file of one device and size, rewritten whenever a run ends."""
+
+    def __init__(self, path: Path, size: Size) -> None:
+        self.path = path
+        self.data: dict[str, Any] = {"schema": SCHEMA, "size": size.name, "about": {}, "runs": {}, "steps": {}}
+        if path.is_file():
+            self.data = json.loads(path.read_text())
+            if self.data.get("schema") != SCHEMA:
+                raise ValueError(f"{path.name}: not a file of schema {SCHEMA}; remove it to begin again")
+
+    def has(self, key: str, settings: dict[str, Any]) -> bool:
+        return bool(self.data["runs"].get(key, {}).get("settings") == settings)
+
+    def flush(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.data, indent=1) + "\n")
+        part.replace(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run: an entrant at a learning rate with a seed."""
+
+    entrant: Entrant
+    value: int
+    lr: float
+    seed: int
+    settings: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return f"{self.entrant.method} lr={self.lr:g} seed={self.seed}"
+
+
+def jobs(size: Size, base: Path, digest: str, *, tune: bool) -> Iterator[Job]:
+    """All runs, seed by seed, so that what there is after an interruption compares."""
+    task = {name: value for name, value in dataclasses.asdict(size.task).items() if name not in ("methods", "seed")}
+    task |= {"target_modules": list(size.task.target_modules), "base": base.name, "text": digest}
+    del task["timing_rounds"]
+    values = {entrant.method: fitted(entrant, size, base)[0] for entrant in size.entrants()}
+    plan = [(seed, 1.0) for seed in size.seeds]
+    if tune:
+        plan += [(TUNING_SEED, factor) for factor in TUNING_FACTORS]
+    for seed, factor in plan:
+        for entrant in size.entrants():
+            value, lr = values[entrant.method], float(f"{entrant.lr * factor:.3g}")
+            settings = {"method": entrant.method, entrant.knob or "knob": value, "lr": lr, "seed": seed, "task": task}
+            yield Job(entrant, value, lr, seed, settings)
+
+
+def train(
+    job: Job, size: Size, base: Path, texts: dict[str, Path], scratch: Path, environment: dict[str, str]
+) -> dict[str, Any]:
+    """One run in a process of its own, and what is kept of it."""
+    output = scratch / job.key.replace(" ", "-")
+    task = dataclasses.replace(size.task, seed=job.seed)
+    command = demo.finetune_command(
+        task, job.entrant.method, base, texts, output, lr=job.lr, options=job.entrant.options(job.value)
+    )
+    load = os.getloadavg()[0]
+    _call(command, environment)
+    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    shutil.rmtree(output)
+    kept = ("trainable_parameters", "bits_per_byte_before", "bits_per_byte_after", "held_out_curve")
+    return {
+        "settings": job.settings,
+        **{name: record[name] for name in kept},
+        "peak_memory_mib": round(record["peak_memory_mib"], 1),
+        "idle_memory_mib": round(record["idle_memory_mib"], 1),
+        "seconds": round(record["seconds"], 1),
+        "commit": results.commit(),
+        "date": _now(),
+        "load": round(load, 2),
+    }
+
+
+def _call(command: Sequence[str], environment: dict[str, str] | None = None) -> None:
+    """Runs a command whose progress nobody needs to see. `environment`: what is set beside what there is."""
+    with_it = {**os.environ, **(environment or {})}
+    done = subprocess.run(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=with_it, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+# ---- single steps, in turns: a process of its own
+
+
+def time_steps(size: Size, base: Path, text: Path, output: Path) -> None:
+    """Seconds of single training steps of every method, taken in turns, into `output` as JSON."""
+    task, tokenizer, device = size.task, byte_tokenizer(), finetune.check_device("auto")
+    windows = encode(read_records(str(text)), tokenizer, task.seq_len)
+    batch = collate([windows[index] for index in range(task.batch_size)], tokenizer.pad_token_id)
+    transformers.set_seed(task.seed)
+    models = {}
+    for entrant in size.entrants():
+        config = entrant.config(fitted(entrant, size, base)[0], task)
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
+        models[entrant.method] = finetune.adapt(model, config).to(device)
+    times = measure.step_seconds(
+        models, {name: tensor.to(device) for name, tensor in batch.items()}, rounds=size.rounds, title="time per step"
+    )
+    output.write_text(json.dumps(times) + "\n", encoding="utf-8")
+
+
+# ---- the command
+
+
+def run(size: Size, folder: Path, cache: Path, *, workers: int, tune: bool = False) -> Path:
+    """Makes what is missing; the result file."""
+    cache.mkdir(parents=True, exist_ok=True)
+    # As in the demo: threads that wait asleep lose little beside a busy neighbour.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    device = results.describe(finetune.check_device("auto"))
+    store = Store(folder / results.slug(device) / "adaptation" / f"{size.name}.json", size)
+    base, _ = demo.pretrained_base(size.task, cache)
+    with tempfile.TemporaryDirectory(prefix="genft-") as directory:
+        scratch = Path(directory)
+        texts = demo.write_texts(size.task, scratch)
+        digest = hashlib.sha256(b"".join(texts[name].read_bytes() for name in sorted(texts))).hexdigest()[:16]
+        every = list(jobs(size, base, digest, tune=tune))
+        missing = [job for job in every if not store.has(job.key, job.settings)]
+        wanted = {job.key for job in every}
+        store.data["runs"] = {
+            key: kept for key, kept in store.data["runs"].items() if key in wanted or f"seed={TUNING_SEED}" in key
+        }
+        say(f"{len(every)} runs, {len(missing)} of them to be made")
+        if missing:
+            _train_all(missing, store, size, base, texts, scratch, workers)
+        identity = {"entrants": {job.entrant.method: job.value for job in every}, "base": base.name}
+        if missing or store.data["steps"].get("settings") != identity:
+            load = os.getloadavg()[0]
+            stage = [sys.executable, "-m", "benchmarks.adaptation", "--time-steps", size.name]
+            _call([*stage, str(base), str(texts["train"]), str(scratch / "times.json")])
+            store.data["steps"] = {
+                "settings": identity,
+                "seconds": json.loads((scratch / "times.json").read_text(encoding="utf-8")),
+                "commit": results.commit(),
+                "date": _now(),
+                "load": round(load, 2),
+            }
+    store.data["about"] = {
+        "device": device,
+        "budget": size.budget,
+        "seeds": list(size.seeds),
+        "methods": [entrant.method for entrant in size.entrants()],
+        "learning_rates": {job.entrant.method: job.lr for job in every if job.seed == size.seeds[0]},
+        "values": {job.entrant.method: [job.entrant.knob, job.value] for job in every},
+        "task": dataclasses.asdict(size.task),
+        "torch": torch.__version__,
+    }
+    store.flush()
+    return store.path
+
+
+def _train_all(
+    missing: list[Job],
+    store: Store,
+    size: Size,
+    base: Path,
+    texts: dict[str, Path],
+    scratch: Path,
+    workers: int,
+) -> None:
+    """All of them, each kept as soon as it ends. Those that run when one fails are let to end."""
+    threads = {"OMP_NUM_THREADS": "1"} if workers > 1 else {}
+    writing = threading.Lock()
+    with bar(len(missing), "adapting", unit="run") as progress, ThreadPoolExecutor(workers) as pool:
+
+        def one(job: Job) -> None:
+            record = train(job, size, base, texts, scratch, threads)
+            with writing:
+                store.data["runs"][job.key] = record
+                store.flush()
+                progress.update()
+
+        futures = [pool.submit(one, job) for job in missing]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+# ---- what the file says
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method's line of the table. `bits`: held-out bits per byte of each seed; `relative`: time of a step over peft
+    LoRA's, median and quartiles; `memory` and `idle` in MiB, medians over the seeds."""
+
+    method: str
+    name: str
+    knob: str
+    trainable: int
+    lr: float
+    bits: list[float]
+    relative: tuple[float, float, float]
+    seconds: float
+    memory: float
+    idle: float
+
+
+def rows(data: dict[str, Any]) -> list[Row]:
+    """The table, the best first."""
+    about, times = data["about"], data["steps"]["seconds"]
+    found = []
+    for method in about["methods"]:
+        lr, (knob, value) = about["learning_rates"][method], about["values"][method]
+        own = [data["runs"][f"{method} lr={lr:g} seed={seed}"] for seed in about["seeds"]]
+        ratios = sorted(a / b for a, b in zip(times[method], times[REFERENCE], strict=True))
+        found.append(
+            Row(
+                method,
+                demo.NAMES[method],
+                f"{knob} = {value}" if knob else "",
+                own[0]["trainable_parameters"],
+                lr,
+                [run["bits_per_byte_after"] for run in own],
+                _quartiles(ratios),
+                statistics.median(times[method]),
+                statistics.median(run["peak_memory_mib"] for run in own),
+                statistics.median(run["idle_memory_mib"] for run in own),
+            )
+        )
+    return sorted(found, key=lambda row: statistics.mean(row.bits))
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, low, high
+
+
+def before(data: dict[str, Any]) -> float:
+    """Held-out bits per byte of the base."""
+    return float(next(iter(data["runs"].values()))["bits_per_byte_before"])
+
+
+def tuned(data: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Method → (learning rate, bits per byte) of --tune, as far as it was run."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for run in data["runs"].values():
+        settings = run["settings"]
+        if settings["seed"] == TUNING_SEED:
+            found.setdefault(settings["method"], []).append((settings["lr"], run["bits_per_byte_after"]))
+    return {method: sorted(points) for method, points in found.items()}
+
+
+def load_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(device slug, data) of the full size of every device."""
+    for path in sorted(folder.glob("*/adaptation/full.json")):
+        data = json.loads(path.read_text())
+        if data["about"] and data["schema"] == SCHEMA:
+            yield path.parent.parent.name, data
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.adaptation", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=tuple(SIZES), default="full")
+    parser.add_argument("--tune", action="store_true", help="also run every method at other learning rates")
+    parser.add_argument("--workers", type=int, default=0, help="processes side by side (CPU: one per core; GPU: one)")
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of result files")
+    parser.add_argument("--cache-dir", type=Path, default=demo.default_cache(), help="where the base model is kept")
+    parser.add_argument("--no-report", action="store_true", help="leave docs and README as they are")
+    parser.add_argument("--time-steps", nargs=4, metavar=("SIZE", "BASE", "TEXT", "OUTPUT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    quiet()
+    if arguments.time_steps:
+        name, *paths = arguments.time_steps
+        time_steps(SIZES[name], *map(Path, paths))
+        return 0
+    workers = arguments.workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    path = run(SIZES[arguments.size], arguments.results, arguments.cache_dir, workers=workers, tune=arguments.tune)
+    print(f"results: {path.relative_to(arguments.results)}")
+    if arguments.no_report or arguments.size != "full":
+        return 0
+    from . import report
+
+    return report.main(["--results", str(arguments.results)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
