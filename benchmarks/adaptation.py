@@ -1,10 +1,10 @@
 """Every method at one parameter budget on the embedded task: held-out bits per byte over seeds, time, memory.
 
-python -m benchmarks.adaptation                    trains what is missing, then writes docs and README
-python -m benchmarks.adaptation --tune             beside it, each method at other learning rates with another seed
+python -m benchmarks.adaptation        trains what is missing, then writes docs and README
 
-The task is the demo's: a small byte-level Llama, pre-trained on source code, is adapted to prose. Each run is `genft
-finetune` in a process of its own, so its peak memory is its own; single steps are timed afterwards, in turns. A
+The task is the demo's: a small byte-level Llama, pre-trained on source code, is adapted to prose. Each method has the
+size that comes nearest to the budget, and the best of three learning rates, found with a seed of its own. Each run is
+`genft finetune` in a process of its own, so its peak memory is its own; single steps are timed last, in turns. A
 finished run is kept in benchmarks/results/<device>/adaptation/<size>.json and not made again, unless what it depends
 on has changed: its settings, the base model or the text.
 """
@@ -50,7 +50,7 @@ class Entrant:
 
     Attributes:
         method: its name in `genft finetune`.
-        lr: peak learning rate: the best of `TUNING_FACTORS` times a first guess, by --tune.
+        lr: a guess at its peak learning rate; what it gets is the best of `TUNING_FACTORS` times this.
         knob: the option or field of its configuration that its size is set by; "" where it has none.
     """
 
@@ -79,8 +79,8 @@ class Entrant:
 ENTRANTS = (
     Entrant("wegeft", 1e-2),
     Entrant("gift", 1e-2),
-    Entrant("genft", 5e-3),
-    Entrant("genft-gelu", 1e-2),
+    Entrant("genft", 2e-3),
+    Entrant("genft-gelu", 4e-3),
     Entrant("sas", 1e-2),
     Entrant("peanut", 1e-2),
     Entrant("lora", 1e-2),
@@ -106,7 +106,7 @@ class Size:
 
 SIZES = {
     # 55,296 is a LoRA of rank 4.
-    "full": Size("full", Demo(), 55_296),
+    "full": Size("full", Demo(adapt_steps=48, evaluations=1), 55_296),
     "smoke": Size(
         "smoke",
         Demo(
@@ -156,6 +156,13 @@ class Store:
     def has(self, key: str, settings: dict[str, Any]) -> bool:
         return bool(self.data["runs"].get(key, {}).get("settings") == settings)
 
+    def keep(self, keys: Sequence[str], *, of_tuning: bool) -> None:
+        """Forgets the other runs, of those that choose the learning rates or of those that are compared."""
+        runs = self.data["runs"]
+        for key in [key for key, run in runs.items() if (run["settings"]["seed"] == TUNING_SEED) == of_tuning]:
+            if key not in keys:
+                del runs[key]
+
     def flush(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
@@ -178,20 +185,28 @@ class Job:
         return f"{self.entrant.method} lr={self.lr:g} seed={self.seed}"
 
 
-def jobs(size: Size, base: Path, digest: str, *, tune: bool) -> Iterator[Job]:
-    """All runs, seed by seed, so that what there is after an interruption compares."""
-    task = {name: value for name, value in dataclasses.asdict(size.task).items() if name not in ("methods", "seed")}
-    task |= {"target_modules": list(size.task.target_modules), "base": base.name, "text": digest}
-    del task["timing_rounds"]
-    values = {entrant.method: fitted(entrant, size, base)[0] for entrant in size.entrants()}
-    plan = [(seed, 1.0) for seed in size.seeds]
-    if tune:
-        plan += [(TUNING_SEED, factor) for factor in TUNING_FACTORS]
-    for seed, factor in plan:
-        for entrant in size.entrants():
-            value, lr = values[entrant.method], float(f"{entrant.lr * factor:.3g}")
-            settings = {"method": entrant.method, entrant.knob or "knob": value, "lr": lr, "seed": seed, "task": task}
-            yield Job(entrant, value, lr, seed, settings)
+class Plan:
+    """The runs of a comparison."""
+
+    def __init__(self, size: Size, base: Path, text: str) -> None:
+        self.size = size
+        self.values = {entrant.method: fitted(entrant, size, base)[0] for entrant in size.entrants()}
+        unused = ("methods", "seed", "timing_rounds")
+        task = {name: value for name, value in dataclasses.asdict(size.task).items() if name not in unused}
+        self.task = hashlib.sha256(json.dumps([task, base.name, text]).encode()).hexdigest()[:16]
+
+    def tuning(self) -> list[Job]:
+        rates = {each.method: [float(f"{each.lr * factor:.3g}") for factor in TUNING_FACTORS] for each in ENTRANTS}
+        return [self._job(each, lr, TUNING_SEED) for each in self.size.entrants() for lr in rates[each.method]]
+
+    def compared(self, rates: dict[str, float]) -> list[Job]:
+        """Seed by seed, so that what there is after an interruption compares."""
+        return [self._job(each, rates[each.method], seed) for seed in self.size.seeds for each in self.size.entrants()]
+
+    def _job(self, entrant: Entrant, lr: float, seed: int) -> Job:
+        value = self.values[entrant.method]
+        what = {"method": entrant.method, "knob": entrant.knob, "value": value, "lr": lr, "seed": seed}
+        return Job(entrant, value, lr, seed, {**what, "task": self.task})
 
 
 def train(
@@ -257,7 +272,7 @@ def time_steps(size: Size, base: Path, text: Path, output: Path) -> None:
 # ---- the command
 
 
-def run(size: Size, folder: Path, cache: Path, *, workers: int, tune: bool = False) -> Path:
+def run(size: Size, folder: Path, cache: Path, *, workers: int) -> Path:
     """Makes what is missing; the result file."""
     cache.mkdir(parents=True, exist_ok=True)
     # As in the demo: threads that wait asleep lose little beside a busy neighbour.
@@ -269,34 +284,36 @@ def run(size: Size, folder: Path, cache: Path, *, workers: int, tune: bool = Fal
         scratch = Path(directory)
         texts = demo.write_texts(size.task, scratch)
         digest = hashlib.sha256(b"".join(texts[name].read_bytes() for name in sorted(texts))).hexdigest()[:16]
-        every = list(jobs(size, base, digest, tune=tune))
-        missing = [job for job in every if not store.has(job.key, job.settings)]
-        wanted = {job.key for job in every}
-        store.data["runs"] = {
-            key: kept for key, kept in store.data["runs"].items() if key in wanted or f"seed={TUNING_SEED}" in key
-        }
-        say(f"{len(every)} runs, {len(missing)} of them to be made")
-        if missing:
-            _train_all(missing, store, size, base, texts, scratch, workers)
-        identity = {"entrants": {job.entrant.method: job.value for job in every}, "base": base.name}
-        if missing or store.data["steps"].get("settings") != identity:
+        plan = Plan(size, base, digest)
+
+        def made(jobs: list[Job], title: str) -> bool:
+            missing = [job for job in jobs if not store.has(job.key, job.settings)]
+            say(f"{title}: {len(jobs)} runs, {len(missing)} of them to be made")
+            _train_all(missing, store, size, base, texts, scratch, workers, title)
+            return bool(missing)
+
+        tuning = plan.tuning()
+        made(tuning, "learning rates")
+        store.keep([job.key for job in tuning], of_tuning=True)
+        rates = {method: min(points, key=lambda it: it[1])[0] for method, points in tuned(store.data).items()}
+        compared = plan.compared(rates)
+        news = made(compared, "comparison")
+        store.keep([job.key for job in compared], of_tuning=False)
+        settings = {"values": plan.values, "base": base.name, "rounds": size.rounds}
+        if news or store.data["steps"].get("settings") != settings:
             load = os.getloadavg()[0]
             stage = [sys.executable, "-m", "benchmarks.adaptation", "--time-steps", size.name]
             _call([*stage, str(base), str(texts["train"]), str(scratch / "times.json")])
-            store.data["steps"] = {
-                "settings": identity,
-                "seconds": json.loads((scratch / "times.json").read_text(encoding="utf-8")),
-                "commit": results.commit(),
-                "date": _now(),
-                "load": round(load, 2),
-            }
+            seconds = json.loads((scratch / "times.json").read_text(encoding="utf-8"))
+            steps = {"settings": settings, "seconds": seconds, "commit": results.commit(), "date": _now()}
+            store.data["steps"] = {**steps, "load": round(load, 2)}
     store.data["about"] = {
         "device": device,
         "budget": size.budget,
         "seeds": list(size.seeds),
         "methods": [entrant.method for entrant in size.entrants()],
-        "learning_rates": {job.entrant.method: job.lr for job in every if job.seed == size.seeds[0]},
-        "values": {job.entrant.method: [job.entrant.knob, job.value] for job in every},
+        "learning_rates": rates,
+        "values": {entrant.method: [entrant.knob, plan.values[entrant.method]] for entrant in size.entrants()},
         "task": dataclasses.asdict(size.task),
         "torch": torch.__version__,
     }
@@ -312,11 +329,12 @@ def _train_all(
     texts: dict[str, Path],
     scratch: Path,
     workers: int,
+    title: str,
 ) -> None:
     """All of them, each kept as soon as it ends. Those that run when one fails are let to end."""
     threads = {"OMP_NUM_THREADS": "1"} if workers > 1 else {}
     writing = threading.Lock()
-    with bar(len(missing), "adapting", unit="run") as progress, ThreadPoolExecutor(workers) as pool:
+    with bar(len(missing), title, unit="run") as progress, ThreadPoolExecutor(workers) as pool:
 
         def one(job: Job) -> None:
             record = train(job, size, base, texts, scratch, threads)
@@ -391,7 +409,7 @@ def before(data: dict[str, Any]) -> float:
 
 
 def tuned(data: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Method → (learning rate, bits per byte) of --tune, as far as it was run."""
+    """Method → (learning rate, bits per byte) of the runs that the learning rates were chosen by."""
     found: dict[str, list[tuple[float, float]]] = {}
     for run in data["runs"].values():
         settings = run["settings"]
@@ -411,7 +429,6 @@ def load_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adaptation", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=tuple(SIZES), default="full")
-    parser.add_argument("--tune", action="store_true", help="also run every method at other learning rates")
     parser.add_argument("--workers", type=int, default=0, help="processes side by side (CPU: one per core; GPU: one)")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of result files")
     parser.add_argument("--cache-dir", type=Path, default=demo.default_cache(), help="where the base model is kept")
@@ -424,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         time_steps(SIZES[name], *map(Path, paths))
         return 0
     workers = arguments.workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    path = run(SIZES[arguments.size], arguments.results, arguments.cache_dir, workers=workers, tune=arguments.tune)
+    path = run(SIZES[arguments.size], arguments.results, arguments.cache_dir, workers=workers)
     print(f"results: {path.relative_to(arguments.results)}")
     if arguments.no_report or arguments.size != "full":
         return 0

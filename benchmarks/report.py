@@ -337,19 +337,14 @@ def _adaptation(data: Record, chart: Path, docs: Path) -> list[str]:
             "",
         ]
     tuned = adaptation.tuned(data)
-    if tuned:
-        lines += [
-            "Learning rates: of those tried with another seed, as `--tune` does, the best; bits per byte of each.",
-            "",
-            *_table(
-                ["", "learning rate: bits/byte"],
-                [
-                    [row.name, ", ".join(f"{lr:g}: {bits:.3f}" for lr, bits in tuned[row.method])]
-                    for row in rows
-                    if row.method in tuned
-                ],
-            ),
-        ]
+    lines += [
+        "Learning rates: the best of those that were tried with another seed; bits per byte of each.",
+        "",
+        *_table(
+            ["", "learning rate: bits/byte"],
+            [[row.name, ", ".join(f"{lr:g}: {bits:.3f}" for lr, bits in tuned[row.method])] for row in rows],
+        ),
+    ]
     return [*lines, f"Made with torch {about['torch']} at commits {', '.join(commits)}.", ""]
 
 

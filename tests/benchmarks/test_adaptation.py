@@ -38,6 +38,7 @@ def test_the_command_trains_times_and_keeps(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(adaptation, "_call", in_process)
     small = dataclasses.replace(SMOKE, methods=("peft-lora",), seeds=(0,))
     monkeypatch.setitem(adaptation.SIZES, "smoke", small)
+    monkeypatch.setattr(adaptation, "TUNING_FACTORS", (1.0,))
     places = ["--results", str(tmp_path / "results"), "--cache-dir", str(tmp_path / "cache")]
     assert adaptation.main(["--size", "smoke", "--workers", "1", *places]) == 0
     assert "adaptation/smoke.json" in capsys.readouterr().out
@@ -48,6 +49,7 @@ def test_the_command_trains_times_and_keeps(monkeypatch, tmp_path, capsys):
     assert 1 < row.bits[0] < 8.1, "a byte has eight bits, and two steps from scratch save few of them"
     assert row.memory > row.idle > 0
     assert row.seconds > 0
+    assert len(json.loads(path.read_text())["runs"]) == 2
 
 
 @pytest.fixture
@@ -75,15 +77,15 @@ def trained(monkeypatch, tmp_path):
 
 
 def test_only_what_is_missing_is_made(trained, monkeypatch, tmp_path):
-    def run(size=SMOKE, **how):
+    def run(size=SMOKE):
         trained.clear()
-        return json.loads(adaptation.run(size, tmp_path, tmp_path, workers=2, **how).read_text())
+        return json.loads(adaptation.run(size, tmp_path, tmp_path, workers=2).read_text())
 
     whole, calls = adaptation.train, []
 
     def failing(job, *rest):
         calls.append(job)
-        if len(calls) == 3:
+        if len(calls) == 12:
             raise RuntimeError("out of memory")
         return whole(job, *rest)
 
@@ -92,15 +94,17 @@ def test_only_what_is_missing_is_made(trained, monkeypatch, tmp_path):
         run()
     monkeypatch.setattr(adaptation, "train", whole)
     before = set(trained)
+    assert len(before) >= 10
     data = run()
-    every = {
-        f"{method} lr={lr:g} seed={seed}"
-        for method, lr in data["about"]["learning_rates"].items()
-        for seed in SMOKE.seeds
+    tuning = {
+        f"{each.method} lr={each.lr * factor:.3g} seed=1000" for each in SMOKE.entrants() for factor in (0.4, 1.0, 2.5)
     }
-    assert len(every) == 6
-    assert set(data["runs"]) == every
-    assert set(trained) == every - before | {"times"}
+    compared = {
+        f"{each.method} lr={0.4 * each.lr:g} seed={seed}" for each in SMOKE.entrants() for seed in SMOKE.seeds
+    }  # bits per byte grow with the learning rate here, so the lowest is the best
+    assert (len(tuning), len(compared)) == (9, 6)
+    assert set(data["runs"]) == tuning | compared
+    assert set(trained) == (tuning | compared) - before | {"times"}
     assert run() == data
     assert not trained
 
@@ -108,20 +112,16 @@ def test_only_what_is_missing_is_made(trained, monkeypatch, tmp_path):
     faster = [dataclasses.replace(each, lr=2 * each.lr) if each.method == "sas" else each for each in SMOKE.entrants()]
     monkeypatch.setattr(adaptation, "ENTRANTS", tuple(faster))
     again = run()
-    assert sorted(trained) == [*sorted(set(again["runs"]) - every), "times"]
-    assert len(again["runs"]) == 6
+    assert sorted(trained) == [*sorted(set(again["runs"]) - tuning - compared), "times"]
+    assert len(trained) == 3 + 2 + 1
+    assert len(again["runs"]) == 9 + 6
     longer = dataclasses.replace(SMOKE, task=dataclasses.replace(SMOKE.task, adapt_steps=3))
-    assert len(run(longer)["runs"]) == 6
-    assert len(trained) == 7
-
-    tuned = adaptation.tuned(run(longer, tune=True))
-    assert len(trained) == 6 + 4, "the middle rate, too, with the seed of its own; and the times"
-    assert [lr for lr, _ in tuned["peft-lora"]] == pytest.approx([4e-3, 1e-2, 2.5e-2])
-    assert adaptation.tuned(run(longer)) == tuned, "kept"
+    assert len(run(longer)["runs"]) == 9 + 6
+    assert len(trained) == 9 + 6 + 1
 
 
 def test_the_report_shows_it(trained, tmp_path):
-    path = adaptation.run(SMOKE, tmp_path / "results", tmp_path, workers=1, tune=True)
+    path = adaptation.run(SMOKE, tmp_path / "results", tmp_path, workers=1)
     data = json.loads(path.read_text())
     readme, arguments = (
         tmp_path / "README.md",
@@ -143,6 +143,7 @@ def test_the_report_shows_it(trained, tmp_path):
     for row in adaptation.rows(data):
         spread = report._spread(row.bits)
         assert spread.endswith(f"[{2 + row.lr:.3f}, {2.1 + row.lr:.3f}]")
+        assert row.lr == pytest.approx(0.4 * next(each.lr for each in adaptation.ENTRANTS if each.method == row.method))
         assert f"| {row.name} | {row.trainable:,} | {spread} | 1.00 | 600 |" in shown
         assert f"| {row.name} | {row.knob} | {row.trainable:,} | {row.lr:g} | {spread} | 1.00 [1.00, 1.00] |" in text
         assert f"{row.name}, {row.trainable:,}" in chart
