@@ -5,8 +5,10 @@ Importing this package imports no Triton and touches no GPU.
 
 from .dropout import draw_seed
 from .generated import generated_features, generated_linear
+from .grouped import grouped_lowrank_linear
 from .ops import input_edit, input_edit_linear, lowrank_linear, weight_features
 from .plan import ContractPlan, DeviceFacts, LaunchPlan, Problem, ProductPlan, SkinnyPlan, choose_plan, device_facts
+from .rows import RowGroups, group_rows
 from .sliced import sliced_linear, squared_gradient_sums
 
 __all__ = [
@@ -15,12 +17,15 @@ __all__ = [
     "LaunchPlan",
     "Problem",
     "ProductPlan",
+    "RowGroups",
     "SkinnyPlan",
     "choose_plan",
     "device_facts",
     "draw_seed",
     "generated_features",
     "generated_linear",
+    "group_rows",
+    "grouped_lowrank_linear",
     "input_edit",
     "input_edit_linear",
     "lowrank_linear",

@@ -25,7 +25,14 @@ from typing import Any
 import torch
 
 BACKENDS = ("auto", "triton", "reference")
-LOW_RANK = ("lowrank_linear", "input_edit_linear", "input_edit", "weight_features", "sliced_linear")
+LOW_RANK = (
+    "lowrank_linear",
+    "input_edit_linear",
+    "input_edit",
+    "weight_features",
+    "sliced_linear",
+    "grouped_lowrank_linear",
+)
 GENERATED = ("generated_linear", "generated_features")
 SQUARES = "squared_gradient_sums"
 OPERATIONS = (*LOW_RANK, *GENERATED, SQUARES)
@@ -177,9 +184,12 @@ def default_plan(problem: Problem, facts: DeviceFacts) -> LaunchPlan:
         return LaunchPlan("fused", product=PRODUCT_DEFAULTS[problem.itemsize])
     for widest, many, few in LOW_RANK_DEFAULTS[problem.itemsize]:
         if problem.r <= widest:
-            # Fill the card, and never hold more partial sums than the rows need.
+            # Fill the card, and never hold more partial sums than the rows need. (A grouped operation holds none that
+            # grow with its programs.)
             skinny = many if problem.m >= many.rows * facts.processors else few
-            groups = max(1, min(facts.processors, -(-problem.m // skinny.rows)))
+            groups = max(1, facts.processors)
+            if problem.operation != "grouped_lowrank_linear":
+                groups = min(groups, max(1, -(-problem.m // skinny.rows)))
             return LaunchPlan("thin", replace(skinny, groups=groups), PRODUCT_DEFAULTS[problem.itemsize])
     return LaunchPlan("reference")
 

@@ -21,10 +21,12 @@ from torch.nn import functional as F
 
 from .activations import activation as activation_named
 from .dropout import keep_mask
+from .rows import RowGroups
 
 _PANEL_ELEMENTS = 1 << 16  # a panel and its mask stay in a core's L2
 _GENERATED_ELEMENTS = 1 << 19  # a panel of a generated weight feeds a product, which wants it larger ...
 _GENERATED_SHARE = 32  # ... and of a large weight, this part of it
+_GATHERED_ELEMENTS = 1 << 20  # factors are copied for this much of a batch at a time
 
 
 # ---- skinny products, with dropout where a seed is given
@@ -193,6 +195,74 @@ def input_edit_linear_backward(
             dy @ weight, x, psi, phi, t, scale, (needs[0], needs[1], needs[2]), overwrite=True
         )
     return dx, dpsi, dphi, dy.sum(0) if needs[3] else None
+
+
+# ---- y_i = x_i W0ᵀ + x_i P_g Q_gᵀ + b for sample i of group g
+
+
+def _per_sample(factor: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor [G,C,r] of each sample, [S,C,r]; zeros for a sample of no group."""
+    last = factor.shape[0] - 1
+    taken = factor.index_select(0, index.clamp(0, last)).to(dtype)
+    return taken.masked_fill_(((index < 0) | (index > last))[:, None, None], 0.0)
+
+
+def _by_sample(rows: RowGroups, *matrices: Tensor) -> tuple[Tensor, ...]:
+    """Each matrix [M,C] as [S,M/S,C]."""
+    samples = rows.group.shape[0]
+    return tuple(m.unflatten(0, (samples, m.shape[0] // max(samples, 1))) for m in matrices)
+
+
+def grouped_lowrank_linear_forward(
+    x: Tensor, weight: Tensor | None, p: Tensor, q: Tensor, rows: RowGroups, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns y [M,N] and t [M,r], t_i = x_i P_g, which the backward wants."""
+    y = x.new_zeros(x.shape[0], q.shape[1]) if weight is None else F.linear(x, weight, bias)
+    t = x.new_empty(x.shape[0], p.shape[2])
+    xs, ys, ts = _by_sample(rows, x, y, t)
+    for part in _panels(xs.shape[0], max(p.shape[1], q.shape[1]) * p.shape[2], _GATHERED_ELEMENTS):
+        index = rows.group[part]
+        torch.bmm(xs[part], _per_sample(p, index, x.dtype), out=ts[part])
+        ys[part].baddbmm_(ts[part], _per_sample(q, index, x.dtype).mT)
+    return y, t
+
+
+def grouped_lowrank_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    p: Tensor,
+    q: Tensor,
+    t: Tensor,
+    rows: RowGroups,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """u_i = dy_i Q_g; dX_i = dy_i W0 + u_i P_gᵀ, dP_g = Σ x_iᵀ u_i and dQ_g = Σ dy_iᵀ t_i over the group, db = Σ dY."""
+    need_x, need_p, need_q, need_bias = needs
+    groups = p.shape[0]
+    dx = dp = dq = None
+    if need_x:
+        dx = torch.zeros_like(x) if weight is None else dy @ weight
+    dp, dq = (_total(like, groups + 1, *like.shape[1:]) if need else None for like, need in ((p, need_p), (q, need_q)))
+    xs, dys, ts = _by_sample(rows, x, dy, t)
+    for part in _panels(xs.shape[0], max(p.shape[1], q.shape[1]) * p.shape[2], _GATHERED_ELEMENTS):
+        index = rows.group[part]
+        # Samples of no group are added to a group of their own, whose sum is thrown away.
+        slot = torch.where((index < 0) | (index > groups), groups, index)
+        if need_x or need_p:
+            u = torch.bmm(dys[part], _per_sample(q, index, dy.dtype))
+            if dx is not None:
+                _by_sample(rows, dx)[0][part].baddbmm_(u, _per_sample(p, index, dy.dtype).mT)
+            if dp is not None:
+                dp.index_add_(0, slot, torch.bmm(xs[part].mT, u).to(dp.dtype))
+        if dq is not None:
+            dq.index_add_(0, slot, torch.bmm(dys[part].mT, ts[part]).to(dq.dtype))
+    return (
+        dx,
+        None if dp is None else dp[:groups].to(p.dtype),
+        None if dq is None else dq[:groups].to(q.dtype),
+        dy.sum(0) if need_bias else None,
+    )
 
 
 # ---- h = σ(ρ drop(W0) Aᵀ + bias)

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from ..plan import LaunchPlan
 from ..reference import Generated
+from ..rows import RowGroups
 from .generated import launch_contract, launch_fold, launch_generated_product, launch_panel
+from .grouped import launch_grouped_project, launch_grouped_reduce, launch_grouped_update
 from .product import launch_product, launch_squares
 from .skinny import launch_skinny
 
@@ -22,6 +24,8 @@ __all__ = [
     "generated_features_forward",
     "generated_linear_backward",
     "generated_linear_forward",
+    "grouped_lowrank_linear_backward",
+    "grouped_lowrank_linear_forward",
     "input_edit_backward",
     "input_edit_forward",
     "input_edit_linear_backward",
@@ -97,6 +101,46 @@ def lowrank_linear_backward(
         None if dq is None else dq.t().to(q.dtype),
         dy.sum(0) if need_bias else None,
     )
+
+
+def grouped_lowrank_linear_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    p: Tensor,
+    q: Tensor,
+    rows: RowGroups,
+    bias: Tensor | None,
+    plan: LaunchPlan,
+) -> tuple[Tensor, Tensor]:
+    t = launch_grouped_project(x, p, rows, plan.skinny)
+    y = x.new_zeros(x.shape[0], q.shape[1]) if weight is None else F.linear(x, weight, bias)
+    launch_grouped_update(y, t, q, rows, plan.skinny)
+    return y, t
+
+
+def grouped_lowrank_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    p: Tensor,
+    q: Tensor,
+    t: Tensor,
+    rows: RowGroups,
+    needs: tuple[bool, bool, bool, bool],
+    plan: LaunchPlan,
+) -> Gradients:
+    need_x, need_p, need_q, need_bias = needs
+    dx = dp = dq = None
+    if need_x or need_p:
+        u = launch_grouped_project(dy, q, rows, plan.skinny)
+        if need_x:
+            dx = torch.zeros_like(x) if weight is None else dy @ weight
+            launch_grouped_update(dx, u, p, rows, plan.skinny)
+        if need_p:
+            dp = launch_grouped_reduce(x, u, rows, plan.skinny, p.dtype)
+    if need_q:
+        dq = launch_grouped_reduce(dy, t, rows, plan.skinny, q.dtype)
+    return dx, dp, dq, dy.sum(0) if need_bias else None
 
 
 def input_edit_forward(x: Tensor, psi: Tensor, phi: Tensor, scale: float, plan: LaunchPlan) -> tuple[Tensor, Tensor]:

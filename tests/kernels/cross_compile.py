@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from genft_kernels import LaunchPlan
+from genft_kernels import LaunchPlan, RowGroups
 from genft_kernels import plan as plans
 
 TARGETS = {
@@ -128,6 +128,7 @@ def compile_all(target: str, call: Callable[[], object]) -> list[Resources]:
 
 Calls = Iterator[tuple[str, Callable[[], object]]]
 M, N, K = 256, 512, 256  # aligned, as a model's shapes are
+GROUPS = 4  # updates in one batch
 
 
 def low_rank_calls(r: int, dtype: torch.dtype, plan: LaunchPlan, *, dropout: float = 0.0) -> Calls:
@@ -146,6 +147,18 @@ def low_rank_calls(r: int, dtype: torch.dtype, plan: LaunchPlan, *, dropout: flo
         yield "edit_backward", lambda: run.input_edit_backward(x, x, psi, phi, t, 1.5, (True,) * 3, plan)
         yield "features_forward", lambda: run.weight_features_forward(weight, psi, phi[:, 0], 1.5, *drop, plan)
         yield "features_backward", lambda: run.weight_features_backward(q, weight, 1.5, *drop, plan)
+
+
+def grouped_calls(r: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:
+    """The backward of the grouped operation, which launches what the forward does and more."""
+    from genft_kernels import _triton as run
+
+    x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
+    p, q, t = torch.empty(GROUPS, K, r), torch.empty(GROUPS, N, r), torch.empty(M, r, dtype=dtype)
+    index, bounds = torch.zeros(M // 16, dtype=torch.int32), torch.zeros(GROUPS + 1, dtype=torch.int32)
+    rows = RowGroups(index, index, bounds)
+    needs = (True, True, False, False)  # dQ is made as dP is
+    yield "grouped", lambda: run.grouped_lowrank_linear_backward(dy, x, weight, p, q, t, rows, needs, plan)
 
 
 def generated_calls(
@@ -204,11 +217,14 @@ def default_calls() -> Iterator[tuple[str, Callable[[], object]]]:
     dtypes = {2: torch.bfloat16, 4: torch.float32}
     for itemsize, low_rank in plans.LOW_RANK_DEFAULTS.items():
         dtype = dtypes[itemsize]
-        for (_, many, few), r, dropout in _padded_ranks(low_rank):
+        for (widest, many, few), r, dropout in _padded_ranks(low_rank):
             for blocks in dict.fromkeys((many, few)):
                 plan = LaunchPlan("thin", blocks, plans.PRODUCT_DEFAULTS[itemsize])
                 for name, call in low_rank_calls(r, dtype, plan, dropout=dropout):
                     yield f"{name} r={r} {dtype} {blocks} dropout={dropout}", call
+                if r == widest and not dropout:
+                    for name, call in grouped_calls(r, dtype, plan):
+                        yield f"{name} r={r} {dtype} {blocks}", call
             for name, call in low_rank_calls(r, dtype, replace(plan, algorithm="fused"), dropout=dropout):
                 yield f"{name} r={r} {dtype} fused dropout={dropout}", call
         for widest, many, _ in low_rank:  # the passes of the low-rank family, once more with columns picked

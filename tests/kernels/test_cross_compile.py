@@ -26,7 +26,17 @@ def test_every_plan_compiles_within_limits(target):
     )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, "\n".join([*(line for line in lines if line.startswith("BAD")), done.stderr[-2000:]])
-    for kernel in ("_skinny", "_product", "_generated_product", "_contract", "_fold", "_panel"):
+    kernels = (
+        "_skinny",
+        "_product",
+        "_grouped",
+        "_grouped_reduce",
+        "_generated_product",
+        "_contract",
+        "_fold",
+        "_panel",
+    )
+    for kernel in kernels:
         assert any(f" {kernel}_kernel " in line for line in lines), f"nothing compiled {kernel}_kernel"
     if target == "sm_90":
         products = [line for line in lines if "_product_kernel " in line and "torch.bfloat16" in line]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import genft_kernels as gk
-from genft_kernels import ContractPlan, LaunchPlan, ProductPlan, SkinnyPlan, generated, ops, sliced
+from genft_kernels import ContractPlan, LaunchPlan, ProductPlan, SkinnyPlan, generated, grouped, ops, sliced
 from genft_kernels.activations import ACTIVATIONS
 
 from .truth import ALGORITHMS, OPERATIONS, WITH_DROPOUT, Case, assert_close_to_truth, make_case, run
@@ -111,7 +111,7 @@ def test_atomic_sums_are_right_too(name, algorithm, device):
 
 
 @pytest.mark.parametrize("algorithm", ["thin", "fused"])
-@pytest.mark.parametrize("name", ["lowrank_linear", "input_edit"])
+@pytest.mark.parametrize("name", ["lowrank_linear", "input_edit", "grouped_lowrank_linear"])
 def test_rows_past_int32_offsets(name, algorithm, device):
     """Three rows spread over more than 2^31 elements (only the touched pages of the buffer become real)."""
     case = make_case(name, 3, 16, 24, 2, torch.float16, device)
@@ -198,7 +198,8 @@ class Inside(TorchDispatchMode):
 
     BODIES: ClassVar = {
         value._opoverload: value._init_fn
-        for value in (*vars(ops).values(), *vars(generated).values(), *vars(sliced).values())
+        for module in (ops, generated, grouped, sliced)
+        for value in vars(module).values()
         if isinstance(value, torch.library.CustomOpDef)
     }
 
@@ -321,7 +322,8 @@ def test_saved_for_backward_is_t_at_most(name, algorithm, device):
     """P5: beyond x and the parameters, t [M,r]; nothing for the generated form and for slices."""
     m, r = 50, 4
     case = make_case(name, m, 64, 48, r, torch.float16, device)
-    own = {t.untyped_storage().data_ptr() for t in case.tensors.values()}
+    groups = case.options.get("rows", ())  # which the whole batch shares
+    own = {t.untyped_storage().data_ptr() for t in (*case.tensors.values(), *groups)}
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

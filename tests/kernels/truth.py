@@ -41,6 +41,16 @@ def input_edit(x, psi, phi, *, scale=1.0):
     return x + scale * (x @ psi.t()) @ phi
 
 
+def grouped_lowrank_linear(x, weight, p, q, bias=None, *, rows):
+    """Sample by sample, each with a weight of its own."""
+    plain = weight if weight is not None else x.new_zeros(q.shape[1], x.shape[-1])
+    taken = [int(i) for i in rows.group]
+    weights = [plain + q[g] @ p[g].t() if 0 <= g < len(p) else plain for g in taken]
+    if not weights:
+        return F.linear(x, plain, bias) + 0 * (p.sum() + q.sum())
+    return torch.stack([F.linear(x[i], w, bias) for i, w in enumerate(weights)]) + 0 * (p.sum() + q.sum())
+
+
 FUNCTIONS = {
     "none": lambda z: z,
     "relu": torch.relu,
@@ -120,6 +130,8 @@ def make_case(
         return (size * torch.randn(*shape, dtype=torch.float64, device=device)).to(kind).requires_grad_(grad)
 
     lead = m if isinstance(m, tuple) else (m,)
+    if name == "grouped_lowrank_linear":
+        lead = lead or (1,)  # it wants a batch
     x, weight = tensor(*lead, k), tensor(n, k, grad=False, size=k**-0.5)
     b = tensor(n) if bias else None
     drop = {"dropout": dropout, "seed": gk.draw_seed(device)} if dropout else {}
@@ -136,6 +148,12 @@ def make_case(
         tensors = {"x": x, "weight": weight, "values": values, "indices": indices, "bias": b}
         options = {"orientation": "column" if columns else "row", "scale": scale}
         return Case(gk.sliced_linear, sliced_linear, tensors, options)
+    if name == "grouped_lowrank_linear":
+        p, q = tensor(GROUPS, k, r, kind=factor_dtype, size=k**-0.5), tensor(GROUPS, n, r, kind=factor_dtype)
+        index = torch.randint(-1, GROUPS, (lead[0],), device=device)
+        index[index == 2] = 0  # one group is empty
+        tensors = {"x": x, "weight": weight, "p": p, "q": q, "bias": b}
+        return Case(_grouped_lowrank_linear, grouped_lowrank_linear, tensors, {"rows": gk.group_rows(index, GROUPS)})
     psi, phi = (tensor(r, k, kind=factor_dtype, size=k**-0.5) for _ in range(2))
     if name == "input_edit_linear":
         tensors = {"x": x, "weight": weight, "psi": psi, "phi": phi, "bias": b}
@@ -161,6 +179,10 @@ def make_case(
     raise ValueError(f"name: {name!r} is no operation")
 
 
+def _grouped_lowrank_linear(x, weight, p, q, bias, *, rows, **options):
+    return gk.grouped_lowrank_linear(x, weight, p, q, rows, bias, **options)
+
+
 def _generated_linear(x, weight, h, b, bias, row_bias, column_bias, **options):
     return gk.generated_linear(x, weight, h, b, bias, row_bias=row_bias, column_bias=column_bias, **options)
 
@@ -175,12 +197,14 @@ ALGORITHMS = {
     "input_edit_linear": ("reference", "thin", "fused"),
     "input_edit": ("reference", "thin"),
     "weight_features": ("reference", "thin"),
+    "grouped_lowrank_linear": ("reference", "thin"),
     "generated_linear": ("reference", "fused", "panel"),
     "generated_features": ("reference", "fused"),
     "sliced_linear_row": ("reference", "thin", "fused"),
     "sliced_linear_column": ("reference", "thin", "fused"),
 }
 OPERATIONS = tuple(ALGORITHMS)
+GROUPS = 4  # updates in a case of the grouped operation
 WITH_DROPOUT = ("lowrank_linear", "weight_features", "generated_linear", "generated_features")
 
 

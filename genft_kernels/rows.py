@@ -1,0 +1,53 @@
+"""Which update each sample of a batch takes, sorted on the device and without waiting for it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowGroups(NamedTuple):
+    """Which of G updates each of S samples takes; what `group_rows` makes.
+
+    group: int32 [S], the group of each sample; any number outside of 0 to G - 1 stands for none.
+    order: int32 [S], the samples sorted by group.
+    bounds: int32 [G + 1]; the samples of group g are order[bounds[g] : bounds[g + 1]].
+    """
+
+    group: Tensor
+    order: Tensor
+    bounds: Tensor
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.bounds.shape[0] - 1
+
+
+def group_rows(index: Tensor, count: int) -> RowGroups:
+    """Sorts the samples of a batch by the update that they take.
+
+    Args:
+        index: integers [S]: the group of each sample, 0 to count - 1, or -1 for none. On a GPU the numbers are not
+            looked at, for that would wait for the device: one that is out of range means none there.
+        count: G, the number of updates.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what fits.
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"count: got {count!r}, expected an integer >= 1")
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
+        came = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index: got {came}, expected a tensor of int32 or int64")
+    if index.dim() != 1:
+        raise ValueError(f"index: shape {tuple(index.shape)}, expected [S], one number per sample")
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        low, high = (int(value) for value in index.aminmax())
+        if low < -1 or high >= count:
+            raise ValueError(f"index: numbers from {low} to {high}, expected -1 to {count - 1}")
+    order = torch.argsort(index, stable=True)
+    bounds = torch.searchsorted(index[order], torch.arange(count + 1, dtype=index.dtype, device=index.device))
+    return RowGroups(index.to(torch.int32), order.to(torch.int32), bounds.to(torch.int32))

@@ -1,0 +1,185 @@
+"""The grouped operation beyond what `test_operations.py` holds every operation to: samples of several rows, ranks that
+differ, groups that are empty, samples that must not see each other, and that the host waits for nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import genft_kernels as gk
+from genft_kernels import DeviceFacts, LaunchPlan, Problem, SkinnyPlan, grouped
+
+from .test_operations import Inside, short
+from .truth import GROUPS, Case, assert_close_to_truth, make_case, run
+
+# Tiles of 16 rows; as many programs as to split the columns of a few tiles, too.
+PLANS = {"reference": LaunchPlan(), "thin": LaunchPlan("thin", SkinnyPlan(16, 32, groups=16, warps=4, stages=2))}
+algorithms = pytest.mark.parametrize("algorithm", PLANS)
+
+
+def taking(index: list[int], *, t: int = 1, n: int = 45, k: int = 130, r: int = 5, dtype=torch.float32, device) -> Case:
+    """A case whose samples, of t rows each, take these updates."""
+    case = make_case("grouped_lowrank_linear", (len(index), t), n, k, r, dtype, device)
+    return replace(case, options={"rows": gk.group_rows(torch.tensor(index, dtype=torch.int64, device=device), GROUPS)})
+
+
+@algorithms
+@pytest.mark.parametrize("t", [1, 7, 40])
+def test_samples_of_several_rows_and_split_columns(algorithm, t, device, poisoned):
+    """Tiles that hold several samples, samples that take several tiles; both orders of the samples in a tile."""
+    case = taking([3, -1, 0, 3, 1, 0], t=t, device=device)
+    assert_close_to_truth(case, torch.float32, plan=PLANS[algorithm])
+
+
+@algorithms
+@pytest.mark.parametrize("index", [[-1, -1, -1], [2, 2, 2], [3], []], ids=str)
+def test_groups_without_samples(algorithm, index, device, poisoned):
+    case = taking(index, t=3, device=device)
+    found = run(case.operation, case, plan=PLANS[algorithm])
+    assert_close_to_truth(case, torch.float32, plan=PLANS[algorithm])
+    for group in set(range(GROUPS)) - set(index):
+        assert not found["grad.p"][group].any()
+        assert not found["grad.q"][group].any()
+
+
+@algorithms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_updates_alone(algorithm, dtype, device, poisoned):
+    case = taking([1, 3, -1, 1, 0], t=5, dtype=dtype, device=device)
+    alone = replace(case, tensors={**case.tensors, "weight": None, "bias": None})
+    assert_close_to_truth(alone, dtype, plan=PLANS[algorithm])
+
+
+@algorithms
+def test_samples_do_not_see_each_other(algorithm, device):
+    """A sample has the same bits whatever its neighbours take: another update, a broken one, or none."""
+    case = taking([0, 1, -1, 0, 3], t=4, device=device)
+    tensors = {name: tensor.detach() for name, tensor in case.tensors.items()}
+
+    def y(index: list[int]) -> torch.Tensor:
+        rows = gk.group_rows(torch.tensor(index, device=device), GROUPS)
+        return case.operation(*tensors.values(), rows=rows, plan=PLANS[algorithm])
+
+    want = y([0, 1, -1, 0, 3])
+    plain = F.linear(tensors["x"].reshape(-1, 130), tensors["weight"], tensors["bias"]).reshape(5, 4, 45)
+    assert torch.equal(want[2], plain[2])
+    tensors["p"][2] = float("nan")
+    tensors["q"][2] = float("inf")
+    found = y([0, 2, -1, 2, 3])
+    assert torch.isnan(found[1]).any()
+    for sample in (0, 2, 4):
+        assert torch.equal(found[sample], want[sample])
+
+
+@algorithms
+def test_one_group_is_the_plain_operation(algorithm, device):
+    case = make_case("lowrank_linear", (3, 6), 20, 24, 4, torch.float32, device, scale=1.0)
+    x, weight, p, q, bias = (tensor.detach() for tensor in case.tensors.values())
+    rows = gk.group_rows(torch.zeros(3, dtype=torch.int64, device=device), 1)
+    found = gk.grouped_lowrank_linear(x, weight, p[None], q[None], rows, bias, plan=PLANS[algorithm])
+    torch.testing.assert_close(found, gk.lowrank_linear(x, weight, p, q, bias, backend="reference"))
+
+
+@algorithms
+def test_ranks_that_differ(algorithm, device):
+    """An update of lower rank is filled up with zeros."""
+    case = taking([1, 0, 1, -1], t=3, r=6, device=device)
+    x, weight, p, q, bias = (tensor.detach() for tensor in case.tensors.values())
+    narrow_p, narrow_q = p[1, :, :2].contiguous(), q[1, :, :2].contiguous()
+    p[1, :, 2:] = 0
+    q[1, :, 2:] = 0
+    y = case.operation(x, weight, p, q, bias, **case.options, plan=PLANS[algorithm])
+    torch.testing.assert_close(y[0], gk.lowrank_linear(x[0], weight, narrow_p, narrow_q, bias, backend="reference"))
+
+
+class Waits(Inside):
+    """The operations that hand a number to the host, and how many products there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.calls = 0
+
+    def see(self, function, out) -> None:
+        name = str(function.overloadpacket)
+        self.calls += 1
+        if name in ("aten._local_scalar_dense", "aten.nonzero", "aten.bincount", "aten.unique", "aten.masked_select"):
+            self.waits.append(name)
+
+
+@algorithms
+def test_the_host_waits_for_nothing_and_loops_over_no_groups(algorithm, device):
+    calls = {}
+    for groups in (2, 40):
+        x = torch.randn(6, 3, 10, device=device, requires_grad=True)
+        p, q = (torch.randn(groups, size, 2, device=device, requires_grad=True) for size in (10, 8))
+        rows = gk.group_rows(torch.arange(6, device=device) % groups, groups)
+        with Waits() as seen:
+            y = gk.grouped_lowrank_linear(x, torch.ones(8, 10, device=device), p, q, rows, plan=PLANS[algorithm])
+            torch.autograd.grad(y.sum(), (x, p, q))
+        assert seen.waits == []
+        calls[groups] = seen.calls
+    assert calls[2] == calls[40]
+
+
+@algorithms
+def test_opcheck(algorithm, device):
+    case = taking([1, -1, 3], t=2, n=9, k=10, r=3, device=device)
+    x, weight, p, q, bias = case.tensors.values()
+    x = x.detach().reshape(6, 10).requires_grad_()
+    rows, plan = case.options["rows"], str(PLANS[algorithm])
+    weight, bias = (weight, bias) if algorithm == "thin" else (None, None)
+    torch.library.opcheck(grouped._grouped_lowrank_linear, (x, weight, p, q, *rows, bias, plan))
+    with torch.no_grad():
+        x, p, q = x.detach(), p.detach(), q.detach()
+        t, dy = torch.randn(6, 3, device=device), torch.randn(6, 9, device=device)
+        needs = [algorithm == "thin", True, False, True]
+        torch.library.opcheck(grouped._grouped_lowrank_linear_backward, (dy, x, weight, p, q, t, *rows, plan, needs))
+
+
+def test_rows_are_sorted_by_group():
+    rows = gk.group_rows(torch.tensor([2, -1, 0, 2, 0]), 4)
+    assert rows.groups == 4
+    assert rows.bounds.tolist() == [1, 3, 3, 5, 5]
+    assert [rows.order[a:b].tolist() for a, b in zip(rows.bounds[:-1], rows.bounds[1:], strict=True)] == [
+        [2, 4],
+        [],
+        [0, 3],
+        [],
+    ]
+
+
+def test_the_default_plan_fills_the_card_also_with_few_rows():
+    plan = gk.choose_plan(Problem("grouped_lowrank_linear", 8, 4096, 4096, 16, 2), DeviceFacts("sm_90", 132))
+    assert (plan.algorithm, plan.skinny.groups) == ("thin", 132)
+
+
+def refused():
+    x, weight, p, q = torch.randn(3, 2, 6), torch.randn(5, 6), torch.randn(4, 6, 2), torch.randn(4, 5, 2)
+    rows = gk.group_rows(torch.tensor([0, 1, 3]), 4)
+    call = gk.grouped_lowrank_linear
+    yield TypeError, r"rows: got Tensor, expected what group_rows", lambda: call(x, weight, p, q, rows.group)
+    yield ValueError, r"rows: groups of 3 samples, expected S = 2", lambda: call(x[:2], weight, p, q, rows)
+    yield ValueError, r"x: shape \(6,\), expected \[S, ..., K\]", lambda: call(x[0, 0], weight, p, q, rows)
+    yield ValueError, r"p: shape \(3, 6, 2\), expected \[4, 6, r\]", lambda: call(x, weight, p[:3], q, rows)
+    yield ValueError, r"p: shape \(6, 2\), expected \[4, 6, r\]", lambda: call(x, weight, p[0], q, rows)
+    yield ValueError, r"q: shape \(4, 5, 1\), expected \[4, 5, 2\]", lambda: call(x, weight, p, q[..., :1], rows)
+    yield ValueError, r"q: shape \(5, 2\), expected \[4, N, 2\]", lambda: call(x, None, p, q[0], rows)
+    yield ValueError, "bias: got a tensor, expected None", lambda: call(x, None, p, q, rows, weight[:, 0])
+    yield ValueError, "rows: on meta", lambda: call(x, weight, p, q, gk.RowGroups(*(t.to("meta") for t in rows)))
+    yield ValueError, "no algorithm 'panel'", lambda: call(x, weight, p, q, rows, plan=LaunchPlan("panel"))
+    yield ValueError, "index: numbers from 0 to 3, expected -1 to 2", lambda: gk.group_rows(rows.group, 3)
+    yield ValueError, "index: numbers from -2", lambda: gk.group_rows(rows.group - 2, 4)
+    yield ValueError, r"index: shape \(1, 3\)", lambda: gk.group_rows(rows.group[None], 4)
+    yield TypeError, "index: got torch.float32", lambda: gk.group_rows(rows.group.float(), 4)
+    yield TypeError, "index: got list", lambda: gk.group_rows([0, 1], 4)
+    yield ValueError, "count: got 0", lambda: gk.group_rows(rows.group, 0)
+
+
+@pytest.mark.parametrize(("error", "message", "call"), [pytest.param(*it, id=it[1]) for it in refused()])
+def test_refuses(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
