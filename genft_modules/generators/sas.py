@@ -107,11 +107,12 @@ class SaSHypernetwork(Factors):
     def made(self, embeddings: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
         """P_l [K, r_specific] and Q_l [N, r_specific] where the embeddings are: e_l + c_i [chunks of K and of N, d]."""
         weight, bias, head_p, head_q = beside(embeddings, self.weight, self.bias, self.head_p, self.head_q)
-        hidden = torch.tanh(F.linear(embeddings, weight, bias))
         chunks = _chunks(in_features, head_p.shape[0] // self.r)
-        p = F.linear(hidden[:chunks], head_p).view(-1, self.r)[:in_features]
-        q = F.linear(hidden[chunks:], head_q).view(-1, self.r)[:out_features]
-        return p * in_features**-0.5, q * weight.shape[0] ** -0.5
+        hidden = torch.tanh(F.linear(embeddings, weight, bias))
+        for_p, for_q = hidden.split([chunks, hidden.shape[0] - chunks])
+        p = F.linear(for_p * in_features**-0.5, head_p).view(-1, self.r)
+        q = F.linear(for_q * weight.shape[0] ** -0.5, head_q).view(-1, self.r)
+        return _first(p, in_features), _first(q, out_features)
 
 
 class SaSPair(Factors):
@@ -157,6 +158,11 @@ class SaSGenerator(Generator):
     def extra_repr(self) -> str:
         r = f"{self.pair.p.shape[1]}+{self.hypernetwork.r}"
         return f"r={r}, scale={self.scale:g}, shared={bool(self.shared)}"
+
+
+def _first(rows: Tensor, count: int) -> Tensor:
+    """The first rows; as it is where that is all, for a slice costs its backward a copy."""
+    return rows if rows.shape[0] == count else rows[:count]
 
 
 def _chunks(size: int, chunk: int) -> int:
