@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from genft_kernels import grouped_lowrank_linear
 from genft_modules.forms import Generated, InputEdit, LowRank, side_by_side
 from genft_modules.generators import Generator, GeneratorConfig
 from genft_modules.generators.base import BACKENDS, check_choice
+from genft_modules.mixed import MixedBatch, mixed_batch
 
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 _PLAIN_TENSORS = (nn.Parameter, Tensor)  # not a quantised or a distributed one
@@ -139,9 +142,14 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y [..., N] in the dtype of x (under autocast, in the autocast dtype) from x [..., K]."""
+    def forward(self, x: Tensor, adapter_names: MixedBatch | Sequence[str] | None = None) -> Tensor:
+        """y [..., N] in the dtype of x (under autocast, in the autocast dtype) from x [..., K].
+
+        `adapter_names` has a name for each x[i], "__base__" for no adapter; the active adapters do not count then.
+        """
         base = self.base_layer
+        if adapter_names is not None:
+            return self._mixed_forward(x, mixed_batch(adapter_names))
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         generators = self._active_generators()
@@ -159,6 +167,36 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         for form in others:
             y = y + cast(LowRank | Generated, form).update(x, backend)
         return y
+
+    def _mixed_forward(self, x: Tensor, batch: MixedBatch) -> Tensor:
+        """Input edits and low-rank updates of all adapters are one grouped operation each; an adapter whose ΔW has
+        full rank takes its samples out of the batch."""
+        base = self.base_layer
+        batch.names_of(x.shape[0])
+        if self.merged_adapters:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        present = [name for name in batch.names if name in self.genft_generators]
+        if self._disable_adapters or not present:
+            return cast(Tensor, base(x))
+        weight = base.weight.t() if self.transposed else base.weight
+        backend = self._generator(present[0]).backend
+        made = batch.made(self, weight)
+        if made.edits is not None:
+            x = x + batch.updates(made.edits, x, backend)
+        if made.low_rank is None:
+            y = base(x)
+        elif self._is_plain(weight):
+            _, p, q = made.low_rank
+            rows = batch.rows(made.low_rank.adapters, x)
+            y = grouped_lowrank_linear(x, weight, p, q, rows, base.bias, backend=backend)
+        else:
+            y = base(x) + batch.updates(made.low_rank, x, backend)
+        for name, form in made.others.items():
+            places = batch.samples(name, x)
+            y = y.index_add(0, places, form.update(x.index_select(0, places), backend).to(y.dtype))
+        return cast(Tensor, y)
 
     def _active_generators(self) -> list[Generator]:
         generators = self.genft_generators._modules  # the plain dict inside: this runs in every call of every layer

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from genft_modules.adapters import refuse_misfits
 from genft_modules.generators import METHODS, GeneratorConfig
 from genft_modules.generators.base import fits
 from genft_modules.linear import FusedGenLinear
+from genft_modules.mixed import BASE, mixed_batch
 
 SHARED = "shared_generators"
 
@@ -132,14 +134,32 @@ class GenFTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(
-        self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Iterator[None]:
-        """peft enters this around a forward pass. Refuses what would be ignored without a word."""
-        if adapter_names is not None:
-            raise ValueError(
-                f"adapter_names: got {adapter_names!r}, expected None; batches that mix adapters are for peft's LoRA"
-            )
-        yield
+        """peft enters this around a forward pass and around `generate`. `adapter_names` has an adapter for each sample
+        ("__base__": none); the layers get them as an argument, from hooks."""
+        if adapter_names is None:
+            yield
+            return
+        batch = mixed_batch(adapter_names, _copies(self.model, kwargs))
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [module for module in self.modules() if isinstance(module, (FusedGenLinear, AuxiliaryTrainingWrapper))]
+        known = {name for layer in layers if isinstance(layer, FusedGenLinear) for name in layer.genft_generators}
+        if unknown := set(batch.names) - known - {BASE}:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+
+        def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            # A module that is saved in full is peft's, and takes a list.
+            names = batch if isinstance(module, FusedGenLinear) else batch.names_of(len(args[0]))
+            return args, {**kwargs, "adapter_names": names}
+
+        handles = [layer.register_forward_pre_hook(give, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -164,6 +184,17 @@ class GenFTModel(BaseTuner):
         own = {k: t for k, t in known.items() if any(f"{name}.{adapter_name}." in k for name in containers)}
         refuse_misfits(f"adapter {adapter_name!r}", state, own if own.keys() & state.keys() else {}, known)
         return state
+
+
+def _copies(model: nn.Module, kwargs: dict[str, Any]) -> int:
+    """Into how many sequences `generate`, called with `kwargs`, repeats each sample. (An encoder sees it once.)"""
+    configs = [getattr(holder, "generation_config", None) for holder in (SimpleNamespace(**kwargs), model)]
+
+    def number(name: str) -> int:
+        found = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in found if isinstance(value, int)), 1)
+
+    return max(number("num_beams"), number("num_return_sequences"))
 
 
 def _adapted(model: nn.Module, adapter_name: str) -> dict[str, FusedGenLinear]:

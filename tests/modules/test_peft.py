@@ -160,8 +160,6 @@ def test_several_adapters(case, tmp_path):
     assert not any("second" in key or "third" in key for key in model.state_dict())
     assert model.active_adapters == ["default"]
     assert torch.equal(logits(model), first)
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(input_ids=IDS, adapter_names=["default", "default"])
 
 
 @cases
