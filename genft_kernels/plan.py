@@ -156,7 +156,7 @@ LOW_RANK_DEFAULTS: dict[int, tuple[tuple[int, SkinnyPlan, SkinnyPlan], ...]] = {
         (64, SkinnyPlan(64, 32, warps=8, stages=3), SkinnyPlan(64, 32, warps=8, stages=3)),
     ),
     4: (
-        (16, SkinnyPlan(32, 32, warps=4, stages=2), SkinnyPlan(16, 64, warps=4, stages=2)),
+        (16, SkinnyPlan(32, 32, warps=8, stages=2), SkinnyPlan(16, 64, warps=4, stages=2)),
         (32, SkinnyPlan(32, 16, warps=8, stages=2), SkinnyPlan(16, 16, warps=4, stages=2)),
     ),
 }

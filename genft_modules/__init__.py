@@ -6,12 +6,13 @@ Importing this package makes its methods known to peft: `get_peft_model`, `PeftM
 
 from genft_modules.adapters import check_adapter, load_adapter, save_adapter
 from genft_modules.export import ExportedLayer, export_lora
-from genft_modules.forms import Generated, InputEdit, LowRank
+from genft_modules.forms import Generated, InputEdit, LowRank, Slices
 from genft_modules.generators import (
     METHODS,
     GeneratorConfig,
     GenFTConfig,
     GIFTConfig,
+    GRFTConfig,
     LoRAConfig,
     PeanutConfig,
     SaSConfig,
@@ -19,6 +20,7 @@ from genft_modules.generators import (
 )
 from genft_modules.linear import FusedGenLinear
 from genft_modules.released import load_peft_peanut, load_released_genft
+from genft_modules.slices import PenaltyMixin, grft_penalty, needs_slices, select_slices
 from genft_modules.tuner import GenFTModel, SharedGenerators
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "ExportedLayer",
     "FusedGenLinear",
     "GIFTConfig",
+    "GRFTConfig",
     "GenFTConfig",
     "GenFTModel",
     "Generated",
@@ -34,13 +37,18 @@ __all__ = [
     "LoRAConfig",
     "LowRank",
     "PeanutConfig",
+    "PenaltyMixin",
     "SaSConfig",
     "SharedGenerators",
+    "Slices",
     "WeGeFTConfig",
     "check_adapter",
     "export_lora",
+    "grft_penalty",
     "load_adapter",
     "load_peft_peanut",
     "load_released_genft",
+    "needs_slices",
     "save_adapter",
+    "select_slices",
 ]

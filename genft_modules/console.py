@@ -60,11 +60,13 @@ class _Lines(io.TextIOBase):
         self._stream.flush()
 
 
-def bar(total: int, title: str, *, unit: str = "step", leave: bool = True, initial: int = 0, show: bool = True) -> Any:
+def bar(
+    total: int | None, title: str, *, unit: str = "step", leave: bool = True, initial: int = 0, show: bool = True
+) -> Any:
     """A progress bar over `total` units: live in a terminal, a line every 10 seconds in a log file.
 
-    `leave=False` marks work of a few seconds: its bar vanishes from a terminal and never enters a log. `show=False`
-    shows none.
+    `total=None` where nobody knows how many there are. `leave=False` marks work of a few seconds: its bar vanishes from
+    a terminal and never enters a log. `show=False` shows none.
     """
     common: dict[str, Any] = {"total": total, "desc": title, "unit": unit, "initial": initial, "leave": leave}
     if sys.stderr.isatty():

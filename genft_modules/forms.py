@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from genft_kernels import draw_seed, generated_linear, input_edit, input_edit_linear, lowrank_linear, weight_features
+from genft_kernels import (
+    draw_seed,
+    generated_linear,
+    input_edit,
+    input_edit_linear,
+    lowrank_linear,
+    sliced_linear,
+    weight_features,
+)
 from genft_kernels.activations import activation as activation_named
 
 
@@ -150,15 +158,58 @@ class Generated:
         return activation_named(self.activation).forward(z) * self.scale
 
 
-Form = LowRank | InputEdit | Generated
+@dataclass(frozen=True)
+class Slices:
+    """ΔW is zero but for k of its rows, ΔW[indices] = values [k, K], or of its columns, ΔW[:, indices] = values [N, k].
+
+    `indices` int64 [k], all different; `orientation` "row" or "column"; `size`: N for rows, K for columns.
+    """
+
+    values: Tensor
+    indices: Tensor
+    orientation: str
+    size: int
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+        """x (W0 + ΔW)ᵀ + b [..., N] as one operation."""
+        return sliced_linear(x, weight, self.values, self.indices, bias, orientation=self.orientation, backend=backend)
+
+    def update(self, x: Tensor, backend: str) -> Tensor:
+        """x ΔWᵀ [..., N] alone, for a base layer that has to make its own product."""
+        values_t = self.values.to(x.dtype).t()
+        if self.orientation == "column":
+            return x.index_select(-1, self.indices) @ values_t
+        t = x @ values_t
+        return t.new_zeros(*t.shape[:-1], self.size).index_copy(-1, self.indices, t)
+
+    def low_rank(self) -> LowRank:
+        """The same update in the other form: one of its factors only selects, a column of it for each slice."""
+        places = torch.arange(self.size, device=self.indices.device)
+        chosen = (places[:, None] == self.indices).to(self.values.dtype)
+        if self.orientation == "column":
+            return LowRank(chosen, self.values)
+        return LowRank(self.values.t(), chosen)
+
+    def low_rank_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A [k, K] and B [N, k] with ΔW = B A, in float32 or wider."""
+        return self.low_rank().low_rank_factors(weight)
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """ΔW [N, K], in float32 or wider."""
+        values = _wide(self.values)
+        return values.new_zeros(weight.shape).index_copy(1 if self.orientation == "column" else 0, self.indices, values)
+
+
+Form = LowRank | InputEdit | Generated | Slices
 
 
 def side_by_side(forms: Sequence[Form], weight: Tensor, backend: str) -> list[Form]:
     """The sum of several updates as the fewest forms: one, unless they differ in dropout on x or are generated.
 
-    Input edits stay an input edit; beside another form they become low rank, at the price of one pass over W0. A
-    generated form stands for itself, and comes first: its operation carries the base layer's product at no price, where
-    the low-rank ones add little to what is there.
+    Input edits stay an input edit; beside another form they become low rank, at the price of one pass over W0. So do
+    slices, with a factor that only selects, for two adapters may have the same ones. A generated form stands for
+    itself, and comes first: its operation carries the base layer's product at no price, where the low-rank ones add
+    little to what is there.
     """
     if len(forms) == 1:
         return list(forms)
@@ -173,6 +224,7 @@ def side_by_side(forms: Sequence[Form], weight: Tensor, backend: str) -> list[Fo
             generated.append(form)
             continue
         low = form.low_rank(weight, backend) if isinstance(form, InputEdit) else form
+        low = low.low_rank() if isinstance(low, Slices) else low
         groups.setdefault(low.dropout, []).append(low)
     return [
         *generated,

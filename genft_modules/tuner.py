@@ -15,7 +15,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Auxil
 from torch import Tensor, nn
 
 from genft_modules.adapters import refuse_misfits
-from genft_modules.generators import METHODS, GeneratorConfig
+from genft_modules.generators import METHODS, Generator, GeneratorConfig
 from genft_modules.generators.base import fits
 from genft_modules.linear import FusedGenLinear
 from genft_modules.mixed import BASE, mixed_batch
@@ -160,6 +160,13 @@ class GenFTModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: PeftConfig, adapter_name: str, **kwargs: Any) -> Any:
+        """As in peft; an adapter that is not ready is not saved."""
+        for layer in _adapted(model, adapter_name).values():
+            cast(Generator, layer.genft_generators[adapter_name]).check_ready()
+        return super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -103,7 +103,8 @@ def _skinny_kernel(
                 o_u = picked(p_pick, o_r, m_r, PICK_U)
                 p_u_tile = p_u + o_m[:, None] * s_um + o_u[None, :] * s_ur
                 if PICK_U:
-                    u += tl.load(p_u_tile, mask=m_m[:, None] & m_r[None, :], other=0.0).to(tl.float32)
+                    # The padded columns of U read column 0 and are not stored.
+                    u += tl.load(p_u_tile, mask=m_m[:, None], other=0.0).to(tl.float32)
                 tl.store(p_u_tile, u.to(p_u.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
         else:
             o_u = picked(p_pick, o_r, m_r, PICK_U)

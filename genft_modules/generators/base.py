@@ -73,8 +73,8 @@ class GeneratorConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MethodType(f"GENFT_{self.method.upper()}")
-        self.target_modules = _names("target_modules", self.target_modules)
-        self.exclude_modules = _names("exclude_modules", self.exclude_modules)
+        self.target_modules = module_names("target_modules", self.target_modules)
+        self.exclude_modules = module_names("exclude_modules", self.exclude_modules)
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(
                 f"layers_to_transform: got {self.layers_to_transform!r}, expected None because target_modules is a "
@@ -158,6 +158,9 @@ class Generator(nn.Module):
     def low_rank_factors(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
         """A [r, K] and B [N, r] with ΔW = B A without dropout, in float32 or wider; None where ΔW has full rank."""
         return self.form(weight, dropout=False).low_rank_factors(weight)
+
+    def check_ready(self) -> None:
+        """Raises ValueError, and says what is missing, where the adapter cannot be applied or saved yet."""
 
     def modules_with_shared(self) -> tuple[nn.Module, ...]:
         """This module and the factors that it only refers to."""
@@ -271,7 +274,7 @@ def check_row_blocks(field: str, value: object) -> None:
             raise ValueError(f"{field}[{name!r}]: got {flags!r}, expected at least one True")
 
 
-def _names(field: str, value: Any) -> Any:
+def module_names(field: str, value: Any) -> Any:
     """Module names as peft keeps them: a string as it is, a list as a set."""
     if value is None or isinstance(value, (str, set)):
         return value

@@ -22,6 +22,7 @@ from genft_modules import (
     GeneratorConfig,
     GenFTConfig,
     GIFTConfig,
+    GRFTConfig,
     LoRAConfig,
     PeanutConfig,
     SaSConfig,
@@ -56,6 +57,8 @@ CASES: dict[str, Callable[..., GeneratorConfig]] = {
     "sas": lambda **kw: SaSConfig(
         **{"r_shared": 2, "r_specific": 2, "embedding_dim": 3, "hidden_dim": 5, "chunk_dim": 4, "scaling": 0.7, **kw}
     ),
+    "grft": lambda **kw: GRFTConfig(k=4, selection="random", **kw),
+    "grft_column": lambda **kw: GRFTConfig(k=4, orientation="column", selection="random", **kw),
     "genft": lambda **kw: genft("none", "none", **kw),
     "genft_gelu": lambda **kw: genft("gelu", "gelu", **kw),
     "genft_vit": lambda **kw: genft(
@@ -65,8 +68,9 @@ CASES: dict[str, Callable[..., GeneratorConfig]] = {
     "genft_row": lambda **kw: genft("tanh", "none", stages="row", **kw),
 }
 # one per way of keeping and applying parameters: shared edit, own edit, shared low rank with a block, own low rank,
-# low rank that is partly shared, generated, low rank from parameters in lists, low rank by a shared network
-KINDS = ("wegeft", "wegeft_own", "gift_mlp", "lora", "genft", "genft_gelu", "peanut_deep", "sas")
+# low rank that is partly shared, generated, low rank from parameters in lists, low rank by a shared network, slices
+# with their indices
+KINDS = ("wegeft", "wegeft_own", "gift_mlp", "lora", "genft", "genft_gelu", "peanut_deep", "sas", "grft")
 REPRESENTATIVES = tuple(dict.fromkeys((*METHODS, *KINDS)))  # and every method: for tests too dear to run with all cases
 
 LAYERS: dict[str, Callable[[int, int], nn.Module]] = {

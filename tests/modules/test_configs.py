@@ -14,6 +14,7 @@ from genft_modules import (
     GenFTConfig,
     GenFTModel,
     GIFTConfig,
+    GRFTConfig,
     LoRAConfig,
     PeanutConfig,
     SaSConfig,
@@ -25,7 +26,7 @@ ALL = list(METHODS.values())
 
 def rank(config) -> str:
     """The field of the rank."""
-    return {GenFTConfig: "generator_share_dim", SaSConfig: "r_shared"}.get(config, "r")
+    return {GenFTConfig: "generator_share_dim", SaSConfig: "r_shared", GRFTConfig: "k"}.get(config, "r")
 
 
 @pytest.mark.parametrize("config", ALL)
@@ -103,6 +104,12 @@ def test_every_method_refuses(config, error, message, make):
         (GIFTConfig, {"enable_gift": [True]}, TypeError, "enable_gift: got"),
         (GIFTConfig, {"enable_gift": {"qkv": "qv"}}, TypeError, r"enable_gift\['qkv'\]: got 'qv'"),
         (GIFTConfig, {"enable_gift": {"qkv": [False]}}, ValueError, "at least one True"),
+        (GRFTConfig, {"orientation": "rows"}, ValueError, "orientation: got 'rows', expected one of"),
+        (GRFTConfig, {"selection": "largest"}, ValueError, "selection: got 'largest', expected one of .*'random'"),
+        (GRFTConfig, {"k_pattern": {"q": 0}}, ValueError, r"k_pattern\['q'\]: got 0"),
+        (GRFTConfig, {"penalty": -1}, ValueError, "penalty: got -1, expected a number >= 0"),
+        (GRFTConfig, {"penalty": "1"}, TypeError, "penalty: got '1', expected a number"),
+        (GRFTConfig, {"penalty_modules": 3}, TypeError, "penalty_modules: got 3, expected a list"),
         (PeanutConfig, {"depth": -1}, ValueError, "depth: got -1, expected an integer >= 0"),
         (PeanutConfig, {"act_fn": "swoosh"}, ValueError, "act_fn: got 'swoosh', expected one of .*'relu'"),
         (PeanutConfig, {"scaling": "1"}, TypeError, "scaling: got '1', expected a number"),

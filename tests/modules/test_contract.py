@@ -134,10 +134,9 @@ class TestContract:
         adapted.model.save_pretrained(tmp_path)
         saved = load_file(tmp_path / "adapter_model.safetensors")
         training = trained(adapted.model)
-        assert sum(tensor.numel() for tensor in saved.values()) == sum(
-            p.numel() for p in training.values()
-        )  # each once
-        assert set(saved) == {name.replace(".default", "") for name in training}
+        values = {name: tensor for name, tensor in saved.items() if tensor.is_floating_point()}  # the others: indices
+        assert sum(tensor.numel() for tensor in values.values()) == sum(p.numel() for p in training.values())
+        assert set(values) == {name.replace(".default", "") for name in training}  # each once
         for low_memory in (False, True):
             loaded = PeftModel.from_pretrained(adapted.on.make(), tmp_path, low_cpu_mem_usage=low_memory)
             assert torch.equal(adapted.on.logits(loaded), want)
