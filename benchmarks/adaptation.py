@@ -81,6 +81,7 @@ ENTRANTS = (
     Entrant("gift", 1e-2),
     Entrant("genft", 2e-3),
     Entrant("genft-gelu", 4e-3),
+    Entrant("grft", 4e-3),
     Entrant("sas", 1e-2),
     Entrant("peanut", 1e-2),
     Entrant("lora", 1e-2),
@@ -262,7 +263,7 @@ def time_steps(size: Size, base: Path, text: Path, output: Path) -> None:
     for entrant in size.entrants():
         config = entrant.config(fitted(entrant, size, base)[0], task)
         model = transformers.AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
-        models[entrant.method] = finetune.adapt(model, config).to(device)
+        models[entrant.method] = finetune.adapt(model, config, [batch]).to(device)
     times = measure.step_seconds(
         models, {name: tensor.to(device) for name, tensor in batch.items()}, rounds=size.rounds, title="time per step"
     )

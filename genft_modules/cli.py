@@ -109,14 +109,23 @@ def _add_finetune(commands: Any) -> None:
 
     how = sub.add_argument_group("method")
     how.add_argument(
-        "--method", metavar="NAME", help="wegeft (default), gift, genft, genft-gelu, sas, peanut, lora, peft-lora, full"
+        "--method",
+        metavar="NAME",
+        help="wegeft (default), gift, genft, genft-gelu, grft, sas, peanut, lora, peft-lora, full",
     )
-    how.add_argument("--r", type=int, help="rank (wegeft and gift 64, the others 16; genft and sas: half shared)")
+    how.add_argument(
+        "--r",
+        type=int,
+        help="rank (wegeft and gift 64, the others 16; genft and sas: half shared; grft: rows or columns)",
+    )
     how.add_argument("--alpha", type=float, help="scale: the update is multiplied by alpha / r (twice the rank)")
     how.add_argument("--dropout", type=float, metavar="P", help="the method's own dropout (0)")
     how.add_argument("--target-modules", nargs="+", metavar="NAME", help="names of layers, or one regular expression")
     how.add_argument("--config", nargs="+", metavar="KEY=VALUE", help="further fields of the method's configuration")
     how.add_argument("--backend", choices=("auto", "triton", "reference"), help="kernels of the genft methods (auto)")
+    how.add_argument(
+        "--calibration-batches", type=int, metavar="N", help="batches whose gradients choose what grft trains (16)"
+    )
 
     train = sub.add_argument_group("training")
     train.add_argument("--lr", type=float, help="peak learning rate, then cosine (2e-4; full 2e-5)")

@@ -73,7 +73,7 @@ def time_steps(demo: Demo, base: Path, text: Path, result: Path) -> None:
     for method in demo.methods:
         config = recipes.peft_config(method, target_modules=None if method == "full" else demo.target_modules)
         model = transformers.AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
-        models[method] = finetune.adapt(model, config).to(device)
+        models[method] = finetune.adapt(model, config, [batch]).to(device)
     times = step_seconds(
         models,
         {name: value.to(device) for name, value in batch.items()},

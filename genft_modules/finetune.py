@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ import torch
 from genft_modules import recipes
 from genft_modules.adapters import save_adapter
 from genft_modules.console import UserError, one_line, say
-from genft_modules.data import Windows, byte_tokenizer, encode, read_records, split_records
+from genft_modules.data import Windows, byte_tokenizer, collate, encode, read_records, split_records
 from genft_modules.files import new_directory
 from genft_modules.measure import PeakMemory
 
 SEQ_LEN = 512  # the default, where the model allows it
+CALIBRATION_BATCHES = 16  # the default, for methods that look at gradients before they train
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # Settings that may change between an interrupted run and its continuation.
@@ -63,6 +64,7 @@ class Job:
     device: str = "auto"
     gradient_checkpointing: bool = False
     byte_level: bool = False
+    calibration_batches: int | None = None
     save_every: int = 0
     verify: bool = True
 
@@ -102,6 +104,8 @@ def check(job: Job) -> Checked:
         extra=job.config,
         backend=job.backend,
     )
+    if job.calibration_batches is not None and getattr(config, "selection", None) != "gradient":
+        raise UserError(f"--calibration-batches: {job.method} selects nothing by gradients")
     device = check_device(job.device)
     dtype = _dtype(job.dtype, device)
     _check_backend(job.backend, device, dtype)
@@ -124,7 +128,7 @@ def check(job: Job) -> Checked:
 def _check_numbers(job: Job) -> None:
     least = {
         "steps": 1, "epochs": 0, "batch_size": 1, "grad_accumulation": 1, "seq_len": 8,
-        "warmup": 0, "lr": 0, "save_every": 0, "seed": 0, "evaluations": 1,
+        "warmup": 0, "lr": 0, "save_every": 0, "seed": 0, "evaluations": 1, "calibration_batches": 1,
     }  # fmt: skip
     for name, bound in least.items():
         value = getattr(job, name)
@@ -340,7 +344,8 @@ def _train(checked: Checked, directory: Path, resume_from: Path | None) -> dict[
     model = load_base(job.model, stored).to(checked.device)
     batch = job.batch_size
     before = bits_per_byte(model, checked.held_out, batch, checked.pad_id, "held out, before")
-    model = adapt(model, checked.peft_config)
+    # A checkpoint has what was selected.
+    model = adapt(model, checked.peft_config, _calibration(checked) if resume_from is None else ())
     schedule = Schedule(
         steps=checked.steps,
         lr=job.lr or recipes.recipe(job.method).lr,
@@ -410,11 +415,32 @@ def load_base(
     return loaded
 
 
-def adapt(model: Any, peft_config: Any) -> Any:
-    """The model with a fresh adapter; with every weight trainable where there is no configuration."""
+def adapt(model: Any, peft_config: Any, calibration: Collection[Mapping[str, torch.Tensor]] = ()) -> Any:
+    """The model with a fresh adapter; with every weight trainable where there is no configuration. A method that
+    selects what trains by gradients takes those of the loss on the batches of `calibration`, if there are any."""
     from peft import get_peft_model
 
-    return model if peft_config is None else get_peft_model(model, copy.deepcopy(peft_config))
+    from genft_modules.slices import needs_slices, select_slices
+
+    if peft_config is None:
+        return model
+    model = get_peft_model(model, copy.deepcopy(peft_config))
+    if calibration and needs_slices(model):
+        try:
+            # The factor changes no choice, and keeps gradients of float16 from vanishing.
+            select_slices(model, calibration, loss=lambda model, batch: 4096 * model(**batch).loss)
+        except ValueError as error:
+            raise UserError(f"--calibration-batches {len(calibration)}: {one_line(error)}") from None
+    return model
+
+
+def _calibration(checked: Checked) -> list[Mapping[str, torch.Tensor]]:
+    """Batches of the training text, drawn without regard to the order of training."""
+    job, train = checked.job, checked.train
+    count = (job.calibration_batches or CALIBRATION_BATCHES) * job.batch_size
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(job.seed))[:count].tolist()
+    starts = range(0, len(order), job.batch_size)
+    return [collate([train[i] for i in order[start : start + job.batch_size]], checked.pad_id) for start in starts]
 
 
 def _save(model: Any, tokenizer: Any, directory: Path, adapter: bool) -> None:

@@ -36,6 +36,7 @@ RECIPES: dict[str, Recipe] = {
     "genft-gelu": Recipe(
         lr=2e-4, r=16, variant_of="genft", fields={"inner_activation": "gelu", "outer_activation": "gelu"}
     ),
+    "grft": Recipe(lr=2e-4, r=16),
     "sas": Recipe(lr=2e-4, r=16),
     "peanut": Recipe(lr=2e-4, r=16),
     "lora": Recipe(lr=2e-4, r=16, alpha_by_r=2),
@@ -131,6 +132,8 @@ def _field(option: str, known: set[str], config: type) -> str | None:
     """The configuration's own name for --r, --alpha or --dropout."""
     if option in known:
         return option
+    if option == "r":
+        return "k" if "k" in known else None  # GRFT has no rank, but a number of rows or columns
     stem = config.__name__.removesuffix("Config").lower()  # WeGeFTConfig: wegeft_alpha; LoRAConfig: lora_alpha
     names = (f"{stem}_{option}", f"lora_{option}", option.removesuffix("out"))  # wegeft_dropout, lora_dropout, drop
     return next((name for name in names if name in known), None)

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from genft_modules.console import bar
 from genft_modules.data import IGNORED, Windows, collate
 from genft_modules.measure import PeakMemory, synchronize
+from genft_modules.slices import PenaltyMixin
 
 WARMUP_STEPS = 3  # left out of the median time per step
 
@@ -43,7 +44,7 @@ class Schedule:
 
 @dataclass
 class Outcome:
-    """What a run measured: bits per byte, seconds, MiB."""
+    """What a run measured: bits per byte (in training with the penalty, where there is one), seconds, MiB."""
 
     train: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
@@ -71,6 +72,10 @@ def bits_per_byte(
             progress.update()
     model.train(training)
     return nats / math.log(2) / windows.bytes
+
+
+class _Trainer(PenaltyMixin, Trainer):
+    """The Trainer, with the penalty that a GRFT adapter may ask for."""
 
 
 class _Watch(TrainerCallback):
@@ -151,7 +156,7 @@ def train(
         **checkpointing,
     )
     watch = _Watch(title, schedule, held_out, pad_id)
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=windows,

@@ -108,11 +108,13 @@ def test_bits_per_byte_is_the_mean_over_all_predicted_tokens(llama: Path, texts:
     assert training.bits_per_byte(model, windows, 4, 258) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["wegeft", "lora", "full"])
+@pytest.mark.parametrize("method", ["wegeft", "grft", "lora", "full"])
 def test_resume_continues_and_equals_the_uninterrupted_run(
     genft: Genft, llama: Path, prose: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    options = () if method == "full" else ("--r", 4, "--dropout", 0.2, *PROJECTIONS)
+    options = () if method == "full" else ("--r", 4, *PROJECTIONS)
+    if method in ("wegeft", "lora"):
+        options += ("--dropout", 0.2)
     common = ("finetune", "--model", llama, "--dataset", prose, "--method", method, *options, *QUICK, "--no-verify")
     assert genft(*common, "--output", "whole", "--save-every", 2).code == 0
     step_end = training._Watch.on_step_end
@@ -168,6 +170,26 @@ def test_overwrite_replaces_a_run(genft: Genft, llama: Path, prose: Path) -> Non
     assert not Path("out/left-over").exists()
 
 
+def test_grft_selects_by_gradients_first(genft: Genft, llama: Path, prose: Path) -> None:
+    common = ("finetune", "--model", llama, "--dataset", prose, *PROJECTIONS, *QUICK, "--no-verify", "--method", "grft")
+    found = {}
+    for seed, batches, orientation in ((0, 2, "row"), (1, 2, "row"), (0, 3, "column")):
+        fields = ("--config", f"orientation={orientation}", "penalty=1e-3", "penalty_modules=['v_proj']")
+        options = ("--r", 5, "--seed", seed, "--calibration-batches", batches, *fields)
+        done = genft(*common, *options, "--output", f"out{len(found)}")
+        assert done.code == 0, done.err
+        assert "selecting slices" in done.err
+        config = json.loads(Path(f"out{len(found)}/adapter/adapter_config.json").read_text())
+        assert (config["k"], config["orientation"], config["penalty"]) == (5, orientation, 1e-3)
+        tensors = _tensors(Path(f"out{len(found)}"))
+        found[len(found)] = {name: t.tolist() for name, t in tensors.items() if name.endswith("indices")}
+        assert all(len(chosen) == 5 for chosen in found[len(found) - 1].values())
+    assert len(found[0]) == 4
+    assert found[0] != found[1]  # other batches
+    assert found[0] != found[2]
+    assert genft(*common, "--config", "selection=random", "--output", "random").code == 0
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -177,6 +199,7 @@ def test_overwrite_replaces_a_run(genft: Genft, llama: Path, prose: Path) -> Non
         ("--backend", "reference"),
         ("--method", "gift", "--config", "block=mlp", "in_projection_bias=True"),
         ("--method", "lora", "--target-modules", ".*(gate|up)_proj"),
+        ("--method", "grft", "--dtype", "bfloat16", "--gradient-checkpointing", "--calibration-batches", 2),
         ("--eval-fraction", 0.3, "--warmup", 2),
     ],
     ids=lambda options: " ".join(map(str, options)),

@@ -30,6 +30,8 @@ def test_options_go_to_the_fields_of_the_method() -> None:
     assert (config.r, config.wegeft_alpha, config.wegeft_dropout) == (4, 8, 0.25)
     assert (config.tied_modules, config.backend) == (None, "reference")
     assert peft_config("wegeft").wegeft_alpha == 128
+    config = peft_config("grft", r=4, extra={"orientation": "column"})
+    assert (config.k, config.orientation) == (4, "column")
     config = peft_config("peft-lora", r=4, alpha=3, dropout=0.5)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 3, 0.5)
 
@@ -66,6 +68,7 @@ def test_target_modules(names: list[str], expected: object) -> None:
         ({"method": "wegeft", "r": 0}, "--r 0"),
         ({"method": "wegeft", "dropout": 1.0}, "--dropout 1.0"),
         ({"method": "gift", "alpha": 2.0}, "--alpha: gift has no such setting"),
+        ({"method": "grft", "alpha": 2.0}, "--alpha: grft has no such setting"),
         ({"method": "gift", "dropout": 0.1}, "--dropout: gift has no such setting"),
         ({"method": "lora", "extra": {"rr": 1}}, "--config rr: lora has no such field; it has .*lora_alpha"),
         ({"method": "gift", "extra": {"block": "blok"}}, "--method gift: .*blok"),
