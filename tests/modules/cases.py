@@ -52,8 +52,7 @@ CASES: dict[str, Callable[..., GeneratorConfig]] = {
     "gift_pamcat_attn": lambda **kw: GIFTConfig(r=4, block="pamcat_attn", **kw),
     "gift_pamcat_transformer": lambda **kw: GIFTConfig(r=4, block="pamcat_transformer", **kw),
     "lora": lambda **kw: LoRAConfig(r=4, lora_alpha=6, **kw),
-    "peanut": lambda **kw: PeanutConfig(r=4, **kw),
-    "peanut_deep": lambda **kw: PeanutConfig(r=4, depth=2, act_fn="silu", scaling=0.7, **kw),
+    "peanut": lambda **kw: PeanutConfig(r=4, depth=2, act_fn="silu", scaling=0.7, **kw),
     "sas": lambda **kw: SaSConfig(
         **{"r_shared": 2, "r_specific": 2, "embedding_dim": 3, "hidden_dim": 5, "chunk_dim": 4, "scaling": 0.7, **kw}
     ),
@@ -70,7 +69,7 @@ CASES: dict[str, Callable[..., GeneratorConfig]] = {
 # one per way of keeping and applying parameters: shared edit, own edit, shared low rank with a block, own low rank,
 # low rank that is partly shared, generated, low rank from parameters in lists, low rank by a shared network, slices
 # with their indices
-KINDS = ("wegeft", "wegeft_own", "gift_mlp", "lora", "genft", "genft_gelu", "peanut_deep", "sas", "grft")
+KINDS = ("wegeft", "wegeft_own", "gift_mlp", "lora", "genft", "genft_gelu", "peanut", "sas", "grft")
 REPRESENTATIVES = tuple(dict.fromkeys((*METHODS, *KINDS)))  # and every method: for tests too dear to run with all cases
 
 LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
