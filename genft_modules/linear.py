@@ -265,8 +265,13 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             merged = merged.to(original.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"safe_merge: the weight merged with {names} has elements that are not finite")
+        if not self.merged_adapters:
+            # A parameter of its own: another layer may share W0's (embeddings tied to a head) and is not to be merged.
+            self.__dict__["original_parameter"] = base.weight
+            base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
+        else:
+            base.weight.data = merged
         self.original_weight = original
-        base.weight.data = merged
         self.merged_adapters = names
 
     def unmerge(self) -> None:
@@ -274,7 +279,9 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.base_layer.weight.data = self.original_weight
+        parameter = self.__dict__.pop("original_parameter")
+        parameter.data = self.original_weight
+        self.base_layer.weight = parameter
         self.original_weight = None
         self.merged_adapters = []
 

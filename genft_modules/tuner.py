@@ -75,6 +75,10 @@ class GenFTModel(BaseTuner):
         layer.add_adapter(adapter_name, peft_config, name=current_key, shared=shared)
         if shared:
             self._keep(adapter_name, shared)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # Its fast path in evaluation takes the weights of its layers and would pass the adapters by. This is the
+            # one of its conditions that means nothing else.
+            parent.activation_relu_or_gelu = 0
         if layer is not target:
             self._replace_module(parent, target_name, layer.train(target.training), target)
 
@@ -92,15 +96,25 @@ class GenFTModel(BaseTuner):
             self.model.add_module(SHARED, container)
         container.genft_shared[adapter_name] = shared
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
         """As in peft, but a failure leaves the model's layers as they were, and patterns in the config that fit none of
         the adapted layers are warned about."""
         if _adapted(model, adapter_name):
             raise ValueError(
                 f"adapter_name: {adapter_name!r} is in the model already, expected a new name; see `unload`"
             )
+        _refuse_parameters(model, self.peft_config[adapter_name].target_modules)
+        if state_dict and any(SharedGenerators.adapter_layer_names[0] in key for key in state_dict):
+            state_dict = None  # keys of shared factors do not say which layers are adapted; the config does
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
             self._withdraw(model, adapter_name)
             raise
@@ -191,6 +205,24 @@ class GenFTModel(BaseTuner):
         own = {k: t for k, t in known.items() if any(f"{name}.{adapter_name}." in k for name in containers)}
         refuse_misfits(f"adapter {adapter_name!r}", state, own if own.keys() & state.keys() else {}, known)
         return state
+
+
+def _refuse_parameters(model: nn.Module, targets: Any) -> None:
+    """peft passes over a target that is no module, as long as another one is. Where it is a parameter, as those that
+    hold all experts of a layer, the user means something that would not happen."""
+    if not isinstance(targets, (set, list, tuple)):
+        return
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if any(name == target or name.endswith(f".{target}") for name in names):
+            continue
+        for name, parameter in model.named_parameters():
+            if name == target or name.endswith(f".{target}"):
+                owner = name.rpartition(".")[0]
+                raise TypeError(
+                    f"target_modules: got {target!r}, a parameter {list(parameter.shape)} of {owner} "
+                    f"({type(model.get_submodule(owner)).__name__}), expected a layer"
+                )
 
 
 def _copies(model: nn.Module, kwargs: dict[str, Any]) -> int:
