@@ -24,8 +24,10 @@ from .dropout import keep_mask
 from .rows import RowGroups
 
 _PANEL_ELEMENTS = 1 << 16  # a panel and its mask stay in a core's L2
-_GENERATED_ELEMENTS = 1 << 19  # a panel of a generated weight feeds a product, which wants it larger ...
-_GENERATED_SHARE = 32  # ... and of a large weight, this part of it
+_TILE = 16
+_GENERATED_ELEMENTS = 1 << 19  # a panel of a generated matrix meets products, which want it larger ...
+_GENERATED_SHARE = 48  # ... and of a large matrix, this part of it
+_LARGE = 1 << 23
 _GATHERED_ELEMENTS = 1 << 20  # factors are copied for this much of a batch at a time
 
 
@@ -33,16 +35,17 @@ _GATHERED_ELEMENTS = 1 << 20  # factors are copied for this much of a batch at a
 
 
 def _panels(rows: int, columns: int, elements: int = _PANEL_ELEMENTS) -> Iterator[slice]:
-    """Stretches of rows that make panels of about `elements`."""
+    """Stretches of rows that make panels of at most `elements`, whole register tiles of a product if they are many."""
     height = max(1, elements // max(columns, 1))
+    if height > _TILE:
+        height -= height % _TILE
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
 
 
-def _dropped(panel: Tensor, rows: slice, dropout: float, seed: Tensor, first_column: int = 0) -> Tensor:
-    """`panel`, a part of a larger matrix, with dropped elements zero and survivors scaled by 1/(1-p)."""
-    columns = range(first_column, first_column + panel.shape[1])
-    keep = keep_mask(seed, dropout, range(rows.start, rows.stop), columns)
+def _dropped(panel: Tensor, rows: slice, dropout: float, seed: Tensor) -> Tensor:
+    """`panel`, rows of a larger matrix, with dropped elements zero and survivors scaled by 1/(1-p)."""
+    keep = keep_mask(seed, dropout, range(rows.start, rows.stop), range(panel.shape[1]))
     return torch.where(keep, panel / (1.0 - dropout), 0.0)
 
 
@@ -313,39 +316,50 @@ class Generated:
             column=None if self.column is None else self.column[columns],
         )
 
-    def with_row_inside(self) -> Generated:
-        """The same T with the row term as one more rank, [H row] [B 1]ᵀ: no pass of its own over a panel."""
-        if self.row is None:
-            return self
-        h = torch.cat([self.h, self.row[:, None]], 1)
-        b = torch.cat([self.b, self.b.new_ones(self.b.shape[0], 1)], 1)
-        return replace(self, h=h, b=b, row=None)
-
-    def preactivation(self, rows: slice) -> Tensor:
-        """Z of a panel of rows [rows, K], in the dtype of the factors."""
+    def with_biases_inside(self) -> Generated:
+        """The same T with each bias as one more rank, [H row 1] [B 1 column]ᵀ: no pass of its own over a panel, and its
+        gradient falls out of the products for H and B."""
+        h, b = [self.h], [self.b]
         if self.row is not None:
-            return self.part(rows).with_row_inside().preactivation(slice(None))
-        h, b_t = self.h[rows], self.b.t()
-        return h @ b_t if self.column is None else torch.addmm(self.column, h, b_t)
+            h.append(self.row[:, None])
+            b.append(self.b.new_ones(self.b.shape[0], 1))
+        if self.column is not None:
+            h.append(self.h.new_ones(self.h.shape[0], 1))
+            b.append(self.column[:, None])
+        return self if len(h) == 1 else replace(self, h=torch.cat(h, 1), b=torch.cat(b, 1), row=None, column=None)
 
-    def value(self, z: Tensor, rows: slice) -> Tensor:
-        """T of the panel, from its Z. Shares memory with z where σ is none and nothing is dropped."""
-        t = activation_named(self.activation).forward(z)
-        return t if self.seed is None else _dropped(t, rows, self.dropout, self.seed)
+    def preactivation(self, rows: slice, columns: slice, memory: Tensor) -> Tensor:
+        """Z of a part of T, in the flat `memory`. The biases have to be inside."""
+        h, b = self.h[rows], self.b[columns]
+        return torch.mm(h, b.t(), out=memory[: h.shape[0] * b.shape[0]].view(h.shape[0], b.shape[0]))
 
-    def added_to(self, weight: Tensor, scale: float, rows: slice, columns: slice) -> Tensor:
-        """W0 + s T of a part, in W0's dtype; one buffer where the dtypes agree and nothing is dropped."""
-        t = activation_named(self.activation).forward_(self.part(rows, columns).preactivation(slice(None)))
+    def value(self, rows: slice, columns: slice, memory: Tensor) -> Tensor:
+        """T of a part, in `memory`."""
+        t = activation_named(self.activation).forward_(self.preactivation(rows, columns, memory))
+        return self.drop_(t, rows, columns)
+
+    def drop_(self, t: Tensor, rows: slice, columns: slice) -> Tensor:
+        """drop of a part of T, in place."""
         if self.seed is not None:
-            t = _dropped(t, rows, self.dropout, self.seed, columns.start)
-        t = t.to(weight.dtype)
+            for part in _panels(*t.shape):
+                here = range(rows.start + part.start, rows.start + part.stop)
+                keep = keep_mask(self.seed, self.dropout, here, range(columns.start, columns.stop))
+                t[part].div_(1.0 - self.dropout).masked_fill_(keep.logical_not_(), 0.0)
+        return t
+
+    def added_to(self, weight: Tensor, scale: float, rows: slice, columns: slice, memory: Tensor) -> Tensor:
+        """W0 + s T of a part, in W0's dtype; in `memory` where the dtypes agree."""
+        t = self.value(rows, columns, memory).to(weight.dtype)
         return torch.add(weight[rows, columns], t, alpha=scale, out=t)
 
-    def backward_(self, dt: Tensor, z: Tensor, rows: slice) -> Tensor:
-        """dL/dZ of the panel, from dL/dT, in whose memory it may lie; z may be used up."""
-        if self.seed is not None:
-            dt = _dropped(dt, rows, self.dropout, self.seed)
-        return activation_named(self.activation).backward_(dt, z)
+    def backward_(self, dt: Tensor, rows: slice, memory: Tensor) -> Tensor:
+        """dL/dZ of rows of T, from dL/dT and in its place; Z passes through `memory`, as many rows as it holds."""
+        columns = slice(0, dt.shape[1])
+        self.drop_(dt, rows, columns)
+        for part in _panels(dt.shape[0], dt.shape[1], memory.numel()):
+            z = self.preactivation(slice(rows.start + part.start, rows.start + part.stop), columns, memory)
+            activation_named(self.activation).backward_(dt[part], z)
+        return dt
 
 
 class GeneratedGradients:
@@ -353,32 +367,37 @@ class GeneratedGradients:
     follows that order."""
 
     def __init__(self, made: Generated, needs: tuple[bool, bool, bool, bool], scale: float = 1.0) -> None:
-        self.made = made
+        self.inside = made.with_biases_inside()
         self.scale = scale
-        self.h = torch.empty_like(made.h) if needs[0] else None
-        self.b = _total(made.b, *made.b.shape) if needs[1] else None
-        self.row = torch.empty_like(made.row) if needs[2] and made.row is not None else None
-        self.column = _total(made.column, *made.column.shape) if needs[3] and made.column is not None else None
+        self.r = made.h.shape[1]
+        self.needs = (needs[0], needs[1], needs[2] and made.row is not None, needs[3] and made.column is not None)
+        # Biases among the ranks. The second as [r,K]: a library makes such wide rows in half the time.
+        self.h = torch.empty_like(self.inside.h) if self.needs[0] or self.needs[2] else None
+        self.b_t = _total(self.inside.b, *self.inside.b.t().shape) if self.needs[1] or self.needs[3] else None
 
     def add(self, e: Tensor, rows: slice) -> None:
         """Takes E of a panel, in the dtype of the factors."""
         if self.h is not None:
-            torch.mm(e, self.made.b, out=self.h[rows])
-        if self.b is not None:
-            _add_product_(self.b, e.t(), self.made.h[rows])
-        if self.row is not None:
-            self.row[rows] = e.sum(1)
-        if self.column is not None:
-            self.column += e.sum(0, dtype=self.column.dtype)
+            torch.mm(e, self.inside.b, out=self.h[rows])
+        if self.b_t is not None:
+            _add_product_(self.b_t, self.inside.h[rows].t(), e)
 
     def results(self) -> tuple[Tensor | None, ...]:
-        found = (self.h, self.b, self.row, self.column)
-        return tuple(g if g is None else g.mul_(self.scale).to(self.made.h.dtype) for g in found)
+        """Of the columns, the first r are the factor's, the next is the row bias, the last the column bias."""
+        b = None if self.b_t is None else self.b_t.t()
+        found = (self.h, b, self.h, b)
+        columns: tuple[slice | int, ...] = (slice(0, self.r), slice(0, self.r), self.r, -1)
+        return tuple(
+            g[:, at].mul(self.scale).to(self.inside.h.dtype) if need and g is not None else None
+            for g, at, need in zip(found, columns, self.needs, strict=True)
+        )
 
 
-def _generated_panels(length: int, other: int, buffers: int) -> Iterator[slice]:
-    """Stretches of an index of T of `length` whose panels, `buffers` of them alive at a time, are bounded together."""
-    return _panels(length, other, max(_GENERATED_ELEMENTS, length * other // _GENERATED_SHARE) // buffers)
+def _panel_elements(n: int, k: int) -> int:
+    """The size of a panel of T [N,K], rows or columns: half of T at most, but for the one row that there may be. The
+    memory for it is used in turn by all panels of an operation: new memory costs more than what is done in it."""
+    elements = n * k
+    return max(elements // _GENERATED_SHARE if elements > _LARGE else min(_GENERATED_ELEMENTS, elements // 2), n, k)
 
 
 # ---- y = x (W0 + s T)ᵀ + b
@@ -388,14 +407,14 @@ def generated_linear_forward(x: Tensor, weight: Tensor, made: Generated, bias: T
     """Returns y [M,N]. Nothing is kept: the backward generates the panels again."""
     n, k = weight.shape
     y = x.new_empty(x.shape[0], n)
-    made = made.with_row_inside()
-    for rows in _generated_panels(n, k, 1):
-        panel = made.added_to(weight, scale, rows, slice(0, k))
+    inside = made.with_biases_inside()
+    memory = inside.h.new_empty(_panel_elements(n, k))
+    for rows in _panels(n, k, memory.numel()):
+        panel = inside.added_to(weight, scale, rows, slice(0, k), memory)
         if bias is None:
             torch.mm(x, panel.t(), out=y[:, rows])
         else:
             torch.addmm(bias[rows], x, panel.t(), out=y[:, rows])
-        del panel  # before the next one is made
     return y
 
 
@@ -414,22 +433,28 @@ def generated_linear_backward(
     """
     need_x, need_h, need_b, need_bias, need_row, need_column = needs
     n, k = weight.shape
-    inside = made.with_row_inside()
+    gradients = GeneratedGradients(made, (need_h, need_b, need_row, need_column), scale)
+    inside = gradients.inside
+    memory = inside.h.new_empty(_panel_elements(n, k))
     dx = None
     if need_x:
         dx = torch.empty_like(x)
-        for columns in _generated_panels(k, n, 1):
-            torch.mm(dy, inside.added_to(weight, scale, slice(0, n), columns), out=dx[:, columns])
-    factor_needs = (need_h, need_b, need_row, need_column)
-    gradients = GeneratedGradients(made, factor_needs, scale)
-    if any(factor_needs):
-        for rows in _generated_panels(n, k, 2):
-            z = inside.preactivation(rows)
-            dt = (dy[:, rows].t() @ x).to(z.dtype)
-            gradients.add(made.backward_(dt, z, rows), rows)
-            del z, dt  # before the next ones are made
+        for columns in _panels(k, n, memory.numel()):
+            torch.mm(dy, inside.added_to(weight, scale, slice(0, n), columns, memory), out=dx[:, columns])
+    if any(gradients.needs):
+        for_z = memory.new_empty(max(memory.numel() // 8, k))
+        for rows in _panels(n, k, memory.numel()):
+            dt = _product(dy[:, rows].t(), x, memory)
+            gradients.add(inside.backward_(dt, rows, for_z), rows)
     dh, db, drow, dcolumn = gradients.results()
     return dx, dh, db, dy.sum(0) if need_bias else None, drow, dcolumn
+
+
+def _product(left: Tensor, right: Tensor, memory: Tensor) -> Tensor:
+    """left @ right in the dtype of `memory`, and there if the product is made in it."""
+    if left.dtype != memory.dtype:
+        return (left @ right).to(memory.dtype)
+    return torch.mm(left, right, out=memory[: left.shape[0] * right.shape[1]].view(left.shape[0], right.shape[1]))
 
 
 # ---- z = Tᵀ Aᵀ + bias: the features of a generated matrix, which the next stage starts from
@@ -437,13 +462,16 @@ def generated_linear_backward(
 
 def generated_features_forward(made: Generated, a: Tensor, bias: Tensor | None) -> Tensor:
     """Returns z [K,r2] from A [r2,N], reduced over N panel by panel."""
-    z2 = _total(made.b, made.b.shape[0], a.shape[0])
+    z2_t = _total(made.b, a.shape[0], made.b.shape[0])
     if bias is not None:
-        z2 += bias
-    for rows in _panels(made.h.shape[0], made.b.shape[0]):
-        t = made.value(made.preactivation(rows), rows)
-        _add_product_(z2, t.t(), a[:, rows].t())
-    return z2.to(made.b.dtype)
+        z2_t += bias[:, None]
+    inside = made.with_biases_inside()
+    n, k = made.h.shape[0], made.b.shape[0]
+    memory = inside.h.new_empty(_panel_elements(n, k))
+    for rows in _panels(n, k, memory.numel()):
+        t = inside.value(rows, slice(0, k), memory)
+        _add_product_(z2_t, a[:, rows], t)
+    return z2_t.t().to(made.b.dtype).contiguous()
 
 
 def generated_features_backward(
@@ -456,12 +484,16 @@ def generated_features_backward(
     need_h, need_b, need_a, need_column = needs
     da = torch.empty_like(a) if need_a else None
     gradients = GeneratedGradients(made, (need_h, need_b, False, need_column))
-    for rows in _panels(made.h.shape[0], made.b.shape[0]):
-        z = made.preactivation(rows)
+    inside = gradients.inside
+    n, k = made.h.shape[0], made.b.shape[0]
+    memory = inside.h.new_empty(_panel_elements(n, k))
+    for_z = memory.new_empty(max(memory.numel() // 8, k))
+    for rows in _panels(n, k, memory.numel()):
         if da is not None:
-            da[:, rows] = (made.value(z, rows) @ dz).t()
-        if need_h or need_b or need_column:
-            gradients.add(made.backward_(a[:, rows].t() @ dz.t(), z, rows), rows)
+            da[:, rows] = (inside.value(rows, slice(0, k), memory) @ dz).t()
+        if any(gradients.needs):
+            dt = _product(a[:, rows].t(), dz.t(), memory)
+            gradients.add(inside.backward_(dt, rows, for_z), rows)
     dh, db, _, dcolumn = gradients.results()
     return dh, db, da, dcolumn
 
