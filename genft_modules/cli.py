@@ -12,7 +12,7 @@ from genft_modules.console import INTERRUPTED, UserError, one_line, quiet
 
 _EXAMPLES = """\
 examples:
-  genft finetune                          the embedded demo: all methods side by side, some minutes on two cores
+  genft finetune                          the embedded demo: methods side by side, some minutes on two cores
   genft finetune --model ./llama --dataset notes.txt --method wegeft --r 64
   genft finetune --model ./llama --dataset dialogues.jsonl --method lora --epochs 2 --save-every 100
   genft finetune --model ./llama --dataset dialogues.jsonl --method lora --epochs 2 --save-every 100 --resume
@@ -24,7 +24,7 @@ examples:
 
 _FINETUNE = """\
 Without --model and --dataset: the embedded demo. It pre-trains a small byte-level Llama on the source code of Python's
-standard library (kept in a cache), adapts it to the prose of Python's documentation with every method, and prints a
+standard library (kept in a cache), adapts it to the prose of Python's documentation with several methods, and prints a
 table. With both: the same job for your model and your data.
 
 data: .txt (one long text), .jsonl with "text", or with "prompt" and "completion" (only the completion is learned),
@@ -106,6 +106,7 @@ def _add_finetune(commands: Any) -> None:
     what.add_argument("--output", metavar="DIR", help="where everything goes (runs/METHOD; the demo: runs/demo)")
     what.add_argument("--byte-level", action="store_true", help="read text as bytes; for a model without tokenizer")
     what.add_argument("--cache-dir", metavar="DIR", help="the demo's cache (~/.cache/genft)")
+    what.add_argument("--methods", nargs="+", metavar="NAME", help="the demo's rows (all but grft, sas and peanut)")
 
     how = sub.add_argument_group("method")
     how.add_argument(
@@ -200,7 +201,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return doctor.run(options["seconds"])
     if command == "finetune":
         quiet()
-        return _finetune(options) if options.keys() - {"output", "cache_dir"} else _demo(options)
+        return _finetune(options) if options.keys() - {"output", "cache_dir", "methods"} else _demo(options)
     if command is not None:
         quiet()
         return _adapter(command, options)
@@ -212,7 +213,8 @@ def _demo(options: dict[str, Any]) -> int:
     from genft_modules import demo
 
     cache = Path(options.get("cache_dir") or demo.default_cache()).expanduser()
-    results = demo.run(demo.Demo(), Path(options.get("output", "runs/demo")).expanduser(), cache)
+    rows = {"methods": demo.check_methods(options["methods"])} if "methods" in options else {}
+    results = demo.run(demo.Demo(**rows), Path(options.get("output", "runs/demo")).expanduser(), cache)
     print(demo.report(results))
     print(f"\nsaved: {options.get('output', 'runs/demo')} (results.json, table.md, loss.png, one folder per method)")
     return 0 if demo.agrees(results) else 1
@@ -226,6 +228,8 @@ def _finetune(options: dict[str, Any]) -> int:
             raise UserError(f"--{name} is missing: give --model and --dataset, or neither for the demo")
     if "cache_dir" in options:
         raise UserError("--cache-dir: only the demo has a cache")
+    if "methods" in options:
+        raise UserError("--methods: only the demo has rows; one run has one --method")
     resume, overwrite = options.pop("resume", False), options.pop("overwrite", False)
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")

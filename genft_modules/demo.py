@@ -91,6 +91,16 @@ class Demo:
         return Demo(**fields)
 
 
+def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
+    """The rows, each once. Raises UserError for an unknown name, and without the row that times are relative to."""
+    for method in methods:
+        if method not in NAMES:
+            raise UserError(f"--methods {method}: unknown; choose from {', '.join(NAMES)}")
+    if REFERENCE not in methods:
+        raise UserError(f"--methods: {REFERENCE} is missing, which the others' time is relative to")
+    return tuple(dict.fromkeys(methods))
+
+
 def default_cache() -> Path:
     """~/.cache/genft, or where XDG_CACHE_HOME points."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genft"

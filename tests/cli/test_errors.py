@@ -69,6 +69,7 @@ def _refused(done: Result, *words: str) -> None:
         (("--save-every", "-1"), ("--save-every -1",)),
         (("--byte-level",), ("--byte-level", "tokenizer of its own")),
         (("--cache-dir", "x"), ("--cache-dir", "demo")),
+        (("--methods", "wegeft", "peft-lora"), ("--methods", "demo")),
         (("--resume",), ("--resume", "no run")),
         (("--resume", "--overwrite"), ("--resume", "--overwrite")),
         (("--output", "empty.txt"), ("--output empty.txt", "file")),
@@ -105,6 +106,8 @@ def test_demo_without_a_place(genft: Genft) -> None:
     Path("file").touch()
     _refused(genft("finetune", "--output", "file", "--cache-dir", "cache"), "--output file")
     _refused(genft("finetune", "--output", "out", "--cache-dir", "file/cache"), "--cache-dir file/cache")
+    _refused(genft("finetune", "--methods", "sas", "lorra", "peft-lora"), "--methods lorra", "wegeft, gift")
+    _refused(genft("finetune", "--methods", "sas"), "--methods", "peft-lora is missing")
 
 
 def test_triton_without_a_gpu(genft: Genft, llama: Path, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
