@@ -170,6 +170,8 @@ def _without_weights(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
     for module in model.modules():
-        if hook := module.__dict__.get("_hf_hook"):
-            memo[id(hook)] = hook  # accelerate's, which may hold weights that are not in memory now
+        for value in vars(module).values():
+            # the former's hooks may hold weights that are elsewhere, the latter's states the quantised ones
+            if type(value).__module__.startswith(("accelerate.", "bitsandbytes.")):
+                memo[id(value)] = value
     return copy.deepcopy(model, memo)

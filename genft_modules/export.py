@@ -24,6 +24,7 @@ from genft_modules.files import WEIGHTS, new_directory
 from genft_modules.generators.base import check_number, check_rank, module_type
 from genft_modules.linear import FusedGenLinear
 from genft_modules.tuner import GenFTModel
+from genft_modules.weights import stored
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def export_lora(
         raise ValueError(f"adapter_name: no layer of the model has an adapter of genft called {adapter_name!r}")
     if "" in layers:
         raise ValueError("model: is a single layer, expected a model that contains it, for LoRA goes by layers' names")
-    if meta := [name for name, layer in layers.items() if layer.base_layer.weight.is_meta]:
+    if meta := [name for name, layer in layers.items() if stored(layer.base_layer).is_meta]:
         raise ValueError(f"model: the weight of {meta[0]} is on the meta device, expected its values")
     with new_directory(directory) as partial:
         exported, tensors = [], {}

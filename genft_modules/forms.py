@@ -20,9 +20,9 @@ from genft_kernels import (
     input_edit_linear,
     lowrank_linear,
     sliced_linear,
-    weight_features,
 )
 from genft_kernels.activations import activation as activation_named
+from genft_modules.weights import weight_features
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from genft_modules.forms import Generated, InputEdit, LowRank, side_by_side
 from genft_modules.generators import Generator, GeneratorConfig
 from genft_modules.generators.base import BACKENDS, check_choice
 from genft_modules.mixed import MixedBatch, mixed_batch
+from genft_modules.weights import FLOATS, QuantisedWeight, can_be_base, features_of, is_quantised, stored
 
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 _PLAIN_TENSORS = (nn.Parameter, Tensor)  # not a quantised or a distributed one
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class FusedGenLinear(nn.Module, BaseTunerLayer):
@@ -29,12 +29,15 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
     The forward pass is one operation of `genft_kernels`, whatever the number of active adapters (one more for each
     further adapter whose ΔW is generated, and for each other share of x that adapters drop). Where the base layer is
     more than its weight, because it is quantised or somebody hooked it, it makes its own product and the update is
-    applied around it; a method that reads W0 needs it in floating point.
+    applied around it. A method that reads a quantised W0 has it in floating point for a moment, panel by panel where
+    the layer allows, see `genft_modules.weights`; one that edits the input (WeGeFT, GIFT) never does.
 
     Two ways to get one: `FusedGenLinear.from_linear` for a single layer, `peft.get_peft_model` for a model.
 
     Args:
-        base_layer: `torch.nn.Linear` or transformers' `Conv1D`, without adapters so far.
+        base_layer: `torch.nn.Linear` or transformers' `Conv1D`, without adapters so far; also quantised, by
+            bitsandbytes, torchao or HQQ, or by another package whose layers have in_features, out_features and a packed
+            weight, such as GPTQ's.
 
     Raises:
         TypeError: for any other layer, by name.
@@ -42,14 +45,16 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("genft_generators",)
 
-    base_layer: Any  # nn.Linear or Conv1D
+    base_layer: Any  # nn.Linear, Conv1D or a quantised one
     original_weight: Tensor | None
     active_adapters: Any  # peft's, untyped
     set_adapter: Any
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+        if isinstance(base_layer, BaseTunerLayer) or not (
+            isinstance(base_layer, (nn.Linear, Conv1D)) or can_be_base(base_layer)
+        ):
             raise TypeError(
                 f"base_layer: got {type(base_layer).__name__}, expected torch.nn.Linear or transformers' Conv1D"
             )
@@ -64,7 +69,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         if isinstance(base_layer, Conv1D):
             self.in_features, self.out_features = base_layer.nx, base_layer.nf
         else:
-            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+            self.in_features, self.out_features = features_of(base_layer)
         self.genft_generators = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         # W0 while adapters are merged. A buffer, so that it moves with the layer; not saved.
@@ -136,9 +141,9 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         if not self.genft_generators:
             self._active_adapter = adapter_name
         self.genft_generators[adapter_name] = generator.train(self.training)
-        if self.base_layer.weight.dtype in _FLOATS:
+        if (dtype := stored(self.base_layer).dtype) in FLOATS:
             for module in generator.modules_with_shared():
-                module.to(self.base_layer.weight.dtype)
+                module.to(dtype)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -155,7 +160,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         generators = self._active_generators()
         if self._disable_adapters or self.merged_adapters or not generators:
             return cast(Tensor, base(x))
-        weight = base.weight.t() if self.transposed else base.weight
+        weight = self._weight()
         backend = generators[0].backend
         first, *others = side_by_side([generator.form(weight) for generator in generators], weight, backend)
         if self._is_plain(weight):
@@ -180,7 +185,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         present = [name for name in batch.names if name in self.genft_generators]
         if self._disable_adapters or not present:
             return cast(Tensor, base(x))
-        weight = base.weight.t() if self.transposed else base.weight
+        weight = self._weight()
         backend = self._generator(present[0]).backend
         made = batch.made(self, weight)
         if made.edits is not None:
@@ -197,6 +202,13 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             places = batch.samples(name, x)
             y = y.index_add(0, places, form.update(x.index_select(0, places), backend).to(y.dtype))
         return cast(Tensor, y)
+
+    def _weight(self) -> Tensor:
+        """W0 [N, K] as the base layer has it now; of a quantised one, what stands for it."""
+        weight: Any = getattr(self.base_layer, "weight", None)
+        if (type(weight) not in _PLAIN_TENSORS or weight.dtype not in FLOATS) and is_quantised(self.base_layer):
+            return cast(Tensor, QuantisedWeight(self.base_layer))
+        return cast(Tensor, weight.t() if self.transposed else weight)
 
     def _active_generators(self) -> list[Generator]:
         generators = self.genft_generators._modules  # the plain dict inside: this runs in every call of every layer
@@ -222,14 +234,14 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         """ΔW [N, K], as `nn.Linear` orients it also where the base layer is a `Conv1D`; without dropout, in float32 or
         wider. While adapters are merged, it is still made from W0."""
         generator = self._generator(adapter_name)
-        with torch.autocast(self.base_layer.weight.device.type, enabled=False):
+        with torch.autocast(stored(self.base_layer).device.type, enabled=False):
             return generator.delta_weight(self.frozen_weight())
 
     def low_rank_factors(self, adapter_name: str = "default") -> tuple[Tensor, Tensor] | None:
         """A [r, K] and B [N, r] with B A = `get_delta_weight`, of the adapter's own rank r and not decomposed from ΔW;
         None where ΔW has full rank."""
         generator = self._generator(adapter_name)
-        with torch.autocast(self.base_layer.weight.device.type, enabled=False):
+        with torch.autocast(stored(self.base_layer).device.type, enabled=False):
             return generator.low_rank_factors(self.frozen_weight())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -250,10 +262,10 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         if not names:
             return
         base = self.base_layer
-        if type(base.weight) not in _PLAIN_TENSORS or base.weight.dtype not in _FLOATS:
+        if type(weight := stored(base)) not in _PLAIN_TENSORS or weight.dtype not in FLOATS:
             raise TypeError(
-                f"merge: the weight is a {type(base.weight).__name__} of {base.weight.dtype}, expected a plain "
-                "floating-point weight"
+                f"merge: {type(base).__name__} keeps a {type(weight).__name__} of {weight.dtype}, expected a plain "
+                "floating-point weight: merge into the same model, loaded without quantisation"
             )
         original: Tensor = base.weight.data if self.original_weight is None else self.original_weight
         names = [*self.merged_adapters, *names]
@@ -298,9 +310,11 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         return cast(Generator, self.genft_generators[adapter_name])
 
     def frozen_weight(self) -> Tensor:
-        """W0 [N, K], also while adapters are merged."""
-        weight: Tensor = self.base_layer.weight if self.original_weight is None else self.original_weight
-        return weight.t() if self.transposed else weight
+        """W0 [N, K] in floating point, also while adapters are merged."""
+        if self.original_weight is not None:
+            return self.original_weight.t() if self.transposed else self.original_weight
+        weight = self._weight()
+        return weight.dequantised() if isinstance(weight, QuantisedWeight) else weight
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As in peft for the adapter's own and shared factors, except for dtype: peft calls this after loading with
@@ -309,4 +323,4 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             return
         for module in self._generator(adapter_name).modules_with_shared():
             if not any(parameter.is_meta for parameter in module.parameters()):
-                module.to(device or self.base_layer.weight.device)
+                module.to(device or stored(self.base_layer).device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genft_kernels import draw_seed, generated_features, weight_features
+from genft_kernels import draw_seed, generated_features
 from genft_kernels.activations import activation as activation_named
 from genft_modules.forms import Form, Generated
 from genft_modules.generators.base import (
@@ -31,6 +31,7 @@ from genft_modules.generators.base import (
     row_blocks,
     share,
 )
+from genft_modules.weights import weight_features
 
 ACTIVATIONS = ("none", "relu", "leakyrelu", "gelu", "tanh")  # σ(0) = 0 for all: a row of zeros in H stays out of ΔW
 STAGES = {"column": (1,), "row": (2,), "column_row": (1, 2)}
@@ -256,11 +257,6 @@ class GenFTGenerator(Generator):
         self.features_are_rows = self.stages == (1,) or config.orientation == "peft"
 
     def form(self, weight: Tensor, *, dropout: bool = True) -> Form:
-        if not weight.is_floating_point():
-            raise TypeError(
-                f"weight: dtype {weight.dtype}, expected floating point because GenFT makes ΔW from the elements of "
-                "W0; adapt a quantised layer with a method that edits its input, such as WeGeFT"
-            )
         drop = self.drop if self.training and dropout else 0.0
         rows = weight.shape[0] // len(self.flags)
         # What ΔW is made from is small, and keeps its precision; the operation that applies ΔW follows autocast.

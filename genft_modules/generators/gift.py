@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genft_kernels import weight_features
 from genft_modules.forms import Form, InputEdit, LowRank
 from genft_modules.generators.base import (
     Factors,
@@ -24,6 +23,7 @@ from genft_modules.generators.base import (
     share,
 )
 from genft_modules.generators.gift_blocks import Blocks, check_block
+from genft_modules.weights import weight_features
 
 
 @dataclass

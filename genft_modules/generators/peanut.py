@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from genft_kernels import weight_features
 from genft_modules.forms import LowRank
 from genft_modules.generators.base import (
     Generator,
@@ -22,6 +21,7 @@ from genft_modules.generators.base import (
     check_number,
     check_rank,
 )
+from genft_modules.weights import weight_features
 
 # peft makes its activation anew at every call, so what these could learn stays as it starts.
 CONSTANT: dict[str, Callable[[], nn.Module]] = {"prelu": partial(nn.LeakyReLU, 0.25)}

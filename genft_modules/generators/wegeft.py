@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from genft_kernels import draw_seed, weight_features
+from genft_kernels import draw_seed
 from genft_modules.forms import Form, InputEdit, LowRank
 from genft_modules.generators.base import (
     Factors,
@@ -25,6 +25,7 @@ from genft_modules.generators.base import (
     pattern_value,
     share,
 )
+from genft_modules.weights import weight_features
 
 BY_TYPE = "type"
 

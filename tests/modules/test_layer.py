@@ -460,7 +460,7 @@ def refusals():
     whole = FusedGenLinear(nn.Linear(K, N))
     whole.base_layer.weight = nn.Parameter(torch.zeros(N, K, dtype=torch.int8), requires_grad=False)
     whole.add_adapter("default", config)
-    yield TypeError, "merge: the weight is a Parameter of torch.int8", whole.merge
+    yield TypeError, "merge: Linear keeps a Parameter of torch.int8", whole.merge
 
 
 @pytest.mark.parametrize(("error", "message", "call"), [pytest.param(*it, id=it[1]) for it in refusals()])
