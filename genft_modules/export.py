@@ -172,7 +172,7 @@ def _config(
         lora_alpha=common,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=_targets(layers, _names(model)),
+        target_modules=targets_of(layers, layer_names(model)),
         fan_in_fan_out=all(layer.transposed for layer in layers.values()),
         bias=bias if bias in ("none", "all") else "lora_only",
         modules_to_save=getattr(ours, "modules_to_save", None),
@@ -183,7 +183,7 @@ def _config(
     )
 
 
-def _names(model: nn.Module) -> list[str]:
+def layer_names(model: nn.Module) -> list[str]:
     """The names of the base model's modules, without what adapters have put into it."""
     names = []
     inside: tuple[str, ...] = ()
@@ -196,7 +196,7 @@ def _names(model: nn.Module) -> list[str]:
     return names
 
 
-def _targets(adapted: Iterable[str], names: Iterable[str]) -> list[str] | str:
+def targets_of(adapted: Iterable[str], names: Iterable[str]) -> list[str] | str:
     """Names for `target_modules` that fit the adapted layers and no other module. peft takes a name for every module
     whose own name it ends: short ones where that is what is meant, full ones else, an expression if nothing helps."""
     adapted = set(adapted)

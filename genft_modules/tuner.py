@@ -146,6 +146,48 @@ class GenFTModel(BaseTuner):
             delattr(model, SHARED)
         return model
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Adds an adapter with ΔW = Σ weightᵢ ΔWᵢ, whatever low-rank methods the others are of. It is a LoRA (of
+        `genft_modules.LoRAConfig`) with factors of its own, frozen and not active yet, and is saved as one.
+
+        The sum is that of the updates, computed from W0 as it is. (Of peft's LoRA, "linear" adds A and B instead.)
+
+        Args:
+            adapters: names of adapters in the model.
+            weights: one for each; may be negative.
+            adapter_name: the new one's name.
+            combination_type: "cat", exact, with the sum of the ranks for its rank; or "svd", the best approximation
+                of rank `svd_rank` (default: the largest rank among the layer's adapters).
+            svd_rank: with "svd".
+
+        Raises:
+            ValueError, TypeError: naming the argument, what came and what fits: an adapter that is not there, whose ΔW
+                has full rank, or that trains whole modules or biases.
+        """
+        from genft_modules.combine import combined  # which needs this class
+
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name: {adapter_name!r} is in the model already, expected a new name")
+        config, factors = combined(self, adapters, weights, combination_type, svd_rank)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for name, (a, b) in factors.items():
+            parameters = cast(FusedGenLinear, self.model.get_submodule(name)).adapter_parameters(adapter_name)
+            parameters["lora_A"].data.copy_(a)
+            parameters["lora_B"].data.copy_(b)
+        self.set_requires_grad(adapter_name, False)
+
     @contextmanager
     def _enable_peft_forward_hooks(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from genft_modules import FusedGenLinear, GIFTConfig, WeGeFTConfig, export_lora
-from genft_modules.export import _rank_for, _targets
+from genft_modules.export import _rank_for, targets_of
 
 from .cases import CASES, IDS, KINDS, MODELS, genft, gpt2, llama, logits, randomize
 
@@ -146,9 +146,9 @@ def test_layers_of_different_rank_get_patterns_that_fit_one_layer_each(tmp_path)
 
 def test_targets_are_short_where_they_can_be():
     names = ["", "l", "l.0", "l.0.q", "l.0.k", "l.1", "l.1.q", "l.1.k"]
-    assert _targets(["l.0.q", "l.1.q"], names) == ["q"]
-    assert _targets(["l.1.q"], names) == ["l.1.q"]
-    assert _targets(["l.0.q"], [*names, "e.l.0.q"]) == r"l\.0\.q"
+    assert targets_of(["l.0.q", "l.1.q"], names) == ["q"]
+    assert targets_of(["l.1.q"], names) == ["l.1.q"]
+    assert targets_of(["l.0.q"], [*names, "e.l.0.q"]) == r"l\.0\.q"
 
 
 def test_parts_of_a_fused_weight(tmp_path):

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from torch import nn
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -165,3 +171,75 @@ def test_a_transformer_encoder_of_torch_calls_its_adapted_layers(gradients):
         model.unmerge_adapter()
         with model.disable_adapter():
             torch.testing.assert_close(model(x), plain)
+
+
+SUMMED = ("wegeft", "gift_gelu", "lora", "peanut", "sas", "grft", "genft")
+
+
+def weighted(case: str) -> PeftModel:
+    model = get_peft_model(llama(), CASES[case](target_modules=["q_proj", "down_proj"]))
+    model.add_adapter("second", CASES[case](target_modules=["q_proj", "o_proj"]))
+    for index, name in enumerate(("default", "second")):
+        model.set_adapter(name)
+        randomize(model, seed=index, std=0.2)
+    model.set_adapter("default")
+    return model
+
+
+@pytest.mark.parametrize("case", SUMMED)
+def test_weighted_sums_of_adapters(case, tmp_path):
+    model = weighted(case)
+    before = logits(model)
+    model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum")
+    assert torch.equal(logits(model), before)
+    found = layers(model.get_base_model())
+    assert {name.rpartition(".")[2] for name in found} == {"q_proj", "down_proj", "o_proj"}
+    for name, layer in found.items():
+        parts = {"default": 0.7, "second": -0.4}
+        want = sum(w * layer.get_delta_weight(n) for n, w in parts.items() if n in layer.genft_generators)
+        torch.testing.assert_close(layer.get_delta_weight("sum"), want, rtol=1e-4, atol=1e-5)
+        assert not any(p.requires_grad for p in layer.adapter_parameters("sum").values()), name
+    model.set_adapter("sum")
+    want = logits(model)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "sum")
+    assert isinstance(loaded.peft_config["default"], LoRAConfig)
+    assert torch.equal(logits(loaded), want)
+    model.delete_adapter("sum")
+    model.set_adapter("default")
+    assert torch.equal(logits(model), before)
+
+
+def test_a_weighted_sum_of_a_given_rank_is_the_best_one():
+    model = weighted("lora")
+    model.add_weighted_adapter(["default", "second"], [1.0, 0.5], "sum", combination_type="svd", svd_rank=3)
+    model.add_weighted_adapter(["default", "second"], [1.0, 0.5], "exact")
+    for layer in layers(model).values():
+        u, s, vh = torch.linalg.svd(layer.get_delta_weight("exact"))
+        torch.testing.assert_close(layer.get_delta_weight("sum"), u[:, :3] * s[:3] @ vh[:3], rtol=1e-4, atol=1e-5)
+
+
+def test_weighted_sums_refuse():
+    model = weighted("lora")
+    add = model.add_weighted_adapter
+    full = weighted("genft_gelu")
+    saved = get_peft_model(llama(), LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    names = ["default", "second"]
+    for call, message in (
+        (lambda: add(names, [1.0], "sum"), "weights: got 1 for 2 adapters"),
+        (lambda: add([], [], "sum"), "weights: got 0 for 0 adapters"),
+        (lambda: add(["default", "third"], [1.0, 1.0], "sum"), "adapters: 'third' does not exist"),
+        (lambda: add(names, [1.0, 1.0], "second"), "adapter_name: 'second' is in the model already"),
+        (
+            lambda: add(names, [1.0, 1.0], "sum", "ties"),
+            r"combination_type: got 'ties', expected one of \('cat', 'svd'\)",
+        ),
+        (lambda: add(names, [1.0, 1.0], "sum", "cat", 4), "svd_rank: got 4, expected None"),
+        (lambda: full.add_weighted_adapter(names, [1.0, 1.0], "sum"), r"'default' \(genft\) has full rank in .*q_proj"),
+        (lambda: saved.add_weighted_adapter(["default"], [1.0], "sum"), "'default' also trains whole modules"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="weights of 'second': got 'a', expected a number"):
+        add(names, [1.0, "a"], "sum")
+    assert list(model.peft_config) == names
