@@ -213,8 +213,8 @@ def _demo(options: dict[str, Any]) -> int:
     from genft_modules import demo
 
     cache = Path(options.get("cache_dir") or demo.default_cache()).expanduser()
-    rows = {"methods": demo.check_methods(options["methods"])} if "methods" in options else {}
-    results = demo.run(demo.Demo(**rows), Path(options.get("output", "runs/demo")).expanduser(), cache)
+    methods = demo.check_methods(options.get("methods", demo.Demo.methods))
+    results = demo.run(demo.Demo(methods=methods), Path(options.get("output", "runs/demo")).expanduser(), cache)
     print(demo.report(results))
     print(f"\nsaved: {options.get('output', 'runs/demo')} (results.json, table.md, loss.png, one folder per method)")
     return 0 if demo.agrees(results) else 1
