@@ -18,8 +18,11 @@ from genft_modules.generators.base import (
     check_number,
     check_patterns,
     check_rank,
+    check_row_blocks,
     pattern_value,
+    row_blocks,
 )
+from genft_modules.generators.row_blocks import RowBlocks
 
 
 @dataclass
@@ -33,6 +36,9 @@ class LoRAConfig(GeneratorConfig):
         use_rslora: scale by α/√r instead.
         init_lora_weights: True: A Kaiming-uniform(√5), B zero; "gaussian": A normal with deviation 1/r, B zero; False:
             both Kaiming-uniform(√5), so that ΔW is not zero.
+        enable_lora: for weights that hold several side by side: layer name or regular expression → one flag per row
+            block. {"qkv": [True, False, True]} adapts q and v of a fused qkv weight, each by its own A and B. Not a
+            field of peft's.
         rank_pattern, alpha_pattern: from layer name or regular expression to another r or α.
     """
 
@@ -43,6 +49,7 @@ class LoRAConfig(GeneratorConfig):
     lora_dropout: float = 0.0
     use_rslora: bool = False
     init_lora_weights: bool | str = True
+    enable_lora: dict[str, list[bool]] = field(default_factory=dict)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
@@ -51,12 +58,24 @@ class LoRAConfig(GeneratorConfig):
         check_rank("r", self.r)
         check_number("lora_alpha", self.lora_alpha)
         check_dropout("lora_dropout", self.lora_dropout)
+        check_row_blocks("enable_lora", self.enable_lora)
         check_patterns("rank_pattern", self.rank_pattern, check_rank)
         check_patterns("alpha_pattern", self.alpha_pattern, check_number)
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
             raise ValueError(f"init_lora_weights: got {self.init_lora_weights!r}, expected True, False or 'gaussian'")
 
-    def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> LoRAGenerator:
+    def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> Generator:
+        flags = row_blocks("enable_lora", self.enable_lora, name, out_features)
+        if len(flags) == 1:
+            return self._generator(name, in_features, out_features)
+        rows = out_features // len(flags)
+        parts = {i: self._generator(name, in_features, rows) for i, flag in enumerate(flags) if flag}
+        return RowBlocks(len(flags), parts)
+
+    def module_patterns(self) -> dict[str, list[str]]:
+        return {"enable_lora": list(self.enable_lora)}
+
+    def _generator(self, name: str, in_features: int, out_features: int) -> Generator:
         r = pattern_value(self.rank_pattern, name, self.r)
         alpha = pattern_value(self.alpha_pattern, name, self.lora_alpha)
         scale = alpha / (math.sqrt(r) if self.use_rslora else r)

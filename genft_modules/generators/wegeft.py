@@ -20,11 +20,14 @@ from genft_modules.generators.base import (
     check_number,
     check_patterns,
     check_rank,
+    check_row_blocks,
     fits,
     module_type,
     pattern_value,
+    row_blocks,
     share,
 )
+from genft_modules.generators.row_blocks import RowBlocks
 from genft_modules.weights import weight_features
 
 BY_TYPE = "type"
@@ -44,6 +47,10 @@ class WeGeFTConfig(GeneratorConfig):
             depth; apart where K or r differ. A list of groups of regular expressions: the layers that fit a group (the
             first, by peft's matching of rank_pattern) share, and must have equal K and r; every other layer has its own
             pair. None: each layer has its own.
+        enable_wegeft: for weights that hold several side by side: layer name or regular expression → one flag per row
+            block. {"qkv": [True, False, True]} adapts q and v of a fused qkv weight, each by a pair of its own (shared
+            with the same block of the layers in its group). The update is then applied in its low-rank form, at the
+            price of one pass over the adapted rows of W0 per call.
         rank_pattern, alpha_pattern: from layer name or regular expression to another r or α.
     """
 
@@ -53,6 +60,7 @@ class WeGeFTConfig(GeneratorConfig):
     wegeft_alpha: float = 8
     wegeft_dropout: float = 0.0
     tied_modules: list[list[str]] | str | None = BY_TYPE
+    enable_wegeft: dict[str, list[bool]] = field(default_factory=dict)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
@@ -61,6 +69,7 @@ class WeGeFTConfig(GeneratorConfig):
         check_rank("r", self.r)
         check_number("wegeft_alpha", self.wegeft_alpha)
         check_dropout("wegeft_dropout", self.wegeft_dropout)
+        check_row_blocks("enable_wegeft", self.enable_wegeft)
         check_patterns("rank_pattern", self.rank_pattern, check_rank)
         check_patterns("alpha_pattern", self.alpha_pattern, check_number)
         if self.tied_modules not in (BY_TYPE, None) and not _groups(self.tied_modules):
@@ -69,7 +78,14 @@ class WeGeFTConfig(GeneratorConfig):
                 'of regular expressions, such as [["q_proj", "k_proj"], ["v_proj"]]'
             )
 
-    def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> WeGeFTGenerator:
+    def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> Generator:
+        flags = row_blocks("enable_wegeft", self.enable_wegeft, name, out_features)
+        if len(flags) == 1:
+            return self._generator(name, in_features, shared)
+        parts = {i: self._generator(name, in_features, shared, f"_{i}") for i, flag in enumerate(flags) if flag}
+        return RowBlocks(len(flags), parts)
+
+    def _generator(self, name: str, in_features: int, shared: nn.ModuleDict | None, block: str = "") -> WeGeFTGenerator:
         r = pattern_value(self.rank_pattern, name, self.r)
         scale = pattern_value(self.alpha_pattern, name, self.wegeft_alpha) / r
         sizes = {"in_features": in_features, "r": r}
@@ -81,7 +97,7 @@ class WeGeFTConfig(GeneratorConfig):
         if shared is None or group is None:
             return WeGeFTGenerator(make(), scale, self.wegeft_dropout, own=True)
         told_by = "" if self.tied_modules == BY_TYPE else "tied_modules"
-        pair = share(shared, group, name, make, sizes, told_by=told_by)
+        pair = share(shared, group + block, name, make, sizes, told_by=told_by)
         return WeGeFTGenerator(pair, scale, self.wegeft_dropout, own=False)
 
     def _group(self, name: str) -> str | None:
@@ -93,9 +109,10 @@ class WeGeFTConfig(GeneratorConfig):
         return None
 
     def module_patterns(self) -> dict[str, list[str]]:
-        if self.tied_modules in (BY_TYPE, None):
-            return {}
-        return {"tied_modules": [pattern for patterns in self.tied_modules or () for pattern in patterns]}
+        found = {"enable_wegeft": list(self.enable_wegeft)}
+        if self.tied_modules not in (BY_TYPE, None):
+            found["tied_modules"] = [pattern for patterns in self.tied_modules or () for pattern in patterns]
+        return found
 
 
 class WeGeFTPair(Factors):

@@ -41,6 +41,7 @@ def genft(inner: str, outer: str, **kw: Any) -> GenFTConfig:
 CASES: dict[str, Callable[..., GeneratorConfig]] = {
     "wegeft": lambda **kw: WeGeFTConfig(r=4, wegeft_alpha=6, **kw),
     "wegeft_own": lambda **kw: WeGeFTConfig(r=4, tied_modules=None, **kw),
+    "wegeft_halves": lambda **kw: WeGeFTConfig(r=4, enable_wegeft={".*": [False, True]}, **kw),
     "gift": lambda **kw: GIFTConfig(r=4, **kw),
     "gift_gelu": lambda **kw: GIFTConfig(r=4, block_kwargs={"act_layer": "gelu"}, **kw),
     "gift_sigmoid_biases": lambda **kw: GIFTConfig(
@@ -58,6 +59,7 @@ CASES: dict[str, Callable[..., GeneratorConfig]] = {
     ),
     "grft": lambda **kw: GRFTConfig(k=4, selection="random", **kw),
     "grft_column": lambda **kw: GRFTConfig(k=4, orientation="column", selection="random", **kw),
+    "lora_halves": lambda **kw: LoRAConfig(r=3, enable_lora={".*": [True, True]}, **kw),
     "genft": lambda **kw: genft("none", "none", **kw),
     "genft_gelu": lambda **kw: genft("gelu", "gelu", **kw),
     "genft_vit": lambda **kw: genft(
