@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from genft_modules.console import INTERRUPTED, bar, quiet
+from genft_modules.linear import FusedGenLinear
+from genft_modules.weights import is_quantised
 
 # How far logits may be apart, as a share of the largest logit. A reloaded adapter computes what the trained one did;
 # a merged one rounds W0 + ΔW to the weights' dtype, in every layer.
@@ -50,7 +52,8 @@ def verify_in_new_process(runs: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def verify(run: Path) -> dict[str, Any]:
-    """Max |difference| of the logits against the trained model's: as loaded, and merged (None for a full model)."""
+    """Max |difference| of the logits against the trained model's: as loaded, and merged (None for a full model, and for
+    an adapter of genft on quantised layers, which cannot be merged)."""
     from peft import PeftModel
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -65,7 +68,8 @@ def verify(run: Path) -> dict[str, Any]:
     largest = float(probe["logits"].abs().max())
     loaded = float((_logits(model, probe["input_ids"]) - probe["logits"]).abs().max())
     merged = None
-    if record["adapter"]:
+    layers = [module for module in model.modules() if isinstance(module, FusedGenLinear)]
+    if record["adapter"] and not any(is_quantised(layer.base_layer) for layer in layers):
         model = model.merge_and_unload()
         merged = float((_logits(model, probe["input_ids"]) - probe["logits"]).abs().max())
     allowed, allowed_merged = TOLERANCES[dtype]
