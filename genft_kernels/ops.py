@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, sharded
 from .activations import activation as activation_named
 from .checks import (
     autocast,
@@ -30,6 +30,7 @@ from .checks import (
     choice_of,
 )
 from .plan import LaunchPlan, resolve
+from .sharded import is_sharded
 
 
 def launcher(plan: LaunchPlan) -> ModuleType:
@@ -443,7 +444,7 @@ def weight_features(
     """Features of a frozen weight: h = σ(ratio·drop(W0) Aᵀ + bias), in one pass over W0.
 
     Args:
-        weight: frozen W0 [N, K], any strides.
+        weight: frozen W0 [N, K], any strides; or a DTensor cut along one dimension: then only [N, r] is reduced.
         a: A [r, K], the dtype of W0 or float32.
         bias: [r] in the dtype of A, or None.
         ratio: ρ.
@@ -463,6 +464,9 @@ def weight_features(
     r = check_factor("a", a, weight, (None, weight.shape[1]))
     if bias is not None:
         check_factor("bias", bias, a, (r,))
+    if is_sharded(weight):
+        options = {"ratio": ratio, "dropout": dropout, "backend": backend, "plan": plan}
+        return sharded.weight_features(weight_features, weight, a, bias, sigma.forward, seed, **options)
     seed = check_dropout(dropout, seed, weight)
     z = _weight_features(weight, a, bias, float(ratio), float(dropout), seed, choice_of(backend, plan))
     # σ acts on [N, r]: torch's own function, fused by torch.compile, costs less than a kernel of ours would save.

@@ -57,6 +57,10 @@ class LowRank:
         """A [r, K] and B [N, r] with ΔW = B A, in float32 or wider."""
         return _wide(self.p).t(), _wide(self.q) * self.scale
 
+    def part(self, dim: int, where: slice) -> LowRank:
+        """The update of the rows (`dim` 0) or columns (1) `where` of W0 alone."""
+        return replace(self, q=self.q[where]) if dim == 0 else replace(self, p=self.p[where])
+
     def delta_weight(self, weight: Tensor) -> Tensor:
         """ΔW [N, K], in float32 or wider."""
         p, q = _wide(self.p), _wide(self.q)
@@ -87,6 +91,12 @@ class InputEdit:
         """A [r, K] and B [N, r] with ΔW = B A, in float32 or wider."""
         phi = _wide(self.phi)
         return _wide(self.psi), (weight.to(phi.dtype) @ phi.t()) * self.scale
+
+    def part(self, dim: int, where: slice) -> InputEdit:
+        """The update of some rows of W0 alone, which edit the same x. Columns have no edit of their own."""
+        if dim != 0:
+            raise ValueError(f"dim: got {dim}, expected 0; see `low_rank`")
+        return self
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """ΔW [N, K], in float32 or wider."""
@@ -147,6 +157,13 @@ class Generated:
     def low_rank_factors(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
         """None: as long as σ is none the generator yields a `LowRank` in the place of this; else the rank is full."""
         return None
+
+    def part(self, dim: int, where: slice) -> Generated:
+        """The update of the rows (`dim` 0) or columns (1) `where` of W0 alone."""
+        if dim == 0:
+            return replace(self, h=self.h[where], row_bias=None if self.row_bias is None else self.row_bias[where])
+        column_bias = None if self.column_bias is None else self.column_bias[where]
+        return replace(self, b=self.b[where], column_bias=column_bias)
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """ΔW [N, K] without dropout, in float32 or wider."""

@@ -13,10 +13,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from genft_kernels import grouped_lowrank_linear
+from genft_kernels.sharded import is_sharded
 from genft_modules.forms import Generated, InputEdit, LowRank, side_by_side
 from genft_modules.generators import Generator, GeneratorConfig
 from genft_modules.generators.base import BACKENDS, check_choice
 from genft_modules.mixed import MixedBatch, mixed_batch
+from genft_modules.sharded import sharded_forward
 from genft_modules.weights import FLOATS, QuantisedWeight, can_be_base, features_of, is_quantised, stored
 
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
@@ -161,6 +163,8 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         if self._disable_adapters or self.merged_adapters or not generators:
             return cast(Tensor, base(x))
         weight = self._weight()
+        if is_sharded(weight):
+            return sharded_forward(self, x, generators)
         backend = generators[0].backend
         first, *others = side_by_side([generator.form(weight) for generator in generators], weight, backend)
         if self._is_plain(weight):
@@ -313,8 +317,10 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         """W0 [N, K] in floating point, also while adapters are merged."""
         if self.original_weight is not None:
             return self.original_weight.t() if self.transposed else self.original_weight
-        weight = self._weight()
-        return weight.dequantised() if isinstance(weight, QuantisedWeight) else weight
+        weight: Any = self._weight()
+        if is_sharded(weight):
+            weight = weight.full_tensor()
+        return cast(Tensor, weight.dequantised() if isinstance(weight, QuantisedWeight) else weight)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As in peft for the adapter's own and shared factors, except for dtype: peft calls this after loading with

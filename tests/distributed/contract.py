@@ -1,0 +1,536 @@
+"""What every method promises when a model is spread over processes: the training of one process, and no more
+communication than the adapter needs.
+
+`GENFT_CHECKPOINTS=FOLDER torchrun --nproc-per-node 2 -m tests.distributed.contract REPORT.json [CHECK ...]` on any
+device: NCCL where there are GPUs, else gloo. `test_contract.py` starts it with two processes, then with four, which go
+on from what the two left in FOLDER, and reads the reports.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.distributed import DistributedConfig
+
+from genft_modules import METHODS, FusedGenLinear
+from genft_modules.distributed import align_adapters, restore_adapter, save_adapter, unwrapped
+
+from ..modules.cases import CASES, randomize
+
+COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")  # how they are cut
+TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+STEPS = 3
+BATCH = torch.arange(36).reshape(4, 9) * 7 % 61
+
+Run = tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]  # the gradients of each step, the parameters
+
+
+def device() -> torch.device:
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def mesh(*sizes: int, names: tuple[str, ...] = ("one",)) -> DeviceMesh:
+    return init_device_mesh(device().type, sizes or (dist.get_world_size(),), mesh_dim_names=names)
+
+
+def base(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(device(), dtype)
+
+
+def adapt(model: nn.Module, case: str) -> PeftModel:
+    """The model with an adapter whose ΔW is not zero, the same on every process."""
+    torch.manual_seed(3)
+    return randomize(get_peft_model(model, CASES[case](target_modules=TARGETS)))
+
+
+def layers(model: nn.Module) -> dict[str, FusedGenLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FusedGenLinear)}
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    # a large ε: where a gradient is nothing but rounding, Adam would make a whole step of it
+    return torch.optim.AdamW(trained(model).values(), lr=0.01, eps=1e-3)
+
+
+def train(model: nn.Module, rows: torch.Tensor, steps: int = STEPS) -> Run:
+    rows, optimizer, gradients = rows.to(device()), optimizer_of(model), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=rows, labels=rows).loss.backward()
+        gradients.append({name: full(p.grad) for name, p in trained(model).items()})
+        optimizer.step()
+    return gradients, {name: full(p) for name, p in trained(model).items()}
+
+
+def assert_same(found: Run, wanted: Run) -> None:
+    """Everything, to within rounding: relative to the largest element of each tensor."""
+    for step, (ours, theirs) in enumerate(zip([*found[0], found[1]], [*wanted[0], wanted[1]], strict=True)):
+        assert ours.keys() == theirs.keys()
+        for name, want in theirs.items():
+            room = (1e-9 if want.dtype == torch.float64 else 2e-5) * max(float(want.abs().max()), 1e-3)
+            error = float((ours[name] - want).abs().max())
+            assert error <= room, f"{name}, {'parameter' if step == STEPS else f'gradient of step {step}'}: {error}"
+
+
+def share_of_batch(size: int | None = None, rank: int | None = None) -> torch.Tensor:
+    """The rows of this process. All have equally many, so that the mean of the means is the mean."""
+    return BATCH[dist.get_rank() if rank is None else rank :: size or dist.get_world_size()]
+
+
+# ---- the ways to spread a model over processes: each returns the model and the rows that this process trains on
+
+
+def ddp(case: str) -> tuple[nn.Module, torch.Tensor]:
+    return DistributedDataParallel(adapt(base(), case)), share_of_batch()
+
+
+def fsdp_blocks(case: str) -> tuple[nn.Module, torch.Tensor]:
+    model = adapt(base(), case)
+    for block in model.get_base_model().model.layers:
+        fully_shard(block, mesh=mesh())
+    return fully_shard(model, mesh=mesh()), share_of_batch()
+
+
+def fsdp_leaves(case: str) -> tuple[nn.Module, torch.Tensor]:
+    """Each frozen weight is a group of its own: it is whole only inside the call of its own layer."""
+    model = adapt(base(), case)
+    for layer in layers(model).values():
+        fully_shard(layer.base_layer, mesh=mesh())
+    return fully_shard(model, mesh=mesh()), share_of_batch()
+
+
+def cut(model: nn.Module, over: DeviceMesh, suffix: str = "") -> None:
+    """torch's own tensor parallelism; k_proj and gate_proj have no adapter."""
+    plan = {}
+    for name, _ in model.named_modules():
+        last = name.rpartition(".")[2]
+        if last in COLUMNS or last in ROWS:
+            adapted = suffix if last in TARGETS else ""
+            plan[name + adapted] = ColwiseParallel() if last in COLUMNS else RowwiseParallel()
+    parallelize_module(model, over, plan)
+
+
+def tensor_parallel(case: str) -> tuple[nn.Module, torch.Tensor]:
+    model = adapt(base(), case)
+    cut(model, mesh(), ".base_layer")
+    return model, BATCH
+
+
+def tensor_parallel_before(case: str) -> tuple[nn.Module, torch.Tensor]:
+    """A model that is cut already gets an adapter."""
+    model = base()
+    cut(model, mesh())
+    return adapt(model, case), BATCH
+
+
+def tp_plan(case: str) -> tuple[nn.Module, torch.Tensor]:
+    """transformers loads the model in pieces."""
+    config = DistributedConfig(tp_size=dist.get_world_size())
+    model = LlamaForCausalLM.from_pretrained(saved_base(), distributed_config=config, dtype=torch.float64)
+    return adapt(model, case), BATCH
+
+
+def fsdp_and_tensor_parallel(case: str) -> tuple[nn.Module, torch.Tensor]:
+    model, both = adapt(base(), case), mesh(2, dist.get_world_size() // 2, names=("data", "tensor"))
+    cut(model, both["tensor"], ".base_layer")
+    for block in model.get_base_model().model.layers:
+        fully_shard(block, mesh=both["data"])
+    return fully_shard(model, mesh=both["data"]), share_of_batch(2, both["data"].get_local_rank())
+
+
+WAYS: dict[str, Callable[[str], tuple[nn.Module, torch.Tensor]]] = {
+    "ddp": ddp,
+    "fsdp_blocks": fsdp_blocks,
+    "fsdp_leaves": fsdp_leaves,
+    "tensor_parallel": tensor_parallel,
+    "tensor_parallel_before": tensor_parallel_before,
+    "tp_plan": tp_plan,
+    "fsdp_and_tensor_parallel": fsdp_and_tensor_parallel,
+}
+
+
+def shared_folder() -> Path:
+    """A new folder, seen by all processes."""
+    where = [tempfile.mkdtemp(dir=os.environ["GENFT_CHECKPOINTS"]) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(where)
+    return Path(where[0])
+
+
+def saved_base() -> Path:
+    """A folder with the base model."""
+    folder = shared_folder()
+    if dist.get_rank() == 0:
+        base().save_pretrained(folder)
+    dist.barrier()
+    return folder
+
+
+_alone: dict[str, Run] = {}
+
+
+def alone(case: str) -> Run:
+    """The training of one process on all rows."""
+    if case not in _alone:
+        _alone[case] = train(adapt(base(), case), BATCH)
+    return _alone[case]
+
+
+def training_is_that_of_one_process(way: str, case: str) -> None:
+    model, rows = WAYS[way](case)
+    assert_same(train(model, rows), alone(case))
+
+
+# ---- one layer, with sizes that the processes do not divide
+
+
+K, N = 10, 7
+STYLES = {
+    "colwise": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "rowwise": lambda: RowwiseParallel(input_layouts=Replicate()),
+}
+
+
+def one_layer(style: str, case: str, *more: str) -> None:
+    """Output and every gradient of a cut layer with a bias and one or several adapters, in training and inference."""
+
+    def make() -> FusedGenLinear:
+        torch.manual_seed(0)
+        layer = FusedGenLinear.from_linear(nn.Linear(K, N, dtype=torch.float64, device=device()), CASES[case]())
+        for other in more:
+            layer.add_adapter(other, CASES[other]())
+        layer.set_adapter(["default", *more])
+        return randomize(layer)
+
+    def run(layer: FusedGenLinear) -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        x = torch.randn(3, K, dtype=torch.float64).to(device()).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), y, rtol=1e-9, atol=1e-9)
+        return [y, x.grad, *(parameter.grad for parameter in trained(layer).values()), layer.get_delta_weight()]
+
+    layer = make()
+    want = run(layer)
+    layer = make()
+    parallelize_module(layer, mesh(), {"base_layer": STYLES[style]()})
+    torch.testing.assert_close(run(layer), want, rtol=1e-9, atol=1e-9)
+    with pytest.raises(TypeError, match="DTensor"):
+        layer.merge()
+
+
+def fused_rows_are_refused() -> None:
+    config = CASES["gift_gelu"](enable_gift={"qkv": [True, False, True]})
+    layer = FusedGenLinear.from_linear(nn.Linear(K, 12, device=device()), config, name="qkv")
+    parallelize_module(layer, mesh(), {"base_layer": ColwiseParallel()})
+    with pytest.raises(ValueError, match="placements"):
+        layer(torch.randn(3, K, device=device()))
+
+
+# ---- the same adapter everywhere
+
+
+def another_configuration_is_refused() -> None:
+    """By every process, with a message."""
+    config = CASES["wegeft"](target_modules=TARGETS, rank_pattern={"o_proj": 4 + (dist.get_rank() == 1)})
+    with pytest.raises(ValueError, match=r'\[1\] have.*rank_pattern: {"o_proj": 5} there, {"o_proj": 4} in'):
+        align_adapters(get_peft_model(base(), config), timeout=20)
+    config = CASES["wegeft"](target_modules=TARGETS[: 2 + (dist.get_rank() == 1)])
+    with pytest.raises(ValueError, match="target_modules"):
+        align_adapters(get_peft_model(base(), config), timeout=20)
+
+
+def other_values_become_those_of_the_first() -> None:
+    model = adapt(base(), "lora")
+    want = {name: full(parameter) for name, parameter in trained(model).items()}
+    randomize(model, seed=100 + dist.get_rank())
+    if dist.get_rank() == 0:
+        for name, parameter in trained(model).items():
+            parameter.data.copy_(want[name])
+    align_adapters(model, timeout=20)
+    assert all(torch.equal(parameter, want[name]) for name, parameter in trained(model).items())
+
+
+def a_missing_process_is_named() -> None:
+    if dist.get_rank() == 1:
+        dist.new_group(backend="gloo")  # the others make theirs
+        return
+    with pytest.raises(RuntimeError, match="1"):
+        align_adapters(adapt(base(), "lora"), timeout=1.5)
+
+
+def factors_of_cut_and_whole_layers_are_refused() -> None:
+    model = adapt(base(), "wegeft")
+    first = model.get_base_model().model.layers[0].self_attn.q_proj
+    parallelize_module(first, mesh(), {"base_layer": ColwiseParallel()})
+    with pytest.raises(ValueError, match="only some are cut"):
+        align_adapters(model)
+
+
+# ---- files
+
+
+def files_are_those_of_one_process(way: str, case: str) -> None:
+    """What a sharded model saves, byte for byte; and a sharded model filled from it."""
+    folder = shared_folder()
+    model = unwrapped(WAYS[way](case)[0])
+    save_adapter(model, folder / "sharded")
+    if dist.get_rank() == 0:
+        adapt(base(), case).save_pretrained(folder / "alone")
+    dist.barrier()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        if way != "tp_plan" or name != "adapter_config.json":  # which names the folder that the base was loaded from
+            assert (folder / "sharded" / name).read_bytes() == (folder / "alone" / name).read_bytes(), name
+    want = {name: full(parameter) for name, parameter in trained(model).items()}
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.zero_()
+    restore_adapter(model, folder / "sharded")
+    for name, parameter in trained(model).items():
+        assert torch.equal(full(parameter), want[name]), name
+    dist.barrier()
+    if dist.get_rank() == 0:
+        file = folder / "sharded" / "adapter_model.safetensors"
+        save_file({key + "x": tensor for key, tensor in load_file(file).items()}, file)
+    dist.barrier()
+    with pytest.raises(ValueError, match="do not fit"):
+        restore_adapter(model, folder / "sharded")
+
+
+def checkpoint_is_for_any_number_of_processes(case: str) -> None:
+    """torch.distributed.checkpoint: two steps here, the third wherever the folder is read next."""
+    folder = Path(os.environ["GENFT_CHECKPOINTS"]) / case
+    options = StateDictOptions(ignore_frozen_params=True)
+    model, rows = fsdp_blocks(case)
+    optimizer = optimizer_of(model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(input_ids=rows.to(device()), labels=rows.to(device())).loss.backward()
+        optimizer.step()
+
+    if folder.exists():
+        for parameter in trained(model).values():
+            parameter.data.zero_()
+        weights, moments = get_state_dict(model, optimizer, options=options)
+        state = {"model": weights, "optimizer": moments}
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(ignore_frozen_params=True, strict=False),
+        )
+    else:
+        step()
+        step()
+        weights, moments = get_state_dict(model, optimizer, options=options)
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    step()
+    assert_same(([], {name: full(p) for name, p in trained(model).items()}), ([], alone(case)[1]))
+
+
+# ---- communication
+
+
+class Counted(TorchDispatchMode):
+    """The collectives within it: name → [how many, bytes that each process hands in]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "_c10d_functional"):
+            name = function.__name__.split(".")[0].replace("_", "")
+            kinds = ("all_reduce", "reduce_scatter", "all_gather")
+            kind = next((kind for kind in kinds if name.startswith(kind.replace("_", ""))), None)
+            if kind is not None:
+                # an all-gather's first argument in c10d is what it fills
+                given = args[1] if function.namespace == "c10d" and kind != "all_reduce" else args[0]
+                tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+                self.add(kind, sum(tensor.numel() * tensor.itemsize for tensor in tensors))
+        return function(*args, **(kwargs or {}))
+
+    def add(self, kind: str, size: int) -> None:
+        entry = self.found.setdefault(kind, [0, 0])
+        entry[0] += 1
+        entry[1] += size
+
+
+def counted(model: nn.Module, rows: torch.Tensor) -> dict[str, list[int]]:
+    """Of the second step: what is done once at the start is no matter."""
+    unwrapped(model).get_input_embeddings().register_forward_hook(lambda m, args, y: y.requires_grad_())
+    mode = Counted()
+    if isinstance(model, DistributedDataParallel):
+
+        def hook(_, bucket):  # DistributedDataParallel reads the annotations, and takes none that is a string
+            mode.add("all_reduce", bucket.buffer().numel() * bucket.buffer().itemsize)
+            future = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True).get_future()
+            return future.then(lambda done: done.value()[0])
+
+        model.register_comm_hook(None, hook)
+    train(model, rows, steps=1)
+    rows = rows.to(device())
+    with mode:
+        model(input_ids=rows, labels=rows).loss.backward()
+    return mode.found
+
+
+def bare(way: str) -> tuple[nn.Module, torch.Tensor]:
+    """The model without an adapter, spread in the same way."""
+    model = base().requires_grad_(False)
+    if way == "tensor_parallel":
+        cut(model, mesh())
+        return model, BATCH
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh())
+    return fully_shard(model, mesh=mesh()), share_of_batch()
+
+
+def more_than_bare(way: str, case: str) -> dict[str, list[int]]:
+    """The communication of one step that the adapter adds."""
+    model, rows = WAYS[way](case)
+    found = counted(model, rows)
+    if way != "ddp":
+        plain, rows = bare(way)
+        plain.get_input_embeddings().register_forward_hook(lambda m, args, y: y.requires_grad_())
+        mode, rows = Counted(), rows.to(device())
+        with mode:
+            plain(input_ids=rows, labels=rows).loss.backward()
+        found = {
+            kind: [a - b for a, b in zip(entry, mode.found.get(kind, [0, 0]), strict=True)]
+            for kind, entry in found.items()
+        }
+    return {kind: entry for kind, entry in found.items() if any(entry)}
+
+
+# Layers for which a step needs something of all of W0, [N, r] or [K, r]: forward once, backward once. An edit of x does
+# not where the rows of W0 are cut.
+READS_W0 = {"lora": (), "sas": (), "wegeft": ROWS, "gift": ROWS}
+
+
+def communication_is_what_the_adapter_needs(way: str, case: str) -> None:
+    found = more_than_bare(way, case)
+    COMMUNICATION.setdefault(way, {})[case] = found
+    model, world = adapt(base(), case), dist.get_world_size()
+    size = {name: p.numel() * p.itemsize for name, p in trained(model).items()}
+    if way == "ddp":  # every gradient once
+        assert found == {"all_reduce": [1, sum(size.values())]}, found
+    elif way == "fsdp_blocks":
+        # Every parameter, in equal parts, once in the group of the model, which stays whole until the backward pass,
+        # or twice in that of its block. Gradients once. They travel with what is gathered anyway.
+        part = {name: -(-p.shape[0] // world) * size[name] // p.shape[0] for name, p in trained(model).items()}
+        gathered = sum(bytes_ * (1 if "shared_generators" in name else 2) for name, bytes_ in part.items())
+        groups = {name.partition(".layers.")[2][:1] for name in size}
+        assert found["all_gather"] == [0, gathered], (found, gathered)
+        assert found["reduce_scatter"] == [len(groups), sum(part.values()) * world], (found, part)
+        assert len(found) == 2
+    else:  # every gradient once, and what is made from W0
+        reading = [name for name in layers(model) if name.rpartition(".")[2] in READS_W0.get(case, TARGETS)]
+        count, bytes_ = (sum(entry[i] for entry in found.values()) for i in (0, 1))
+        assert count == len(size) + 2 * len(reading), found
+        assert bytes_ <= sum(size.values()) + 2 * len(reading) * 48 * 5 * 8, found  # max(N, K)·r doubles
+
+
+COMMUNICATION: dict[str, dict[str, dict[str, list[int]]]] = {}
+
+
+# ---- the run
+
+
+def checks() -> Iterator[tuple[str, Callable[[], None]]]:
+    """By name. Every method goes through every kind of engine; what differs by the way alone, with one of each form."""
+    several = dist.get_world_size() > 2
+    for way in WAYS:
+        every = way in (("fsdp_and_tensor_parallel",) if several else ("ddp", "fsdp_leaves", "tensor_parallel"))
+        for case in (*METHODS, "genft_gelu", "gift_mlp") if every else ("wegeft", "genft_gelu"):
+            yield f"{way}-{case}", partial(training_is_that_of_one_process, way, case)
+    yield "checkpoint", partial(checkpoint_is_for_any_number_of_processes, "genft")
+    if several:
+        return
+    for style in STYLES:
+        for case in CASES:
+            yield f"one_layer-{style}-{case}", partial(one_layer, style, case)
+        yield f"one_layer-{style}-several", partial(one_layer, style, "wegeft", "genft_gelu", "lora")
+    yield "fused_rows", fused_rows_are_refused
+    for way in ("ddp", "fsdp_blocks", "tp_plan"):
+        for case in ("wegeft", "lora", "genft"):
+            yield f"files-{way}-{case}", partial(files_are_those_of_one_process, way, case)
+    for way in ("ddp", "fsdp_blocks", "tensor_parallel"):
+        for case in (*METHODS, "genft_gelu"):
+            yield f"communication-{way}-{case}", partial(communication_is_what_the_adapter_needs, way, case)
+    yield "cut_and_whole", factors_of_cut_and_whole_layers_are_refused
+    yield "other_values", other_values_become_those_of_the_first
+    yield "another_configuration", another_configuration_is_refused
+    yield "missing_process", a_missing_process_is_named  # last: the processes are apart afterwards
+
+
+def main(report: Path, only: list[str]) -> None:
+    torch.set_num_threads(1)
+    # A check that fails on one process leaves the others waiting for it: not for long.
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(seconds=60))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    found: dict[str, str] = {}
+    for name, check in checks():
+        if only and not any(part in name for part in only):
+            continue
+        try:
+            check()
+            error = ""
+        except Exception:
+            error = traceback.format_exc()
+        errors: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        found[name] = next(filter(None, errors), "")
+        if dist.get_rank() == 0:
+            report.write_text(json.dumps({"checks": found, "communication": COMMUNICATION}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
