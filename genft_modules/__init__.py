@@ -4,7 +4,8 @@ Importing this package makes its methods known to peft: `get_peft_model`, `PeftM
 `add_adapter` and `load_adapter` then take their configs and checkpoints.
 """
 
-from genft_modules.adapters import check_adapter, load_adapter, save_adapter
+from genft_modules.adapters import check_adapter, load_adapter, restore_adapter, save_adapter
+from genft_modules.distributed import align_adapters
 from genft_modules.export import ExportedLayer, export_lora
 from genft_modules.forms import Generated, InputEdit, LowRank, Slices
 from genft_modules.generators import (
@@ -42,6 +43,7 @@ __all__ = [
     "SharedGenerators",
     "Slices",
     "WeGeFTConfig",
+    "align_adapters",
     "check_adapter",
     "export_lora",
     "grft_penalty",
@@ -49,6 +51,7 @@ __all__ = [
     "load_peft_peanut",
     "load_released_genft",
     "needs_slices",
+    "restore_adapter",
     "save_adapter",
     "select_slices",
 ]

@@ -16,6 +16,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from genft_kernels.sharded import is_sharded
+from genft_modules.distributed import adapter_keys, barrier, gathered_adapter, rank, several, unwrapped
 from genft_modules.files import CONFIG, WEIGHTS, check_files, replaced_adapter
 from genft_modules.generators.base import GeneratorConfig
 
@@ -27,18 +29,34 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_na
 
     The files are those of peft. They are written beside, brought to the disk, and put in place one after the other:
     a process that dies on the way leaves the former adapter or the new one, see `genft_modules.files`. Whatever the
-    adapter is called, its files are in `directory` itself. Where several processes train one model, one of them saves.
+    adapter is called, its files are in `directory` itself.
+
+    Where torch.distributed runs, every process calls this: what is sharded is gathered, of the adapter alone, and the
+    first process writes the file that a single one would write. `model` may be in DistributedDataParallel.
 
     Raises:
         TypeError: `model` is no `PeftModel`.
         ValueError: there is no such adapter, or `directory` is a file.
     """
+    model = _with_adapter(model, adapter_name)
+    state = gathered_adapter(model, adapter_name) if several() else None
+    if rank() == 0:
+        _write_adapter(model, Path(directory), adapter_name, state)
+    barrier()
+
+
+def _with_adapter(model: Any, adapter_name: str) -> PeftModel:
+    model = unwrapped(model)
     if not isinstance(model, PeftModel):
         raise TypeError(f"model: got {type(model).__name__}, expected a peft.PeftModel")
     if adapter_name not in model.peft_config:
         raise ValueError(f"adapter_name: got {adapter_name!r}, expected one of {list(model.peft_config)}")
-    with replaced_adapter(Path(directory)) as partial:
-        model.save_pretrained(str(partial), selected_adapters=[adapter_name])
+    return model
+
+
+def _write_adapter(model: PeftModel, directory: Path, adapter_name: str, state: dict[str, Tensor] | None) -> None:
+    with replaced_adapter(directory) as partial:
+        model.save_pretrained(str(partial), selected_adapters=[adapter_name], state_dict=state)
         if adapter_name != "default":  # peft gives it a folder
             for path in (partial / adapter_name).iterdir():
                 os.replace(path, partial / path.name)
@@ -73,6 +91,35 @@ def load_adapter(
         )
     model.load_adapter(str(directory), adapter_name=adapter_name, is_trainable=is_trainable, **kwargs)
     return model
+
+
+def restore_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Fills an adapter that the model has already, and that may be sharded, from a saved one.
+
+    Args:
+        model: a `PeftModel`, under `fully_shard`, tensor parallelism, in DistributedDataParallel, or none of them.
+        directory: of an adapter of the same configuration; every process reads it.
+        adapter_name: which adapter to fill.
+
+    Raises:
+        TypeError: `model` is no `PeftModel`.
+        ValueError: there is no such adapter, or naming the file and what is wrong with it. Nothing was changed.
+    """
+    model, directory = _with_adapter(model, adapter_name), Path(directory)
+    read_config(directory)
+    state = model.state_dict()
+    ours = {key: state[name] for key, name in adapter_keys(model, adapter_name).items()}
+    saved = load_file(directory / WEIGHTS)
+    refuse_misfits(str(directory / WEIGHTS), saved, ours, {})
+    with torch.no_grad():
+        for key, tensor in ours.items():
+            value = saved[key].to(tensor.device, tensor.dtype)
+            if is_sharded(tensor):
+                from torch.distributed.tensor import distribute_tensor
+
+                sharded = cast(Any, tensor)
+                value = distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
+            tensor.copy_(value)
 
 
 def check_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> PeftConfig:

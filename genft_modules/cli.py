@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from genft_modules.console import INTERRUPTED, UserError, one_line, quiet
+from genft_modules.console import INTERRUPTED, UserError, is_first, one_line, quiet
 
 _EXAMPLES = """\
 examples:
@@ -116,8 +117,10 @@ def _add_finetune(commands: Any) -> None:
     )
     how.add_argument(
         "--r",
+        "--rank",
         type=int,
-        help="rank (wegeft and gift 64, the others 16; genft and sas: half shared; grft: rows or columns)",
+        help="rank (wegeft and gift 64, the others 16; genft and sas: half shared; grft: rows or columns); --rank "
+        "behind torchrun, which takes --r as its own",
     )
     how.add_argument("--alpha", type=float, help="scale: the update is multiplied by alpha / r (twice the rank)")
     how.add_argument("--dropout", type=float, metavar="P", help="the method's own dropout (0)")
@@ -179,7 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _main(arguments)
     except UserError as error:
-        print(f"genft: error: {one_line(error)}", file=sys.stderr)
+        process = "" if is_first() else f"process {os.environ['RANK']}: "
+        print(f"genft: error: {process}{one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("genft: interrupted", file=sys.stderr)
@@ -210,7 +214,10 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _demo(options: dict[str, Any]) -> int:
-    from genft_modules import demo
+    from genft_modules import demo, finetune
+
+    if finetune.launched() > 1:
+        raise UserError("torchrun: the demo is for one process; give --model and --dataset")
 
     cache = Path(options.get("cache_dir") or demo.default_cache()).expanduser()
     methods = demo.check_methods(options.get("methods", demo.Demo.methods))
@@ -242,6 +249,8 @@ def _finetune(options: dict[str, Any]) -> int:
     options.setdefault("output", f"runs/{options.get('method', 'wegeft')}")
     job = finetune.Job(**options)
     record = finetune.run(job, resume=resume, overwrite=overwrite)
+    if not is_first():
+        return 0
     print(finetune.summary(record, job.output))
     return 0 if record.get("reload", {"agree": True})["agree"] else 1
 

@@ -26,11 +26,17 @@ def quiet() -> None:
     from transformers.utils import logging
 
     # The Trainer would spread one process over all GPUs with DataParallel, which no adapter is made for.
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate)\b")
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def one_line(error: BaseException | str) -> str:
@@ -40,8 +46,9 @@ def one_line(error: BaseException | str) -> str:
 
 def say(text: str = "") -> None:
     """One line about what happens now; to stderr, so that stdout holds results alone."""
-    with tqdm.external_write_mode(file=sys.stderr):
-        print(text, file=sys.stderr, flush=True)
+    if is_first():
+        with tqdm.external_write_mode(file=sys.stderr):
+            print(text, file=sys.stderr, flush=True)
 
 
 class _Lines(io.TextIOBase):

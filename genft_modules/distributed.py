@@ -1,4 +1,4 @@
-"""Adapters in several processes: the same adapter on all of them, saved from shards and loaded into shards.
+"""Adapters in several processes: the same adapter on all of them, and whole from its shards.
 
 Spreading the model is torch's, accelerate's and transformers' business: DistributedDataParallel, `fully_shard`,
 `parallelize_module` and `tp_plan` take an adapted model as they take any other; docs/distributed.md has the recipes.
@@ -10,19 +10,19 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from genft_kernels.sharded import is_sharded
 from genft_modules.linear import FusedGenLinear
 
+T = TypeVar("T")
 TIMEOUT = 300.0  # seconds that a process waits for the others
 
 
@@ -41,80 +41,70 @@ def align_adapters(model: nn.Module, *, timeout: float = TIMEOUT) -> None:
         RuntimeError: a process did not come within `timeout`; that of process 0 says which.
     """
     _check_sharing(model)
-    if not _several():
+    if not several():
         return
-    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
-    try:
-        dist.monitored_barrier(group, datetime.timedelta(seconds=timeout), wait_all_ranks=True)
-        mine = _description(model)
-        every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest(), group)
-        others = [rank for rank, digest in enumerate(every) if digest != every[0]]
-        if others:
-            raise ValueError(_difference(mine, others, group))
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not is_sharded(parameter) and _is_adapter(name):
-                value = parameter.detach().cpu().contiguous()
+    with _meeting(timeout) as group:
+        _refuse_differences("adapters", _description(model), group)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if _is_adapter(name) and not is_sharded(tensor):
+                value = tensor.detach().cpu().contiguous()
                 dist.broadcast(value, src=0, group=group)
                 with torch.no_grad():
-                    parameter.copy_(value)
-    finally:
-        dist.destroy_process_group(group)
+                    tensor.copy_(value)
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Writes the folder that `model.save_pretrained(path)` writes in one process, from whatever the parameters are
-    spread over. The first process writes; only tensors of the adapter are gathered.
+def agree(what: str, entries: dict[str, str], *, timeout: float = TIMEOUT) -> None:
+    """Raises ValueError on every process unless `entries` are the same on all of them, naming what differs where; and
+    RuntimeError where a process did not come within `timeout` seconds."""
+    if several():
+        with _meeting(timeout) as group:
+            _refuse_differences(what, entries, group)
 
-    Args:
-        model: a `PeftModel`; sharded, in DistributedDataParallel, or neither.
-        path: the folder.
-        adapter_name: which adapter.
-    """
-    model = unwrapped(model)
-    state = model.state_dict()
-    whole = {name: _whole(state[name]).cpu() for name in _file_keys(model, adapter_name).values()}
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns, or raises, on the first process; it is called there alone."""
+    if not several():
+        return make()
+    box: list[Any] = [None, None]
     if rank() == 0:
-        model.save_pretrained(str(path), state_dict=whole, selected_adapters=[adapter_name])  # type: ignore[operator]
-    if _several():
+        try:
+            box[0] = make()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return cast(T, box[0])
+
+
+def gathered_adapter(model: Any, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The tensors of an adapter by their keys in the model's state dict, whole and on the CPU, from whatever they are
+    spread over. Nothing of the base model is gathered."""
+    state = model.state_dict()
+    whole = {}
+    for name in adapter_keys(model, adapter_name).values():
+        tensor = state[name]
+        whole[name] = (tensor.full_tensor() if is_sharded(tensor) else tensor).detach().cpu()
+    return whole
+
+
+def adapter_keys(model: Any, adapter_name: str = "default") -> dict[str, str]:
+    """Keys of an adapter's file → of the model's state dict. peft renames the keys and looks at no value."""
+    keys = {key: key for key in model.state_dict()}
+    return get_peft_model_state_dict(  # type: ignore[no-any-return]
+        model, state_dict=keys, adapter_name=adapter_name, save_embedding_layers=False
+    )
+
+
+def barrier() -> None:
+    """Waits for the other processes, where there are any."""
+    if several():
         dist.barrier()
-
-
-def restore_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Fills an adapter, whose parameters may be sharded, from a folder that `save_adapter` or `save_pretrained` wrote.
-
-    Args:
-        model: a `PeftModel` with an adapter of the same configuration; sharded, wrapped, or neither.
-        path: the folder; every process reads it.
-        adapter_name: which adapter.
-
-    Raises:
-        ValueError: names or shapes do not fit; nothing was changed.
-    """
-    model = unwrapped(model)
-    saved, state = load_file(os.path.join(path, "adapter_model.safetensors")), model.state_dict()
-    ours = {key: state[name] for key, name in _file_keys(model, adapter_name).items()}
-    wrong = sorted(saved.keys() ^ ours.keys()) or [
-        f"{key} {tuple(saved[key].shape)} for {tuple(tensor.shape)}"
-        for key, tensor in ours.items()
-        if saved[key].shape != tensor.shape
-    ]
-    if wrong:
-        raise ValueError(f"path: {wrong[:3]} and {max(len(wrong) - 3, 0)} more do not fit, expected this adapter's own")
-    with torch.no_grad():
-        for key, tensor in ours.items():
-            value = saved[key].to(tensor.device, tensor.dtype)
-            if is_sharded(tensor):
-                from torch.distributed.tensor import distribute_tensor
-
-                sharded: Any = tensor
-                value = distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
-            tensor.copy_(value)
 
 
 def rank() -> int:
     """The number of this process; 0 where it is the only one."""
-    return dist.get_rank() if _several() else 0
+    return dist.get_rank() if several() else 0
 
 
 def unwrapped(model: Any) -> Any:
@@ -124,18 +114,9 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-def _several() -> bool:
+def several() -> bool:
+    """Whether there are other processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _file_keys(model: Any, adapter_name: str) -> dict[str, str]:
-    """Keys of the file → of the model's state dict. peft renames the keys and looks at no value."""
-    keys = {key: key for key in model.state_dict()}
-    return get_peft_model_state_dict(model, state_dict=keys, adapter_name=adapter_name)  # type: ignore[no-any-return]
-
-
-def _whole(tensor: Any) -> Tensor:
-    return (tensor.full_tensor() if is_sharded(tensor) else tensor).detach()  # type: ignore[no-any-return]
 
 
 def _is_adapter(name: str) -> bool:
@@ -157,20 +138,36 @@ def _description(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _difference(mine: dict[str, str], others: list[int], group: Any) -> str:
-    """What process 0 and the first of those that differ have to say to each other."""
-    told: list[Any] = [mine, mine]
-    for index, source in enumerate((0, others[0])):
-        one = [told[index]]
+@contextmanager
+def _meeting(timeout: float) -> Iterator[Any]:
+    """A process group on the CPU for small talk, once everybody is there."""
+    wait = datetime.timedelta(seconds=timeout)
+    group = dist.new_group(backend="gloo", timeout=wait)
+    try:
+        dist.monitored_barrier(group, wait, wait_all_ranks=True)
+        yield group
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _refuse_differences(what: str, mine: dict[str, str], group: Any) -> None:
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest(), group)
+    others = [rank for rank, digest in enumerate(every) if digest != every[0]]
+    if not others:
+        return
+    told = []  # what process 0 and the first that differs have to say
+    for source in (0, others[0]):
+        one: list[Any] = [mine]
         dist.broadcast_object_list(one, src=source, group=group)
-        told[index] = one[0]
+        told.append(one[0])
     first, other = told
     names = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
-    names.sort(key=lambda name: _is_adapter(name))  # a setting says more than the shapes that follow from it
+    names.sort(key=_is_adapter)  # a setting says more than the shapes that follow from it
     shown = "; ".join(f"{name}: {other.get(name)} there, {first.get(name)} in process 0" for name in names[:3])
-    return (
-        f"adapters: processes {others} have others than process 0, in {len(names)} entries ({shown}); expected the "
-        "same command and configuration everywhere"
+    raise ValueError(
+        f"{what}: processes {others} have others than process 0, in {len(names)} entries ({shown}); expected the same "
+        "command and configuration everywhere"
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from genft_modules import recipes
+from genft_modules import distributed, recipes
 from genft_modules.adapters import save_adapter
 from genft_modules.console import UserError, one_line, say
 from genft_modules.data import Windows, byte_tokenizer, collate, encode, read_records, split_records
@@ -29,6 +29,7 @@ from genft_modules.measure import PeakMemory
 SEQ_LEN = 512  # the default, where the model allows it
 CALIBRATION_BATCHES = 16  # the default, for methods that look at gradients before they train
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LAUNCH = ".launch"  # in OUTPUT while it runs: which torchrun the run is of
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # Settings that may change between an interrupted run and its continuation.
 _FREE_ON_RESUME = {"output", "save_every", "verify"}
@@ -120,7 +121,7 @@ def check(job: Job) -> Checked:
     trainable, total = rehearse(base_config, config, f"--method {job.method} on {job.model}")
     train = encode(train_records, tokenizer, seq_len, title="training text")
     held_out = encode(held_records, tokenizer, seq_len, title="held-out text")
-    per_step = job.batch_size * job.grad_accumulation
+    per_step = job.batch_size * job.grad_accumulation * launched()
     steps = job.steps or max(1, math.ceil(job.epochs * len(train) / per_step))
     return Checked(job, device, dtype, tokenizer, config, train, held_out, steps, trainable, total)
 
@@ -142,12 +143,21 @@ def _check_numbers(job: Job) -> None:
 
 
 def check_device(name: str) -> torch.device:
+    """The device of this process; of several that torchrun started on a machine, each has the GPU of its number."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here")
     if name not in {"cuda", "cpu"}:
         raise UserError(f"--device {name}: choose from auto, cuda, cpu")
+    if name == "cuda" and launched() > 1:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"--nproc-per-node: process {local} of a machine whose torch sees {torch.cuda.device_count()} GPUs"
+            )
+        torch.cuda.set_device(local)
+        return torch.device(name, local)
     return torch.device(name)
 
 
@@ -269,11 +279,46 @@ def run(job: Job, *, resume: bool = False, overwrite: bool = False) -> dict[str,
 
     OUTPUT then holds adapter/ (or model/), run.json, loss.png, and the logits that `verify` compares with. If the job
     fails before its first checkpoint, nothing is left.
+
+    Where torchrun started several processes, each trains on its share of every batch and the first one writes. What
+    torchrun starts again, after one of them died, goes on from the last checkpoint.
     """
     checked = check(job)
-    with _directory(job, resume, overwrite) as (directory, resume_from):
+    with _together(job, checked.device), _directory(job, resume, overwrite) as (directory, resume_from):
         record = _train(checked, directory, resume_from)
     return record
+
+
+def launched() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def _together(job: Job, device: torch.device) -> Iterator[None]:
+    """Joins the processes that torchrun started, if all of them have the same job."""
+    if launched() == 1:
+        yield
+        return
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        distributed.agree("options", {f"--{k}": repr(v) for k, v in dataclasses.asdict(job).items()})
+    except (ValueError, RuntimeError) as error:
+        raise UserError(one_line(error)) from None
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def _launch() -> str | None:
+    """What tells the processes that one torchrun starts, and starts again, from those of another."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if run is None else f"{run} {os.getppid()}"
+
+
+def _started_again(directory: Path) -> bool:
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not (directory / LAUNCH).is_file():
+        return False
+    return (directory / LAUNCH).read_text(encoding="utf-8") == _launch()
 
 
 @contextmanager
@@ -281,8 +326,30 @@ def _directory(job: Job, resume: bool, overwrite: bool) -> Iterator[tuple[Path, 
     """(where the run writes, the checkpoint it goes on from); cleaned up if it fails with nothing to go on from."""
     from genft_modules.training import checkpoints, drop_checkpoints
 
+    directory, resume_from = distributed.from_first(lambda: _prepared(job, resume, overwrite))
+    try:
+        yield directory, resume_from
+    except BaseException:
+        if distributed.rank() != 0 or (directory / "run.json").exists():
+            pass  # another process sees to it; or trained and saved: what failed came after
+        elif checkpoints(directory):
+            say(f"stopped; go on with: the same command and --resume (last: {checkpoints(directory)[-1].name})")
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+    if distributed.rank() == 0:
+        drop_checkpoints(directory)
+        (directory / LAUNCH).unlink(missing_ok=True)
+
+
+def _prepared(job: Job, resume: bool, overwrite: bool) -> tuple[Path, Path | None]:
+    from genft_modules.training import checkpoints
+
     directory = Path(job.output).expanduser()
     settings = directory / "job.json"
+    if _started_again(directory):
+        resume = bool(checkpoints(directory))
+        overwrite = not resume
     resume_from = None
     if resume:
         if not settings.is_file():
@@ -305,19 +372,11 @@ def _directory(job: Job, resume: bool, overwrite: bool) -> Iterator[tuple[Path, 
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _write_json(settings, dataclasses.asdict(job))
+        if launch := _launch():
+            (directory / LAUNCH).write_text(launch, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output {directory}: {error.strerror or one_line(error)}") from None
-    try:
-        yield directory, resume_from
-    except BaseException:
-        if (directory / "run.json").exists():
-            pass  # trained and saved: what failed came after
-        elif checkpoints(directory):
-            say(f"stopped; go on with: the same command and --resume (last: {checkpoints(directory)[-1].name})")
-        else:
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
-    drop_checkpoints(directory)
+    return directory, resume_from
 
 
 def _check_same(job: Job, before: dict[str, Any]) -> None:
@@ -346,6 +405,7 @@ def _train(checked: Checked, directory: Path, resume_from: Path | None) -> dict[
     before = bits_per_byte(model, checked.held_out, batch, checked.pad_id, "held out, before")
     # A checkpoint has what was selected.
     model = adapt(model, checked.peft_config, _calibration(checked) if resume_from is None else ())
+    distributed.align_adapters(model)
     schedule = Schedule(
         steps=checked.steps,
         lr=job.lr or recipes.recipe(job.method).lr,
@@ -365,12 +425,15 @@ def _train(checked: Checked, directory: Path, resume_from: Path | None) -> dict[
     )  # fmt: skip
     adapter = checked.peft_config is not None
     _save(model, checked.tokenizer, directory, adapter)
+    if distributed.rank() != 0:
+        return {}  # the first process tells, and proves
     verify.save_probe(model, checked.held_out[0]["input_ids"][None], directory / "probe.safetensors")
     record: dict[str, Any] = {
         "method": job.method,
         "base": place(job.model),
         "adapter": adapter,
         "device": str(checked.device),
+        "processes": launched(),
         "dtype": str(stored).removeprefix("torch."),
         "trainable_parameters": checked.trainable,
         "all_parameters": checked.total,
@@ -447,6 +510,8 @@ def _save(model: Any, tokenizer: Any, directory: Path, adapter: bool) -> None:
     """Write adapter/ or model/: a directory of that name is whole."""
     if adapter:
         save_adapter(model, directory / "adapter")
+        return
+    if distributed.rank() != 0:
         return
     shutil.rmtree(directory / "model", ignore_errors=True)
     with new_directory(directory / "model") as partial:

@@ -199,6 +199,13 @@ class Slices:
         t = x @ values_t
         return t.new_zeros(*t.shape[:-1], self.size).index_copy(-1, self.indices, t)
 
+    def part(self, dim: int, where: slice) -> Slices | LowRank:
+        """The update of the rows (`dim` 0) or columns (1) `where` of W0 alone. How many of the slices lie there only
+        the device knows; so where the slices themselves would be counted out, it is low rank."""
+        if dim == (0 if self.orientation == "row" else 1):
+            return self.low_rank().part(dim, where)
+        return replace(self, values=self.values[:, where] if dim == 1 else self.values[where])
+
     def low_rank(self) -> LowRank:
         """The same update in the other form: one of its factors only selects, a column of it for each slice."""
         places = torch.arange(self.size, device=self.indices.device)

@@ -186,6 +186,8 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
+        if is_sharded(base.weight):
+            raise ValueError("adapter_names: got some, expected None because the weight is sharded")
         present = [name for name in batch.names if name in self.genft_generators]
         if self._disable_adapters or not present:
             return cast(Tensor, base(x))

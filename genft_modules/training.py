@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import statistics
 import time
@@ -153,6 +154,7 @@ def train(
         remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,  # an adapter has none
         **checkpointing,
     )
     watch = _Watch(title, schedule, held_out, pad_id)
@@ -186,12 +188,16 @@ def train(
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints in `directory`, oldest first. The Trainer writes trainer_state.json last of all."""
+    """The complete checkpoints in `directory`, oldest first. The Trainer writes trainer_state.json last of all; of
+    several processes, each writes its random state besides."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    random_states = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else []
     found = []
     for path in directory.glob("checkpoint-*"):
         try:
             state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            found.append((int(state["global_step"]), path))
+            if all((path / name).is_file() for name in random_states):
+                found.append((int(state["global_step"]), path))
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return [path for _, path in sorted(found)]

@@ -1,9 +1,9 @@
 """What every method promises when a model is spread over processes: the training of one process, and no more
 communication than the adapter needs.
 
-`GENFT_CHECKPOINTS=FOLDER torchrun --nproc-per-node 2 -m tests.distributed.contract REPORT.json [CHECK ...]` on any
-device: NCCL where there are GPUs, else gloo. `test_contract.py` starts it with two processes, then with four, which go
-on from what the two left in FOLDER, and reads the reports.
+`GENFT_CHECKPOINTS=FOLDER torchrun --nproc-per-node 2 -m tests.distributed.contract REPORT.json [CHECK ...]` runs on any
+device: NCCL where there are GPUs, else gloo. Without torchrun it forks two processes of its own, then four, and writes
+REPORT.2.json and REPORT.4.json; so does `test_contract.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
 import sys
 import tempfile
 import traceback
@@ -37,7 +38,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from genft_modules import METHODS, FusedGenLinear
-from genft_modules.distributed import align_adapters, restore_adapter, save_adapter, unwrapped
+from genft_modules.adapters import restore_adapter, save_adapter
+from genft_modules.distributed import align_adapters, unwrapped
 
 from ..modules.cases import CASES, randomize
 
@@ -335,7 +337,7 @@ def files_are_those_of_one_process(way: str, case: str) -> None:
         file = folder / "sharded" / "adapter_model.safetensors"
         save_file({key + "x": tensor for key, tensor in load_file(file).items()}, file)
     dist.barrier()
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="does not fit"):
         restore_adapter(model, folder / "sharded")
 
 
@@ -392,13 +394,10 @@ class Counted(TorchDispatchMode):
                 # an all-gather's first argument in c10d is what it fills
                 given = args[1] if function.namespace == "c10d" and kind != "all_reduce" else args[0]
                 tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
-                self.add(kind, sum(tensor.numel() * tensor.itemsize for tensor in tensors))
+                entry = self.found.setdefault(kind, [0, 0])
+                entry[0] += 1
+                entry[1] += sum(tensor.numel() * tensor.itemsize for tensor in tensors)
         return function(*args, **(kwargs or {}))
-
-    def add(self, kind: str, size: int) -> None:
-        entry = self.found.setdefault(kind, [0, 0])
-        entry[0] += 1
-        entry[1] += size
 
 
 def counted(model: nn.Module, rows: torch.Tensor) -> dict[str, list[int]]:
@@ -408,7 +407,6 @@ def counted(model: nn.Module, rows: torch.Tensor) -> dict[str, list[int]]:
     if isinstance(model, DistributedDataParallel):
 
         def hook(_, bucket):  # DistributedDataParallel reads the annotations, and takes none that is a string
-            mode.add("all_reduce", bucket.buffer().numel() * bucket.buffer().itemsize)
             future = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True).get_future()
             return future.then(lambda done: done.value()[0])
 
@@ -509,12 +507,13 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "missing_process", a_missing_process_is_named  # last: the processes are apart afterwards
 
 
-def main(report: Path, only: list[str]) -> None:
+def run(report: Path, only: list[str]) -> None:
+    """One of the processes."""
     torch.set_num_threads(1)
-    # A check that fails on one process leaves the others waiting for it: not for long.
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(seconds=60))
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
+    # A check that fails on one process leaves the others waiting for it: not for long.
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=4))
     found: dict[str, str] = {}
     for name, check in checks():
         if only and not any(part in name for part in only):
@@ -530,6 +529,38 @@ def main(report: Path, only: list[str]) -> None:
         if dist.get_rank() == 0:
             report.write_text(json.dumps({"checks": found, "communication": COMMUNICATION}))
     dist.destroy_process_group()
+
+
+def fork(processes: int, work: Callable[[], object]) -> list[int]:
+    """Runs `work` in forks of this process, which has imported everything and computed nothing; how they ended."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(processes):
+        children.append(os.fork())
+        if children[-1] == 0:
+            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+            values = (rank, rank, processes, processes, "localhost", port)
+            os.environ.update(zip(names, map(str, values), strict=True))
+            try:
+                work()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+    return [os.waitpid(child, 0)[1] for child in children]
+
+
+def main(report: Path, only: list[str]) -> None:
+    if "RANK" in os.environ:
+        run(report, only)
+        return
+    for processes in (2, 4):  # the four go on from a checkpoint of the two
+        ends = fork(processes, partial(run, report.with_suffix(f".{processes}.json"), only))
+        if any(ends):
+            sys.exit(f"{processes} processes ended with {ends}")
 
 
 if __name__ == "__main__":

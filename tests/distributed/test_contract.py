@@ -1,4 +1,4 @@
-"""The contract of `contract.py` in two and in four processes, which are started once each for all of its checks."""
+"""The contract of `contract.py` in two and in four processes, which are started once for all of its checks."""
 
 from __future__ import annotations
 
@@ -13,26 +13,18 @@ from genft_modules import METHODS
 ROOT = Path(__file__).parents[2]
 
 
-def launch(processes: int, folder: Path) -> dict[str, str]:
-    """Check → what went wrong, or nothing."""
-    report = folder / f"{processes}.json"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def test_the_contract_holds_in_two_and_in_four_processes(tmp_path):
     done = subprocess.run(
-        [*torchrun, "-m", "tests.distributed.contract", str(report)],
+        [sys.executable, "-m", "tests.distributed.contract", str(tmp_path / "report.json")],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GENFT_CHECKPOINTS": str(folder), "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GENFT_CHECKPOINTS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
-    found: dict[str, str] = json.loads(report.read_text())["checks"] if report.exists() else {}
-    return found if done.returncode == 0 else {**found, "the run": done.stderr[-3000:]}
-
-
-def test_the_contract_holds_in_two_and_in_four_processes(tmp_path):
-    for processes in (2, 4):  # the four go on from a checkpoint of the two
-        found = launch(processes, tmp_path)
-        failed = [f"{name}: {error}" for name, error in found.items() if error]
-        assert not failed, "\n\n".join(failed)
-        for way in ("ddp", "fsdp_leaves", "tensor_parallel") if processes == 2 else ("fsdp_and_tensor_parallel",):
-            assert {f"{way}-{method}" for method in METHODS} <= found.keys()
-        assert "checkpoint" in found
+    reports = {path.suffixes[0]: json.loads(path.read_text())["checks"] for path in tmp_path.glob("report.*.json")}
+    failed = [f"{n} {name}: {error}" for n, found in reports.items() for name, error in found.items() if error]
+    assert not failed, "\n\n".join(failed)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for processes, ways in ((".2", ("ddp", "fsdp_leaves", "tensor_parallel")), (".4", ("fsdp_and_tensor_parallel",))):
+        assert {f"{way}-{method}" for way in ways for method in METHODS} <= reports[processes].keys()
+        assert "checkpoint" in reports[processes]

@@ -1,0 +1,60 @@
+"""Two processes that run `genft finetune`, as forks of one that has imported everything.
+
+`python -m tests.distributed.finetune_runs FOLDER` makes a model and a text in FOLDER, then a run whose processes have
+different options, which has to be refused, one that nothing disturbs, in FOLDER/whole, and the same in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import transformers  # noqa: F401 - before the forks
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: F401
+
+from genft_modules import cli, finetune, training  # noqa: F401
+from genft_modules.data import byte_tokenizer
+
+from .contract import fork
+
+STEPS = 24
+
+
+def arguments(folder: Path, output: str) -> list[str]:
+    options = f"""finetune --model {folder}/llama --dataset {folder}/text.txt --output {folder}/{output}
+        --rank 4 --dropout 0.2 --target-modules q_proj v_proj --device cpu --steps {STEPS} --batch-size 2 --seq-len 16
+        --save-every 4 --lr 1e-2 --no-verify --seed 7 --evaluations 1"""
+    return options.split()
+
+
+def prepare(folder: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "llama")
+    byte_tokenizer().save_pretrained(folder / "llama")
+    text = "\n\n".join(
+        f"Paragraph {i}: {i * i} is the square of {i}, and {i * 7 % 13} is something else." for i in range(40)
+    )
+    (folder / "text.txt").write_text(text)
+
+
+def run(folder: Path, output: str, *more: str) -> None:
+    torch.set_num_threads(1)
+    os._exit(cli.main([*arguments(folder, output), *more]))
+
+
+def main(folder: Path) -> None:
+    if not all(fork(1, lambda: prepare(folder))):
+        ends = {"refused": fork(2, lambda: run(folder, "refused", "--warmup", os.environ["RANK"]))}
+        ends["whole"] = fork(2, lambda: run(folder, "whole"))
+        ends["single"] = fork(1, lambda: run(folder, "single", "--batch-size", "4"))
+        print(json.dumps({name: [os.waitstatus_to_exitcode(end) for end in found] for name, found in ends.items()}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
