@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from genft_kernels.sharded import is_sharded
 from genft_modules.linear import FusedGenLinear
+from genft_modules.weights import stored
 
 T = TypeVar("T")
 TIMEOUT = 300.0  # seconds that a process waits for the others
@@ -177,7 +178,7 @@ def _check_sharing(model: nn.Module) -> None:
     for name, layer in _layers(model):
         for generator in layer.genft_generators.values():
             for factors in generator.shared:  # type: ignore[union-attr]
-                users.setdefault(id(factors), set()).add(is_sharded(layer.base_layer.weight))
+                users.setdefault(id(factors), set()).add(is_sharded(stored(layer.base_layer)))
                 if len(users[id(factors)]) > 1:
                     raise ValueError(
                         f"model: {name} shares factors with layers of which only some are cut by tensor parallelism, "

@@ -300,7 +300,16 @@ def _together(job: Job, device: torch.device) -> Iterator[None]:
     if launched() == 1:
         yield
         return
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    from torch.distributed.rendezvous import rendezvous
+
+    # What torchrun starts again may find the addresses of those before in its store, so each attempt has its own names.
+    store, rank, size = next(rendezvous("env://"))
+    store = torch.distributed.PrefixStore(  # type: ignore[attr-defined] # torch's own list of exports lacks it
+        f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+    )
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size
+    )
     try:
         distributed.agree("options", {f"--{k}": repr(v) for k, v in dataclasses.asdict(job).items()})
     except (ValueError, RuntimeError) as error:

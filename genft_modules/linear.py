@@ -186,12 +186,12 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        if is_sharded(base.weight):
-            raise ValueError("adapter_names: got some, expected None because the weight is sharded")
         present = [name for name in batch.names if name in self.genft_generators]
         if self._disable_adapters or not present:
             return cast(Tensor, base(x))
         weight = self._weight()
+        if is_sharded(weight):
+            raise ValueError(f"adapter_names: got {batch.names}, expected None because the weight is sharded")
         backend = self._generator(present[0]).backend
         made = batch.made(self, weight)
         if made.edits is not None:
