@@ -52,7 +52,8 @@ class GeneratorConfig(PeftConfig):
         modules_to_save: other modules to train and save in full, such as a new head.
         layers_to_transform: indices of the transformer layers to adapt; None for all. Needs a list of target_modules.
         layers_pattern: name of the `nn.ModuleList` that `layers_to_transform` counts in.
-        bias: which biases of the base model train: "none", "all" or "<method>_only" (those of the adapted layers).
+        bias: which biases of the base model train: "none", "all" or, as in "lora_only", the method's name and
+            "_only" (those of the adapted layers).
         backend: what runs the operations: "auto" (Triton on a GPU, else the reference), "triton" or "reference".
             A matter of the machine: it is not saved.
 

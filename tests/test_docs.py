@@ -1,0 +1,96 @@
+"""What the documentation says is there: pages, links, public names, and the code that is marked to run."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import genft_kernels
+import genft_modules
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+TEXTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *PAGES]
+RUN = re.compile(r"^<!-- run -->\n\n?```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^][]*\]\(([^)\s]+)\)")
+NO_PAGE = {"METHODS"}  # a dict
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def nav(entry: Any) -> list[str]:
+    if isinstance(entry, str):
+        return [entry]
+    return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in nav(part)]
+
+
+def test_the_site_has_every_page():
+    listed = nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert set(listed) <= {str(path.relative_to(DOCS)) for path in PAGES}
+
+
+def anchors(path: Path) -> set[str]:
+    """Of its headings, as python-markdown's toc makes them."""
+    found = set()
+    for heading in re.findall(r"^#+ +(.*)$", FENCED.sub("", path.read_text()), re.MULTILINE):
+        ascii_only = unicodedata.normalize("NFKD", heading).encode("ascii", "ignore").decode()
+        found.add(re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", ascii_only).strip().lower()))
+    return found
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=name)
+def test_links_lead_somewhere(text):
+    for target in LINK.findall(FENCED.sub("", text.read_text())):
+        if "://" in target:
+            continue
+        place, _, anchor = target.partition("#")
+        path = (text.parent / place).resolve() if place else text
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+@pytest.mark.parametrize("package", [genft_kernels, genft_modules], ids=lambda package: package.__name__)
+def test_every_public_name_is_in_the_reference(package):
+    text = "".join(page.read_text() for page in (DOCS / "reference").iterdir())
+    described = re.findall(rf"^::: {package.__name__}\.(\w+)$", text, re.MULTILINE)
+    assert sorted(described) == sorted(set(package.__all__) - NO_PAGE)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A directory with the model that the texts call path/to/model."""
+    directory = tmp_path_factory.mktemp("docs")
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory / "path" / "to" / "model")
+    return directory
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if RUN.search(text.read_text())], ids=name)
+def test_marked_code_runs(text, base, tmp_path, monkeypatch, recwarn):
+    """The blocks of a text run one after the other, in one namespace that has `data`, beside `path/to/model`."""
+    (tmp_path / "path").symlink_to(base / "path")
+    monkeypatch.chdir(tmp_path)
+    rows = [[(7 * i + j) % 64 for j in range(12)] for i in range(8)]
+    namespace: dict[str, Any] = {"data": [{"input_ids": row, "labels": row} for row in rows]}
+    source = text.read_text()
+    for block in RUN.finditer(source):
+        line = source.count("\n", 0, block.start(1))
+        exec(compile("\n" * line + block[1], str(text), "exec"), namespace)  # line numbers are the text's
