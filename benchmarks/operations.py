@@ -50,6 +50,8 @@ class Operation:
         form: of `shapes.PRODUCTS` where it is built around a product with W0: the floor of its time; "" otherwise.
         problem: the sizes that plans are chosen by, from (m, n, k, r).
         sweep: the settings that it is swept with, from the rank.
+        function: its name in genft_kernels, where that is another.
+        extra: arguments that are no drawn tensors, from those that are.
     """
 
     name: str
@@ -63,14 +65,16 @@ class Operation:
     form: str = ""
     problem: Callable[[int, int, int, int], tuple[int, int, int, int]] = lambda m, n, k, r: (m, n, k, r)
     sweep: Callable[[int], dict[str, Any]] = lambda r: {}
+    function: str = ""
+    extra: Callable[[Tensors], dict[str, Any]] = lambda t: {}
 
     def sizes(self, m: int, n: int, k: int, r: int, itemsize: int) -> Problem:
         """What a plan is chosen by."""
-        return Problem(self.name, *self.problem(m, n, k, r), itemsize)
+        return Problem(self.function or self.name, *self.problem(m, n, k, r), itemsize)
 
     def run(self, tensors: Tensors, options: dict[str, Any], seed: Tensor | None, **how: Any) -> Tensor:
-        extra = {"seed": seed} if options.get("dropout") else {}
-        return getattr(genft_kernels, self.name)(**tensors, **options, **extra, **how)  # type: ignore[no-any-return]
+        extra = {**self.extra(tensors), **({"seed": seed} if options.get("dropout") else {})}
+        return getattr(genft_kernels, self.function or self.name)(**tensors, **options, **extra, **how)  # type: ignore[no-any-return]
 
 
 def _drop(tensor: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -116,6 +120,35 @@ def _generated_features(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> T
     z = _generated(t, o, seed).t() @ t["a"].t()
     z = z if t.get("bias") is None else z + t["bias"]
     return ACTIVATIONS[o.get("inner_activation", "none")].forward(z)
+
+
+GROUPS = 4  # updates in a batch of the grouped operation
+
+
+def _groups(t: Tensors) -> Tensor:
+    """The group of each sample, -1 for none; the third group has no sample."""
+    index = torch.arange(t["x"].shape[0], device=t["x"].device) * 7 % (GROUPS + 1) - 1
+    return torch.where(index == 2, 0, index)
+
+
+def _grouped(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
+    x, groups = t["x"], _groups(t)
+    y = F.linear(x, t["weight"], t.get("bias"))
+    for group, (p, q) in enumerate(zip(t["p"].to(x.dtype), t["q"].to(x.dtype), strict=True)):
+        y = y + torch.where(groups[:, None] == group, (x @ p) @ q.t(), 0.0)
+    return y
+
+
+def _slices(t: Tensors, columns: bool) -> Tensor:
+    """Rows or columns spread over the whole weight."""
+    size, count = t["weight"].shape[columns], t["values"].shape[columns]
+    return torch.arange(count, device=t["weight"].device) * (size // count)
+
+
+def _sliced(t: Tensors, o: dict[str, Any], seed: Tensor | None, *, columns: bool) -> Tensor:
+    w = t["weight"]
+    delta = torch.zeros_like(w).index_copy(int(columns), _slices(t, columns), o.get("scale", 1.0) * t["values"].to(w))
+    return F.linear(t["x"], w + delta, t.get("bias"))
 
 
 def _released(r: int) -> dict[str, Any]:
@@ -167,6 +200,44 @@ OPERATIONS = {
             options=({}, {"ratio": 0.5, "dropout": 0.25, "activation": "gelu"}, {"activation": "leakyrelu"}),
             algorithms=("thin",),
             problem=lambda m, n, k, r: (n, n, k, r),
+        ),
+        Operation(
+            "grouped_lowrank_linear",
+            lambda m, n, k, r: {
+                "x": (m, k),
+                "weight": (n, k),
+                "p": (GROUPS, k, r),
+                "q": (GROUPS, n, r),
+                "bias": (n,),
+            },
+            trained=("x", "p", "q", "bias"),
+            activations=("x", "weight"),
+            factors=("p", "q"),
+            truth=_grouped,
+            algorithms=("thin",),
+            extra=lambda t: {"rows": genft_kernels.group_rows(_groups(t), GROUPS)},
+        ),
+        Operation(
+            "sliced_linear_row",
+            lambda m, n, k, r: {"x": (m, k), "weight": (n, k), "values": (min(r, n), k), "bias": (n,)},
+            trained=("x", "values", "bias"),
+            activations=("x", "weight"),
+            factors=("values",),
+            truth=lambda t, o, seed: _sliced(t, o, seed, columns=False),
+            options=({"scale": 2.0},),
+            function="sliced_linear",
+            extra=lambda t: {"indices": _slices(t, False), "orientation": "row"},
+        ),
+        Operation(
+            "sliced_linear_column",
+            lambda m, n, k, r: {"x": (m, k), "weight": (n, k), "values": (n, min(r, k)), "bias": (n,)},
+            trained=("x", "values", "bias"),
+            activations=("x", "weight"),
+            factors=("values",),
+            truth=lambda t, o, seed: _sliced(t, o, seed, columns=True),
+            options=({"scale": 2.0},),
+            function="sliced_linear",
+            extra=lambda t: {"indices": _slices(t, True), "orientation": "column"},
         ),
         Operation(
             "generated_linear",

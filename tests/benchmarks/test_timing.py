@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks import comparison, contenders, gate, memory, operations, timing
 from benchmarks.comparison import Settings, compare
 from benchmarks.shapes import Case, Shape
-from genft_kernels.plan import DeviceFacts, LaunchPlan, Problem
+from genft_kernels.plan import DeviceFacts, LaunchPlan
 from tests.kernels import truth
 
 CPU = torch.device("cpu")
@@ -173,9 +173,9 @@ def test_the_gate_lists_every_operation_of_the_kernels():
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("name", operations.OPERATIONS)
 def test_candidates_are_plans_without_doubles(name, itemsize):
-    plans = operations.candidates(
-        Problem(name, 8192, 4096, 4096, 16, itemsize), operations.OPERATIONS[name], DeviceFacts("sm_90", 132)
-    )
+    operation = operations.OPERATIONS[name]
+    problem = operation.sizes(8192, 4096, 4096, 16, itemsize)
+    plans = operations.candidates(problem, operation, DeviceFacts("sm_90", 132))
     assert len(set(plans)) == len(plans) > 5
     assert {plan.algorithm for plan in plans} <= {*operations.OPERATIONS[name].algorithms, "reference"}
     assert all(LaunchPlan.parse(str(plan)) == plan for plan in plans)
