@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -148,8 +154,12 @@ def check_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
         except Exception as error:  # peft, transformers and torch have their own kinds
             raise ValueError(f"{directory / CONFIG}: does not fit the model: {error}") from error
         wanted = get_peft_model_state_dict(trial, adapter_name=adapter_name, save_embedding_layers=False)
-    found = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(directory / WEIGHTS).items()}
-    refuse_misfits(str(directory / WEIGHTS), found, wanted, trial.state_dict())
+        found = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(directory / WEIGHTS).items()}
+        refuse_misfits(str(directory / WEIGHTS), found, wanted, trial.state_dict())
+        try:
+            set_peft_model_state_dict(trial, found, adapter_name, low_cpu_mem_usage=True)
+        except RuntimeError as error:  # what a method says of its values
+            raise ValueError(f"{directory / WEIGHTS}: {' '.join(str(error).split())}") from None
     return config
 
 

@@ -231,6 +231,20 @@ def test_a_state_that_does_not_fit_changes_no_tensor():
     assert not all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
+def test_values_that_a_method_refuses(tmp_path):
+    save_adapter(adapt("grft"), tmp_path / "adapter")
+
+    def change(tensors):
+        next(tensor for key, tensor in tensors.items() if key.endswith("indices"))[0] = 10_000
+
+    edit(tmp_path / "adapter" / WEIGHTS, change)
+    model = llama()
+    before = state(model)
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}: .*indices: got \[10000"):
+        load_adapter(model, tmp_path / "adapter")
+    assert state(model) == before
+
+
 class Killed(BaseException):
     pass
 
