@@ -46,7 +46,7 @@ NAMES = {
 }
 
 
-# Each the best of three to five values between a fifth and five times as much, held-out text after 80 steps.
+# Each the best of three to five values between a fifth and five times as much, held-out text after 80 steps (GRFT: 20).
 LEARNING_RATES = {
     "wegeft": 3.5e-3,
     "gift": 5e-3,

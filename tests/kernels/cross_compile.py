@@ -184,21 +184,30 @@ def generated_calls(
 
 
 def sliced_calls(k: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:
-    """One call for each launcher on k rows or columns of a weight; on "fused", the sums of squared gradients too."""
+    """One call for each launcher on k rows or columns of a weight."""
     from genft_kernels import _triton as run
 
     x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
-    bias, indices = torch.empty(N, dtype=dtype), torch.arange(k)
-    for columns, values in ((False, torch.empty(k, K)), (True, torch.empty(N, k))):
+    indices = torch.arange(k)
+    for name, values, columns in (("rows", torch.empty(k, K), False), ("columns", torch.empty(N, k), True)):
         rest = (values, indices)
-        name = "columns" if columns else "rows"
-        yield f"{name}_forward", lambda c=columns, v=rest: run.sliced_linear_forward(x, weight, *v, bias, c, 1.5, plan)
+        yield f"{name}_forward", lambda c=columns, v=rest: run.sliced_linear_forward(x, weight, *v, None, c, 1.5, plan)
         yield (
             f"{name}_backward",
             lambda c=columns, v=rest: run.sliced_linear_backward(dy, x, weight, *v, c, 1.5, (True,) * 3, plan),
         )
-    if plan.algorithm == "fused":
-        yield "squared_gradient_sums", lambda: run.squared_gradient_sums(dy, x, plan)
+
+
+def sliced_product_calls(k: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:
+    """What slices ask of the fused product: a picked left factor, a right one of unit vectors, sums of squares."""
+    from genft_kernels import _triton as run
+    from genft_kernels._triton.product import launch_product
+
+    x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
+    t, values, pick = torch.empty(M, k, dtype=dtype), torch.empty(N, k), torch.arange(k)
+    yield "unit", lambda: launch_product(x, weight.t(), t, None, plan.product, pick=pick)
+    yield "picked", lambda: launch_product(x, weight.t(), x, values.t(), plan.product, pick=pick, scale=1.5)
+    yield "squared_gradient_sums", lambda: run.squared_gradient_sums(dy, x, plan)
 
 
 def _padded_ranks(entries: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], int, float]]:
@@ -227,11 +236,15 @@ def default_calls() -> Iterator[tuple[str, Callable[[], object]]]:
                         yield f"{name} r={r} {dtype} {blocks}", call
             for name, call in low_rank_calls(r, dtype, replace(plan, algorithm="fused"), dropout=dropout):
                 yield f"{name} r={r} {dtype} fused dropout={dropout}", call
-        for widest, many, _ in low_rank:  # the passes of the low-rank family, once more with columns picked
-            for algorithm in ("thin", "fused"):
-                plan = LaunchPlan(algorithm, many, plans.PRODUCT_DEFAULTS[itemsize])
-                for name, call in sliced_calls(widest, dtype, plan):
-                    yield f"sliced_{name} k={widest} {dtype} {algorithm}", call
+        # The passes of the low-rank family once more, with columns picked: 16 bits at each width, 32 at the least.
+        for widest, many, _ in low_rank if itemsize == 2 else low_rank[:1]:
+            plan = LaunchPlan("thin", many, plans.PRODUCT_DEFAULTS[itemsize])
+            for name, call in sliced_calls(widest, dtype, plan):
+                yield f"sliced_{name} k={widest} {dtype} thin", call
+    widest = plans.LOW_RANK_DEFAULTS[2][-1][0]
+    plan = LaunchPlan("fused", product=plans.PRODUCT_DEFAULTS[2])
+    for name, call in sliced_product_calls(widest, torch.bfloat16, plan):
+        yield f"sliced_{name} k={widest} torch.bfloat16 fused", call
     for itemsize, generated in plans.GENERATED_DEFAULTS.items():
         dtype = dtypes[itemsize]
         for (_, product, contract), r, dropout in _padded_ranks(generated):

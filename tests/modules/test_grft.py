@@ -19,6 +19,7 @@ from genft_modules import (
     grft_penalty,
     needs_slices,
     select_slices,
+    slices,
 )
 
 from .architectures import ARCHITECTURES
@@ -152,6 +153,18 @@ def test_a_quantised_or_hooked_base_layer_is_calibrated_too():
     (chosen,) = select_slices(layer, [x], loss=lambda m, x: m(x).square().sum(), progressbar=False).values()
     dy = 2 * layer.base_layer(x)
     assert torch.equal(chosen, (dy.t() @ x).square().sum(1).topk(2).indices.sort().values)
+
+
+def test_processes_add_their_sums_up(monkeypatch):
+    """The "other process" has the same sums upside down."""
+    reduced = []
+    monkeypatch.setattr(slices.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(slices.distributed, "all_reduce", lambda found: reduced.append(found.add_(found.flip(0))))
+    chosen = select_slices(fresh(), BATCHES[:1], progressbar=False)
+    assert len(reduced) == len(chosen)
+    for indices, found in zip(chosen.values(), reduced, strict=True):
+        assert torch.equal(indices, found.argsort(descending=True, stable=True)[:4].sort().values)
+        assert torch.equal(found, found.flip(0))
 
 
 def refused():
