@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genft_kernels import RowGroups, group_rows, grouped_lowrank_linear
-from genft_modules.forms import InputEdit, LowRank
+from genft_modules.forms import InputEdit, LowRank, Slices
 
 BASE = "__base__"  # peft's name for no adapter
 
@@ -86,6 +86,7 @@ class MixedBatch:
             for name in dict.fromkeys(self.names)
             if name in generators
         }
+        forms = {name: form.low_rank() if isinstance(form, Slices) else form for name, form in forms.items()}
         edits = {name: form for name, form in forms.items() if isinstance(form, InputEdit)}
         low_rank = {name: form for name, form in forms.items() if isinstance(form, LowRank)}
         others = {name: form for name, form in forms.items() if name not in edits and name not in low_rank}
