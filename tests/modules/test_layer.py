@@ -141,6 +141,8 @@ def test_safe_merge_refuses_what_is_not_finite_and_leaves_the_layer_alone():
         ("wegeft", "lora", "gift_gelu"),
         ("genft", "lora"),
         ("wegeft", "genft_row"),
+        ("grft", "grft_column"),
+        ("wegeft", "grft", "lora"),
     ],
     ids="+".join,
 )
