@@ -113,25 +113,28 @@ def _factors(
 ) -> tuple[Tensor, Tensor, bool, float]:
     """(A [r, K], B [N, r], whether they are ΔW's own, relative error)."""
     delta = layer.get_delta_weight(adapter_name)
-    exact = layer.low_rank_factors(adapter_name)
-    if exact is not None:
-        a, b = exact
-    elif rank is None and max_error is None:
+    size = float(torch.linalg.matrix_norm(delta))
+
+    def error(a: Tensor, b: Tensor) -> float:
+        return float(torch.linalg.matrix_norm(torch.addmm(delta, b, a, beta=-1))) / size if size else 0.0
+
+    if exact := layer.low_rank_factors(adapter_name):
+        return *exact, True, error(*exact)
+    if rank is None and max_error is None:
         raise ValueError(
             f"max_error, rank: got neither, expected one of them because ΔW of {name} has full rank and has to be "
             "approximated"
         )
-    else:
-        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-        kept = min(rank, len(s)) if rank is not None else _rank_for(s, max_error)
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    # What is rounded on the way can be more than the rank that just suffices has to spare: then the next one.
+    ranks = [rank] if rank is not None else [_rank_for(s, max_error) + more for more in (0, 1)]
+    for kept in ranks:
         a, b = vh[:kept], u[:, :kept] * s[:kept]
-    size = float(torch.linalg.matrix_norm(delta))
-    error = float(torch.linalg.matrix_norm(torch.addmm(delta, b, a, beta=-1))) / size if size else 0.0
-    if exact is None and max_error is not None and error > max_error:
-        raise ValueError(
-            f"max_error: got {max_error:g}, which {delta.dtype} cannot reach in {name}, expected at least {error:.1e}"
-        )
-    return a, b, exact is not None, error
+        if max_error is None or error(a, b) <= max_error:
+            return a, b, False, error(a, b)
+    raise ValueError(
+        f"max_error: got {max_error:g}, which {delta.dtype} cannot reach in {name}, expected at least {error(a, b):.1e}"
+    )
 
 
 def _rank_for(s: Tensor, max_error: float | None) -> int:

@@ -75,7 +75,7 @@ def test_other_architectures(case, name, tmp_path):
 def test_it_loads_where_there_is_no_genft(tmp_path):
     for case in ("wegeft", "gift_mlp", "genft_gelu"):
         model = adapt(case)
-        export_lora(model, tmp_path / case, max_error=1e-6)
+        export_lora(model, tmp_path / case, max_error=1e-5)
         torch.save({"ids": IDS.cpu(), "logits": logits(model).cpu()}, tmp_path / case / "want.pt")
     llama().save_pretrained(tmp_path / "base")
     code = """

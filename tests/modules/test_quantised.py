@@ -20,7 +20,7 @@ from .cases import CASES, DEVICE, IDS, llama, logits, randomize
 
 K, N = 128, 96
 EDITS = {"wegeft", "wegeft_own", "gift"}  # they never look at W0
-READS = {case for case in CASES if case.startswith(("gift_", "peanut", "genft"))}
+READS = {case for case in CASES if case.startswith(("gift_", "peanut", "genft", "wegeft_halves"))}
 
 
 class Int8Linear(nn.Module):
@@ -204,7 +204,7 @@ def test_panels_of_bounded_size_and_nothing_kept(case, monkeypatch):
         for got, want in zip(outcome, results(wanted, x), strict=True):
             torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
     assert all(torch.isfinite(result).all() for result in outcome)
-    assert len(sizes) >= 10  # in forward, and anew in backward
+    assert len(sizes) >= 6  # in forward, and anew in backward; one case adapts half of the rows
     assert max(sizes) <= 20 * K
     with saving() as saved:
         ours(x)
