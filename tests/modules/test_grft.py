@@ -317,9 +317,10 @@ class PenalisedTrainer(PenaltyMixin, Trainer):
     pass
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_trainer_adds_the_penalty_once_for_each_step(accumulation, tmp_path):
-    """With plain gradient descent, one step from the same start differs by lr·2λV."""
+@pytest.mark.parametrize(("accumulation", "by_tokens"), [(1, True), (2, True), (2, False)])
+def test_the_trainer_adds_the_penalty_once_for_each_step(accumulation, by_tokens, tmp_path):
+    """With plain gradient descent, one step from the same start differs by lr·2λV; whether losses are divided by the
+    tokens of all accumulated batches, or by the number of batches."""
     results = {}
     for penalty in (0.0, 0.5):
         model = randomize(fresh(selection="random", penalty=penalty))
@@ -331,6 +332,8 @@ def test_the_trainer_adds_the_penalty_once_for_each_step(accumulation, tmp_path)
         )  # fmt: skip
         data = [{"input_ids": row, "labels": row} for row in IDS.cpu()]
         trainer = PenalisedTrainer(model, arguments, train_dataset=data, eval_dataset=data)
+        assert trainer.model_accepts_loss_kwargs
+        trainer.model_accepts_loss_kwargs = by_tokens
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         results[penalty] = (before, [p.detach() for p in model.parameters() if p.requires_grad])
