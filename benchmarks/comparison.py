@@ -18,7 +18,7 @@ from . import memory
 from .contenders import CONTENDERS, Contender, trainable
 from .gate import Verdict, gradients, judge, poisoned
 from .shapes import DTYPE_NAMES, Case
-from .timing import Clock, Stats, Step, WallClock, cache_bytes, clock_for, interleave, ratio
+from .timing import Clock, Stats, Step, WallClock, cache_bytes, captured, clock_for, interleave, ratio
 
 MODES = {
     "forward": "forward pass in training",
@@ -109,23 +109,10 @@ class Subject:
             for layers in self.replicas:
                 layers(x)
 
-    def captured(self) -> Step:
-        """`decode` as a CUDA graph."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for index in range(3):
-                self.decode(index)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.decode(0)
-        return lambda index: graph.replay()
-
     def timed(self) -> Step:
-        if self.mode == "decode" and self.case.device.type == "cuda":
-            return self.captured()
-        return {"forward": self.forward, "step": self.step, "decode": self.decode, "call": self.forward}[self.mode]
+        if self.mode == "decode":
+            return captured(self.decode, self.case.device)
+        return {"forward": self.forward, "step": self.step, "call": self.forward}[self.mode]
 
     def check(self) -> Verdict:
         """The gate at the full shape, on the first input: y, dX and every parameter's gradient."""

@@ -41,6 +41,7 @@ class Method:
             module is measured.
         algorithms: families of `operation` that run on their own beside the automatic choice.
         model: the layers of a language model that its paper adapts, and the rank there.
+        ready: what its layer needs before it can be applied, from the layer and the naive one.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Method:
     apply: Callable[..., Tensor] | None = None
     algorithms: tuple[str, ...] = ("thin", "fused")
     model: tuple[tuple[str, ...], int] = (("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"), 64)
+    ready: Callable[[nn.Module, naive.Naive], None] | None = None
 
 
 def _genft(own: type[naive.NaiveGenft], r: int) -> dict[str, Any]:
@@ -64,6 +66,10 @@ def _genft(own: type[naive.NaiveGenft], r: int) -> dict[str, Any]:
         "inner_activation": own.inner,
         "outer_activation": own.outer,
     }
+
+
+def _select(layer: nn.Module, own: naive.NaiveGrft) -> None:
+    layer.genft_generators["default"].select(own.indices)
 
 
 def _apply_genft(own: naive.NaiveGenft, x: Tensor, **how: Any) -> Tensor:
@@ -111,6 +117,23 @@ METHODS = (
         "lowrank_linear",
     ),
     Method("peanut", "lowrank", naive.NaivePeanut, "PeanutConfig", lambda r: {"r": r}, "lowrank_linear"),
+    *(
+        Method(
+            f"grft-{orientation}",
+            "slices",
+            own,
+            "GRFTConfig",
+            # A random choice for whole models; a layer of its own is given the naive one's.
+            lambda r, orientation=orientation: {"k": r, "orientation": orientation, "selection": "random"},
+            "sliced_linear",
+            lambda own, x, orientation=orientation, **how: genft_kernels.sliced_linear(
+                x, own.weight, own.values, own.indices, own.bias, orientation=orientation, **how
+            ),
+            model=(("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"), 16),
+            ready=_select,
+        )
+        for orientation, own in (("row", naive.NaiveGrft), ("column", naive.NaiveGrftColumns))
+    ),
     *(
         Method(
             name,
@@ -224,7 +247,10 @@ def _naive(method: Method) -> Contender:
 def _module(method: Method) -> Contender:
     def build(linear: nn.Linear, case: Case) -> nn.Module:
         config = getattr(genft_modules, method.config)(**method.fields(case.r))
-        return genft_modules.FusedGenLinear.from_linear(linear, config).to(case.dtype)
+        layer = genft_modules.FusedGenLinear.from_linear(linear, config)
+        if method.ready is not None:
+            method.ready(layer, method.naive(linear, case.r))
+        return layer.to(case.dtype)
 
     def twin(layer: nn.Module, linear: nn.Linear, case: Case) -> nn.Module:
         return _copied(trainable(layer), method.naive(linear, case.r))

@@ -74,8 +74,8 @@ def judge(got: Tensors, truth: Tensors, torch_own: Tensors, dtype: torch.dtype, 
 
 
 def gradients(outputs: Sequence[Tensor], inputs: Tensors, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Output and gradient tensors by name, for the loss Σ outputs · cotangents."""
-    grads = torch.autograd.grad(outputs, list(inputs.values()), list(cotangents))
+    """Output and gradient tensors by name, for the loss Σ outputs · cotangents; outputs alone without inputs."""
+    grads = torch.autograd.grad(outputs, list(inputs.values()), list(cotangents)) if inputs else ()
     named = {f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}
     return {f"y{i}" if i else "y": out.detach() for i, out in enumerate(outputs)} | named
 

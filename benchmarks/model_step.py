@@ -1,4 +1,5 @@
-"""A whole training step of a Llama-shaped model with random weights: time, tokens per second, memory (goals P6, P10).
+"""A whole training step, or decoding step, of a Llama-shaped model with random weights: time, tokens per second, memory
+(goals P6, P10).
 
 All variants of a comparison stand on the same frozen weights, side by side, so that one run measures them interleaved.
 Every variant gets embeddings that require a gradient, as with gradient checkpointing: then the frozen model, the floor,
@@ -28,7 +29,7 @@ from .comparison import Record, Settings, wake
 from .contenders import METHODS, Method
 from .gate import errors
 from .shapes import DTYPE_NAMES
-from .timing import Stats, clock_for, interleave, ratio
+from .timing import Stats, Step, captured, clock_for, interleave, ratio
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,15 @@ def variants(size: Size) -> dict[str, Variant]:
     return {variant.name: variant for variant in found}
 
 
+MODES = {
+    "step": "one training step",
+    "step-checkpoint": "one training step with gradient checkpointing",
+    "step-compile": "one training step under torch.compile",
+    "step-graph": "one training step, captured on a GPU",
+    "decode": "the next token of each sample, no cache of earlier ones, captured on a GPU",
+}
+
+
 class Trainee:
     """A variant on the shared weights: its model, optimiser and step."""
 
@@ -153,9 +163,11 @@ class Trainee:
             if "checkpoint" in mode:
                 self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         wake(self.model, torch.Generator(embedded[0].device).manual_seed(1))
-        self.model.train()
+        self.mode = mode
+        self.model.train(mode != "decode")
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=1e-6) if self.parameters else None
+        graph = mode == "step-graph" and embedded[0].is_cuda
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=1e-6, capturable=graph) if self.parameters else None
         self.call: Callable[..., Any] = torch.compile(self.model) if "compile" in mode else self.model
 
     def loss(self, index: int) -> Tensor:
@@ -169,14 +181,26 @@ class Trainee:
             self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)
 
-    def gradients(self, backend: str) -> dict[str, Tensor]:
-        """Loss and parameter gradients with every adapter of ours on this backend."""
+    def decode(self, index: int) -> Tensor:
+        with torch.no_grad():
+            return self.call(inputs_embeds=self.embedded[index % len(self.embedded)]).logits  # type: ignore[no-any-return]
+
+    def timed(self) -> Step:
+        device = self.embedded[0].device
+        if self.mode == "decode":
+            return captured(self.decode, device)
+        return captured(self.step, device) if self.mode == "step-graph" else self.step
+
+    def outcome(self, backend: str) -> dict[str, Tensor]:
+        """Loss and parameter gradients, or the logits of decoding, with every adapter of ours on this backend."""
         ours = [m for m in self.model.modules() if isinstance(m, genft_modules.FusedGenLinear)]
         generators = [g for layer in ours for g in layer.genft_generators.values()]
         before = [g.backend for g in generators]
         for g in generators:
             g.backend = backend
         try:
+            if self.mode == "decode":
+                return {"logits": self.decode(0)}
             loss = self.loss(0)
             loss.backward()
             found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
@@ -189,7 +213,7 @@ class Trainee:
     def check(self) -> dict[str, Any]:
         """The whole model against itself on the reference operations: bf16 activations through many layers differ by
         rounding, so gradients of most layers may differ by a tenth, not by more. Single layers have the strict gate."""
-        plain, own = self.gradients("reference"), self.gradients("auto")
+        plain, own = self.outcome("reference"), self.outcome("auto")
         found = {name: errors(own[name], plain[name].double())[0] for name in plain}
         worst = max(found, key=lambda name: found[name])
         budget = 0.1 if next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-3
@@ -212,8 +236,7 @@ def compare_models(
     settings: Settings | None = None,
     samples: dict[str, list[float]] | None = None,
 ) -> list[Record]:
-    """Measures variants (all, unless named) of a model against the frozen one. `mode`: "step", with "-checkpoint" or
-    "-compile" after it for gradient checkpointing or torch.compile."""
+    """Measures variants (all, unless named) of a model against the frozen one. `mode`: a key of MODES."""
     settings = settings or Settings(seconds=6.0, max_rounds=20)
     base = build_base(size, dtype, device)
     weights = sum(p.numel() * p.element_size() for p in base.parameters())
@@ -223,6 +246,7 @@ def compare_models(
     every = variants(size)
     records: dict[str, Record] = {}
     trainees: dict[str, Trainee] = {}
+    steps: dict[str, Step] = {}
     for name in dict.fromkeys(["frozen", *(names or every)]):
         variant = every[name]
         record = records[name] = {
@@ -242,12 +266,13 @@ def compare_models(
                 if not record["gate"]["ok"]:
                     record["withheld"] = f"gate: {record['gate']}"
                     continue
-            trainee.step(0)
+            steps[name] = trainee.timed()
+            steps[name](0)
             trainees[name] = trainee
         except Exception as error:
             record["withheld"] = f"{type(error).__name__}: {error}"[:300]
     limits = {"min_rounds": settings.min_rounds, "max_rounds": settings.max_rounds, "warmup": settings.warmup}
-    steps = {name: trainee.step for name, trainee in trainees.items()}
+    steps = {name: steps[name] for name in trainees}
     measured = interleave(steps, clock_for(device), seconds=settings.seconds, **limits)
     for name, ms in measured.items():
         stats = Stats.of(ms)
@@ -256,7 +281,7 @@ def compare_models(
         records[name]["tokens_per_s"] = round(size.batch * size.sequence / stats.median * 1e3, 1)
         if samples is not None:
             samples[name] = ms
-    if settings.memory:
+    if settings.memory and mode in ("step", "step-checkpoint"):
         for name, trainee in trainees.items():
             records[name]["memory"] = trainee.memory(weights)
     return list(records.values())

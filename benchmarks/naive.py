@@ -83,6 +83,24 @@ class NaivePeanut(Naive):
         return (torch.relu(self.weight.t() @ self.A.t()) @ self.B.t()).t()
 
 
+class NaiveGrft(Naive):
+    """r rows, far apart; the gradient of the whole ΔW is made and most of it thrown away."""
+
+    columns = False
+
+    def reset(self) -> None:
+        self.values = self.factor(self.n, self.r) if self.columns else self.factor(self.r, self.k)
+        size = self.k if self.columns else self.n
+        self.register_buffer("indices", torch.linspace(0, size - 1, self.r, device=self.weight.device).long())
+
+    def delta(self) -> Tensor:
+        return torch.zeros_like(self.weight).index_copy(int(self.columns), self.indices, self.values)
+
+
+class NaiveGrftColumns(NaiveGrft):
+    columns = True
+
+
 class NaiveSas(Naive):
     """r is half shared, half made by the hypernetwork; its sizes are the config's defaults."""
 

@@ -151,6 +151,27 @@ def _sliced(t: Tensors, o: dict[str, Any], seed: Tensor | None, *, columns: bool
     return F.linear(t["x"], w + delta, t.get("bias"))
 
 
+def _squares(orientation: str) -> Operation:
+    """Sums of squares of dYᵀ x over its rows, or columns; the measure has no gradient."""
+
+    def truth(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
+        gradient = t["dy"].t() @ t["x"]
+        return gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square().sum(int(orientation == "row"))
+
+    return Operation(
+        f"squared_gradient_sums_{orientation}",
+        lambda m, n, k, r: {"dy": (m, n), "x": (m, k)},
+        trained=(),
+        activations=("dy", "x"),
+        factors=(),
+        truth=truth,
+        algorithms=("fused",),
+        problem=lambda m, n, k, r: (m, *((k, n) if orientation == "column" else (n, k)), 1),
+        function="squared_gradient_sums",
+        extra=lambda t: {"orientation": orientation},
+    )
+
+
 def _released(r: int) -> dict[str, Any]:
     """The released settings of GenFT that the goals are about: gelu at r = 16, leakyrelu at r = 37."""
     return {"activation": "leakyrelu" if r == 37 else "gelu"}
@@ -239,6 +260,8 @@ OPERATIONS = {
             function="sliced_linear",
             extra=lambda t: {"indices": _slices(t, True), "orientation": "column"},
         ),
+        _squares("row"),
+        _squares("column"),
         Operation(
             "generated_linear",
             lambda m, n, k, r: {
@@ -326,7 +349,7 @@ def draw(check: Check, device: torch.device) -> tuple[Tensors, Tensor]:
     for name, shape in operation.inputs(check.m, check.n, check.k, check.r).items():
         if name.endswith("bias") and not check.bias:
             continue
-        scale = shape[-1] ** -0.5 if len(shape) == 2 and name != "x" else 1.0
+        scale = shape[-1] ** -0.5 if len(shape) > 1 and name not in ("x", "dy") else 1.0
         wide = check.wide and (name in operation.factors or (name == "bias" and "x" not in tensors))
         if name in operation.activations and check.layout == "transposed":
             tensor = random(shape[::-1], dtype).t()
@@ -476,6 +499,8 @@ def candidates(problem: Problem, operation: Operation, facts: DeviceFacts) -> li
     found = [default, LaunchPlan("reference")]
     if operation.form == "generated" or operation.name == "generated_features":
         found += _generated_candidates(default, operation, facts, half)
+    elif operation.algorithms == ("fused",):
+        found += _product_candidates(default, half)
     else:
         found += _low_rank_candidates(default, operation, problem.m, facts, half)
     return list(dict.fromkeys(plan for plan in found if plan.algorithm in (*operation.algorithms, "reference")))
@@ -502,10 +527,19 @@ def _low_rank_candidates(
             groups = max(1, min(per_processor * facts.processors, -(-m // rows)))
             skinny = SkinnyPlan(max(16, rows // half), max(32, columns // half), groups, warps, stages)
             found.append(replace(default, algorithm="thin", skinny=skinny))
-    for m_block, n, k, group, warps, stages in PRODUCTS if "fused" in operation.algorithms else ():
-        product = ProductPlan(max(16, m_block // half), max(16, n // half), max(16, k // half), group, warps, stages)
-        found.append(replace(default, algorithm="fused", product=product))
-    return found
+    return found + (_product_candidates(default, half) if "fused" in operation.algorithms else [])
+
+
+def _product_candidates(default: LaunchPlan, half: int) -> list[LaunchPlan]:
+    """Blocks of the fused product."""
+    return [
+        replace(
+            default,
+            algorithm="fused",
+            product=ProductPlan(max(16, m // half), max(16, n // half), max(16, k // half), group, warps, stages),
+        )
+        for m, n, k, group, warps, stages in PRODUCTS
+    ]
 
 
 def _generated_candidates(default: LaunchPlan, operation: Operation, facts: DeviceFacts, half: int) -> list[LaunchPlan]:
@@ -530,7 +564,5 @@ def _generated_candidates(default: LaunchPlan, operation: Operation, facts: Devi
         for panel in (1 << 19, 1 << 21, 1 << 22, 1 << 23):
             contract = replace(default.contract, panel=panel)
             found.append(replace(default, algorithm="panel", contract=contract))
-        for m, n, k, group, warps, stages in PRODUCTS:
-            product = ProductPlan(max(16, m // half), max(16, n // half), max(16, k // half), group, warps, stages)
-            found.append(replace(default, algorithm="fused", product=product))
+        found += _product_candidates(default, half)
     return found

@@ -13,7 +13,7 @@ import torch
 
 from genft_kernels.plan import LaunchPlan, Problem, device_facts
 
-from . import model_step, shapes
+from . import model_limits, model_step, shapes
 from .comparison import Inputs, Settings, Subject, compare
 from .contenders import CONTENDERS, METHODS, methods, names
 from .operations import OPERATIONS, Check, candidates, checks, draw, large_offset_check, run_check
@@ -138,6 +138,55 @@ def p6(run: Run) -> None:
         add(run, model_step.compare_models(size, _dtype(run), run.device, suite=suite, settings=settings))
         if _gpu(run):
             torch.cuda.empty_cache()
+
+
+def modes(run: Run) -> None:
+    """The whole model's step with gradient checkpointing, compiled and captured, and its decoding, captured."""
+    model = model_step.TINY if run.tiny else model_step.LLAMA3_8B if _gpu(run) else model_step.CPU_MODEL
+    peers = [name for name in model_step.variants(model) if name.startswith("peft-lora-")]
+    chosen = ["frozen", *peers, *(f"genft-{m.name}" for m in methods() if m.name in _IN_MODELS), "one-block-full"]
+    for mode in ("step-graph", "step-checkpoint", "decode", "step-compile"):
+        for batch in (1, 8, 64) if mode == "decode" else (model.batch,):
+            size = replace(model, batch=batch, sequence=1) if mode == "decode" else model
+            size = replace(size, name=f"{size.name}-{batch}") if mode == "decode" else size
+            settings = _settings(run, 3.0, max_rounds=10)
+            add(run, model_step.compare_models(size, _dtype(run), run.device, chosen, mode, settings=settings))
+            if _gpu(run):
+                torch.cuda.empty_cache()
+
+
+_IN_MODELS = ("wegeft", "gift", "genft-gelu", "lora", "grft-row", "sas")
+
+
+def fits(run: Run) -> None:
+    """The longest sequence and the largest batch beside peft LoRA's, by bisection."""
+    model = model_step.TINY if run.tiny else model_step.LLAMA3_8B if _gpu(run) else model_step.CPU_MODEL
+    peer = next(name for name in model_step.variants(model) if name.startswith("peft-lora-"))
+    names = ["frozen", peer, "genft-wegeft", "genft-genft-gelu"]
+    budget = None if _gpu(run) else (1 << 18 if run.tiny else 1 << 29)
+    for what, most, grain in (
+        (("sequence", 1 << 17, 512), ("batch", 512, 1))
+        if _gpu(run)
+        else (
+            ("sequence", 64 if run.tiny else 4096, 16 if run.tiny else 128),
+            ("batch", 4 if run.tiny else 16, 1),
+        )
+    ):
+        limits = {"most": most, "grain": grain, "budget": budget}
+        add(run, model_limits.what_fits(model, _dtype(run), run.device, names, what, **limits))
+
+
+def mixed(run: Run) -> None:
+    """Decoding with 1, 8 and 64 adapters in one batch against one adapter."""
+    if run.tiny:
+        size, counts = replace(model_step.TINY, batch=4, sequence=1), (1, 2, 4)
+    elif _gpu(run):
+        size, counts = replace(model_step.LLAMA3_BLOCK, layers=2, batch=64, sequence=1), (1, 8, 64)
+    else:
+        size, counts = replace(model_step.CPU_BLOCK, batch=16, sequence=1), (1, 8, 16)
+    settings = _settings(run, 4.0, max_rounds=30)
+    r = 4 if run.tiny else 16
+    add(run, model_limits.mixed(size, _dtype(run), run.device, counts, r, settings))
 
 
 def p7(run: Run) -> None:

@@ -220,6 +220,17 @@ def _models(records: list[Record]) -> list[str]:
     return lines
 
 
+def _fitting(records: list[Record]) -> list[str]:
+    head = ["model", "what", "", "largest", "× frozen"]
+    frozen = {key(r): r["largest"] for r in records if r["contender"] == "frozen"}
+    rows = []
+    for r in records:
+        floor = frozen.get(key(r))
+        share = f"{r['largest'] / floor:.2f}" if floor else ""
+        rows.append([r["model"]["name"], r["mode"], r["contender"], str(r["largest"]), share])
+    return _table(head, rows)
+
+
 def _sweep(device: Device) -> list[str]:
     sweep = device.last("sweep")
     if not sweep:
@@ -260,9 +271,12 @@ def _device(device: Device, charts: list[Path], docs: Path) -> list[str]:
             for r in sorted({x["r"] for x in records if x["suite"] == suite and "model" not in x}):
                 own = [x for x in records if (x["suite"], x["mode"], x.get("r")) == (suite, mode, r)]
                 lines += _matrix(own, f"{suite}, {words}, r = {r}")
-    models = [r for r in records if r["suite"] in ("model", "block")]
+    models = [r for r in records if r["suite"] in ("model", "block", "mixed") and "ms" in r]
     if models:
-        lines += ["### Whole models and blocks, one training step", "", *_models(models)]
+        lines += ["### Whole models and blocks", "", *_models(models)]
+    fitting = [r for r in records if "largest" in r]
+    if fitting:
+        lines += ["### What fits", "", *_fitting(fitting)]
     swaps = [r for r in records if r["suite"] == "swap" and "ms" in r]
     if swaps:
         lines += [f"### Swapping {swaps[0]['layers']} layers of a {swaps[0]['model']['name']} shape", ""]

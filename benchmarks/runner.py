@@ -52,6 +52,8 @@ def line(record: Record) -> str:
     else:
         where = f"{record['m']}x{'+'.join(map(str, record['n']))}x{record['k']} r{record['r']} {record['dtype']}"
     text = f"{record['mode']:8} {where:34} {record['contender']:26} "
+    if "largest" in record:
+        return text + str(record["largest"])
     if "ms" not in record:
         return text + f"withheld: {record.get('withheld', '')}"
     text += f"{record['ms']['median']:10.4f} ms"

@@ -40,6 +40,22 @@ class Stats:
         return {name: round(value, 6) if name != "rounds" else value for name, value in asdict(self).items()}
 
 
+def captured(step: Step, device: torch.device) -> Step:
+    """`step(0)` as a CUDA graph; on a CPU, `step` itself."""
+    if device.type != "cuda":
+        return step
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(0)
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(0)
+    return lambda index: graph.replay()
+
+
 class Clock(Protocol):
     def run(self, steps: Sequence[Step], index: int) -> list[float]:
         """Runs the steps in this order with this index; milliseconds of each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import goals, model_step, parts, report, results, runner
+from benchmarks import goals, model_limits, model_step, parts, report, results, runner
 from benchmarks.comparison import Settings
 from genft_kernels import plan as plans
 from genft_kernels.plan import DeviceFacts, LaunchPlan, Problem
@@ -288,3 +289,52 @@ def test_pytest_benchmarks_measures(tmp_path):
     assert "1.000 x frozen" in done.stdout
     (path,) = tmp_path.glob("*.json")
     assert [r["contender"] for r in results.load(path)["records"]] == ["frozen"]
+
+
+# ---- what fits, and who shares
+
+
+@pytest.mark.parametrize(("edge", "grain"), [(0, 1), (1, 1), (7, 1), (64, 1), (48, 16), (63, 16), (1000, 16)])
+def test_the_largest_that_fits_is_found_by_bisection(edge, grain):
+    tried = []
+
+    def fits(value):
+        tried.append(value)
+        return value <= edge
+
+    found = model_limits.largest(fits, start=8 * grain, most=64 * grain, grain=grain)
+    assert found == min(edge, 64 * grain) // grain * grain
+    assert len(tried) == len(set(tried)) <= 12
+    assert all(value % grain == 0 for value in tried)
+
+
+def test_what_fits_is_measured_against_a_budget():
+    names = ["frozen", "genft-wegeft"]
+    limits = {"most": 64, "grain": 16, "budget": 1 << 18}
+    frozen, wegeft = model_limits.what_fits(model_step.TINY, torch.float32, CPU, names, "sequence", **limits)
+    assert 16 <= wegeft["largest"] <= frozen["largest"] <= 64
+    assert (
+        model_limits.what_fits(model_step.TINY, torch.float32, CPU, ["frozen"], "batch", most=4, grain=1, budget=1)[0][
+            "largest"
+        ]
+        == 0
+    )
+
+
+def test_adapters_mixed_in_one_batch_are_measured_behind_a_check():
+    size = dataclasses.replace(model_step.TINY, batch=4, sequence=1)
+    settings = Settings(seconds=0.0, min_rounds=2, warmup=1)
+    records = {r["contender"]: r for r in model_limits.mixed(size, torch.float32, CPU, (1, 3), 4, settings)}
+    for name in ("genft-lora", "genft-wegeft", "peft-lora"):
+        assert records[f"{name}, one active"]["ms"]["median"] > 0
+        assert all(records[f"{name}, {count} in a batch"]["gate"]["ok"] for count in (1, 3))
+    assert "".join(report._models(list(records.values()))).count("in a batch") == 6
+
+
+@pytest.mark.parametrize("mode", ["step-graph", "decode"])
+def test_modes_of_a_whole_model(mode):
+    size = dataclasses.replace(model_step.TINY, sequence=1) if mode == "decode" else model_step.TINY
+    settings = Settings(seconds=0.0, min_rounds=2, warmup=1)
+    records = model_step.compare_models(size, torch.float32, CPU, ["genft-lora"], mode, settings=settings)
+    assert all(r["ms"]["median"] > 0 for r in records)
+    assert records[1]["gate"]["ok"]
