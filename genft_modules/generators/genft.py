@@ -62,7 +62,7 @@ class GenFTConfig(GeneratorConfig):
     generator_bias=False; LLaMA-7B 4, 4, 1, 1, gelu, gelu, 0; each on the projections of q and v.
 
     With a linear outer activation and nothing dropped the update is low rank. Otherwise it has full rank and its
-    operation costs about as much as training the layer's whole weight, without the memory.
+    operation costs at least as much as training the layer's whole weight, without the memory.
 
     Args:
         generator_share_dim: rank of the shared factors.
