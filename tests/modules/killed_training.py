@@ -21,9 +21,10 @@ STEPS, SAVE_EVERY = 6, 2
 # Dropout where a method has any: then the random state has to come back, too.
 METHODS = {
     "wegeft": {"wegeft_dropout": 0.3},
-    "gift_mlp": {},
     "lora": {"lora_dropout": 0.3},
     "genft_gelu": {"drop": 0.2},
+    "sas": {},
+    "grft": {},
 }
 
 

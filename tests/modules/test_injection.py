@@ -11,6 +11,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -153,6 +154,23 @@ def test_fused_experts_are_refused_by_name(targets, message):
 def test_other_layers_are_refused_by_name(make, name):
     with pytest.raises(TypeError, match=rf"target_modules: it: base_layer: got {name}, expected torch.nn.Linear"):
         get_peft_model(nn.ModuleDict({"it": make()}), WeGeFTConfig(r=2, target_modules=["it"]))
+
+
+def test_hotswapping_is_refused_by_peft(tmp_path):
+    """It knows the layers of its own LoRA only, and says so; `load_adapter` and `set_adapter` are the way."""
+    model = get_peft_model(llama(), LoRAConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA but GENFT_LORA"):
+        hotswap_adapter(model, tmp_path, adapter_name="default", torch_device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "adapted"),
+    [("gpt2", None, {"c_attn"}), ("t5", None, {"q", "v"}), ("bert", None, {"query", "value"})],
+)
+def test_the_usual_layers_of_an_architecture(make, targets, adapted):
+    model = get_peft_model(ARCHITECTURES[make].make(), LoRAConfig(r=2, target_modules=targets))
+    assert {name.rpartition(".")[2] for name in layers(model)} == adapted
 
 
 @pytest.mark.parametrize("gradients", [True, False])

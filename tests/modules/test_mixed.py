@@ -12,6 +12,7 @@ from torch import nn
 from genft_modules import METHODS, FusedGenLinear, linear, mixed
 from genft_modules.generators import Generator
 
+from ..kernels.truth import EPSILON, error
 from .architectures import ARCHITECTURES
 from .cases import CASES, DEVICE, KINDS, randomize
 
@@ -233,6 +234,18 @@ def test_half_precision_and_backends(backend):
     for i, name in enumerate(("low", "edit", "low")):
         want = x[i].float() @ (layer.base_layer.weight.float() + layer.get_delta_weight(name)).t()
         torch.testing.assert_close(y[i].float(), want + layer.base_layer.bias.float(), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("case", ["wegeft", "gift_gelu", "genft_gelu"])
+def test_autocast(case):
+    """Each sample as alone under autocast, to what bfloat16 keeps."""
+    model = adapt(case)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16), torch.no_grad():
+        found = model(input_ids=IDS, adapter_names=NAMES).logits
+        want = one_by_one(model, NAMES, input_ids=IDS)
+    assert found.dtype == want.dtype
+    exact = one_by_one(model, NAMES, input_ids=IDS)
+    assert error(found, exact) <= 2 * error(want, exact) + EPSILON[torch.bfloat16]
 
 
 def test_modules_that_are_saved_in_full_take_part():
