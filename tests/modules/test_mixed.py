@@ -15,6 +15,7 @@ from genft_modules.generators import Generator
 from ..kernels.truth import EPSILON, error
 from .architectures import ARCHITECTURES
 from .cases import CASES, DEVICE, KINDS, randomize
+from .test_quantised import Int8Linear
 
 IDS = torch.arange(5 * 7, device=DEVICE).reshape(5, 7) * 11 % 61
 NAMES = ["second", "default", "__base__", "second", "third"]
@@ -217,6 +218,24 @@ def test_base_layers_that_make_their_own_product():
     assert torch.equal(y[1], base[1])
     torch.testing.assert_close(y[0], base[0] + 2 * x[0] @ layer.get_delta_weight("edit").t())  # through the base layer
     torch.testing.assert_close(y[2], base[2] + x[2] @ layer.get_delta_weight("low").t())
+
+
+def test_quantised_base_layers():
+    """Edits, low-rank updates and generated ones on a weight that is only dequantised where it has to be."""
+    torch.manual_seed(0)
+    layer = FusedGenLinear(Int8Linear(nn.Linear(40, 24)).to(DEVICE))
+    for name, case in (("edit", "wegeft"), ("low", "gift_gelu"), ("full", "genft_gelu"), ("rows", "grft")):
+        layer.add_adapter(name, CASES[case]())
+    layer.set_adapter(list(layer.genft_generators))
+    randomize(layer)
+    x = torch.randn(5, 3, 40, device=DEVICE)
+    names = ["low", "edit", "__base__", "full", "rows"]
+    y, base = layer(x, adapter_names=names), layer.base_layer(x)
+    assert torch.equal(y[2], base[2])
+    for i, name in enumerate(names):
+        if name != "__base__":
+            want = base[i] + x[i] @ layer.get_delta_weight(name).t()
+            torch.testing.assert_close(y[i], want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
