@@ -39,7 +39,7 @@ def test_a_page_is_refreshed_between_its_markers(tmp_path):
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero2"])
 def test_accelerate_reads_the_configurations(name):
-    config = load_config_from_file(ROOT / "examples" / "accelerate" / f"{name}.yaml")
+    config = load_config_from_file(str(ROOT / "examples" / "accelerate" / f"{name}.yaml"))
     kind = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED"}[name]
     assert config.distributed_type == kind
     assert config.num_processes == 8
