@@ -58,15 +58,13 @@ def replaced_adapter(path: Path) -> Iterator[Path]:
     with _written(path / PARTIAL) as partial:
         yield partial
         _sync(*partial.rglob("*"))
-        for new in partial.iterdir():
+        for new in partial.iterdir():  # names change in this order, without a pause: the moment between is short
             if new.name not in (CONFIG, WEIGHTS):
                 os.replace(new, path / new.name)
         config = path / CONFIG
         if config.exists() and config.read_bytes() != (partial / CONFIG).read_bytes():
             os.replace(config, path / FORMER)
-        _sync(path)
         os.replace(partial / WEIGHTS, path / WEIGHTS)
-        _sync(path)
         os.replace(partial / CONFIG, config)
         _sync(path)
         (path / FORMER).unlink(missing_ok=True)
