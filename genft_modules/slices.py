@@ -13,9 +13,11 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, distributed, nn
 
 from genft_kernels import squared_gradient_sums
+from genft_kernels.sharded import is_sharded
 from genft_modules.console import bar
 from genft_modules.generators.grft import GRFTConfig, GRFTGenerator
 from genft_modules.linear import FusedGenLinear
+from genft_modules.weights import stored
 
 _PREFIX = "base_model.model."  # of a module's name in a PeftModel
 
@@ -181,6 +183,9 @@ def grft_penalty(model: nn.Module) -> Tensor:
     added to a loss: differentiable, a float32 scalar, 0 where λ is.
 
     `PenaltyMixin` adds it in a `Trainer`.
+
+    Raises:
+        ValueError: a weight is sharded: the gradient of the penalty would be reduced as if it were a part of one.
     """
     configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
     terms = []
@@ -188,6 +193,8 @@ def grft_penalty(model: nn.Module) -> Tensor:
         if isinstance(module, FusedGenLinear):
             for generator in module._active_generators():
                 if isinstance(generator, GRFTGenerator) and generator.penalty:
+                    if is_sharded(stored(module.base_layer)):
+                        raise ValueError(f"penalty: the weight of {name} is sharded, expected a penalty of 0")
                     terms.append(generator.penalty * generator.values.float().square().sum())
         elif isinstance(module, ModulesToSaveWrapper):
             for adapter in module.active_adapters:

@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
-from genft_modules import METHODS, FusedGenLinear
+from genft_modules import METHODS, FusedGenLinear, grft_penalty
 from genft_modules.adapters import restore_adapter, save_adapter
 from genft_modules.distributed import align_adapters, unwrapped
 
@@ -262,6 +262,15 @@ def one_layer(style: str, case: str, *more: str) -> None:
     torch.testing.assert_close(run(layer), want, rtol=1e-9, atol=1e-9)
     with pytest.raises(TypeError, match="DTensor"):
         layer.merge()
+
+
+def a_penalty_is_refused() -> None:
+    model = adapt(base(), "grft")
+    model.get_base_model().model.layers[0].self_attn.q_proj.genft_generators["default"].penalty = 1.0
+    assert grft_penalty(model) > 0
+    cut(model, mesh(), ".base_layer")
+    with pytest.raises(ValueError, match=r"penalty: the weight of .*q_proj is sharded"):
+        grft_penalty(model)
 
 
 def fused_rows_are_refused() -> None:
@@ -498,11 +507,12 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
                 yield f"one_layer-{style}-{case}", partial(one_layer, style, case)
         yield f"one_layer-{style}-several", partial(one_layer, style, "wegeft", "genft_gelu", "lora")
     yield "fused_rows", fused_rows_are_refused
+    yield "penalty", a_penalty_is_refused
     for way in ("ddp", "fsdp_blocks", "tp_plan"):
         for case in ("wegeft", "lora", "genft"):
             yield f"files-{way}-{case}", partial(files_are_those_of_one_process, way, case)
     for way in ("ddp", "fsdp_blocks", "tensor_parallel"):
-        for case in (*METHODS, "genft_gelu"):
+        for case in (*METHODS, "genft_gelu") if way != "ddp" else ("wegeft", "lora"):
             yield f"communication-{way}-{case}", partial(communication_is_what_the_adapter_needs, way, case)
     yield "cut_and_whole", factors_of_cut_and_whole_layers_are_refused
     yield "other_values", other_values_become_those_of_the_first

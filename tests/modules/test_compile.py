@@ -109,19 +109,18 @@ class Tokens(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize(("case", "backend"), [("wegeft", INDUCTOR), ("genft_gelu", "aot_eager")])
-def test_trainer_with_torch_compile(case: str, backend: str, tmp_path) -> None:
+def test_trainer_with_torch_compile(tmp_path) -> None:
     """A run of the Trainer with torch_compile=True ends where the eager one does."""
     ends = []
     for compiled in (False, True):
-        model = get_peft_model(llama(), CASES[case](target_modules=TARGETS))
+        model = get_peft_model(llama(), CASES["wegeft"](target_modules=TARGETS))
         arguments = TrainingArguments(
             str(tmp_path),
             max_steps=3,
             per_device_train_batch_size=2,
             learning_rate=1e-2,
             torch_compile=compiled,
-            torch_compile_backend=backend if compiled else None,
+            torch_compile_backend=INDUCTOR if compiled else None,
             use_cpu=DEVICE == "cpu",
             report_to=[],
             save_strategy="no",
