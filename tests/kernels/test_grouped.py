@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import genft_kernels as gk
 from genft_kernels import DeviceFacts, LaunchPlan, Problem, SkinnyPlan, grouped
 
-from .test_operations import Inside, short
+from .test_operations import Inside
 from .truth import GROUPS, Case, assert_close_to_truth, make_case, run
 
 # Tiles of 16 rows; as many programs as to split the columns of a few tiles, too.
@@ -27,7 +27,7 @@ def taking(index: list[int], *, t: int = 1, n: int = 45, k: int = 130, r: int = 
 
 
 @algorithms
-@pytest.mark.parametrize("t", [1, 7, 40])
+@pytest.mark.parametrize("t", [1, 7, 20])
 def test_samples_of_several_rows_and_split_columns(algorithm, t, device, poisoned):
     """Tiles that hold several samples, samples that take several tiles; both orders of the samples in a tile."""
     case = taking([3, -1, 0, 3, 1, 0], t=t, device=device)
@@ -46,11 +46,10 @@ def test_groups_without_samples(algorithm, index, device, poisoned):
 
 
 @algorithms
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
-def test_updates_alone(algorithm, dtype, device, poisoned):
-    case = taking([1, 3, -1, 1, 0], t=5, dtype=dtype, device=device)
+def test_updates_alone(algorithm, device, poisoned):
+    case = taking([1, 3, -1, 1, 0], t=5, dtype=torch.bfloat16, device=device)
     alone = replace(case, tensors={**case.tensors, "weight": None, "bias": None})
-    assert_close_to_truth(alone, dtype, plan=PLANS[algorithm])
+    assert_close_to_truth(alone, torch.bfloat16, plan=PLANS[algorithm])
 
 
 @algorithms

@@ -18,10 +18,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from .cases import CASES, MODELS
 
 STEPS, SAVE_EVERY = 6, 2
-# Dropout where a method has any: then the random state has to come back, too.
+# One per way of keeping parameters; dropout where a method has any: then the random state has to come back, too.
 METHODS = {
     "wegeft": {"wegeft_dropout": 0.3},
-    "lora": {"lora_dropout": 0.3},
     "genft_gelu": {"drop": 0.2},
     "sas": {},
     "grft": {},
