@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,10 @@ class Job:
         return f"{self.entrant.method} lr={self.lr:g} seed={self.seed}"
 
 
+def _digest(paths: Iterable[Path]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+
+
 class Plan:
     """The runs of a comparison."""
 
@@ -194,7 +198,9 @@ class Plan:
         self.values = {entrant.method: fitted(entrant, size, base)[0] for entrant in size.entrants()}
         unused = ("methods", "seed", "timing_rounds")
         task = {name: value for name, value in dataclasses.asdict(size.task).items() if name not in unused}
-        self.task = hashlib.sha256(json.dumps([task, base.name, text]).encode()).hexdigest()[:16]
+        # The weights themselves, for their training rounds differently with another number of threads.
+        weights = _digest(path for path in sorted(base.glob("*.safetensors")))
+        self.task = hashlib.sha256(json.dumps([task, weights, text]).encode()).hexdigest()[:16]
 
     def tuning(self) -> list[Job]:
         rates = {each.method: [float(f"{each.lr * factor:.3g}") for factor in TUNING_FACTORS] for each in ENTRANTS}
@@ -284,8 +290,7 @@ def run(size: Size, folder: Path, cache: Path, *, workers: int) -> Path:
     with tempfile.TemporaryDirectory(prefix="genft-") as directory:
         scratch = Path(directory)
         texts = demo.write_texts(size.task, scratch)
-        digest = hashlib.sha256(b"".join(texts[name].read_bytes() for name in sorted(texts))).hexdigest()[:16]
-        plan = Plan(size, base, digest)
+        plan = Plan(size, base, _digest(texts[name] for name in sorted(texts)))
 
         def made(jobs: list[Job], title: str) -> bool:
             missing = [job for job in jobs if not store.has(job.key, job.settings)]
@@ -300,7 +305,7 @@ def run(size: Size, folder: Path, cache: Path, *, workers: int) -> Path:
         compared = plan.compared(rates)
         news = made(compared, "comparison")
         store.keep([job.key for job in compared], of_tuning=False)
-        settings = {"values": plan.values, "base": base.name, "rounds": size.rounds}
+        settings = {"values": plan.values, "task": plan.task, "rounds": size.rounds}
         if news or store.data["steps"].get("settings") != settings:
             load = os.getloadavg()[0]
             stage = [sys.executable, "-m", "benchmarks.adaptation", "--time-steps", size.name]
