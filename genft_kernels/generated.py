@@ -8,12 +8,12 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .activations import activation as activation_named
 from .checks import FLOATS, autocast, check_dropout, check_factor, check_linear, choice_of
-from .ops import as_kernel, launcher, present, wanted
+from .operator import operator
+from .ops import launcher, present, wanted
 from .plan import LaunchPlan, resolve
 from .reference import Generated
 
@@ -41,8 +41,7 @@ def _empties(likes: list[Tensor | None], needs: list[bool]) -> list[Tensor]:
 # ---- generated_linear
 
 
-@torch.library.custom_op("genft::generated_linear", mutates_args=())
-@as_kernel
+@operator("generated_linear")
 def _generated_linear(
     x: Tensor,
     weight: Tensor,
@@ -68,8 +67,7 @@ def _(x, weight, h, b, bias, row, column, scale, activation, dropout, seed, plan
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("genft::generated_linear_backward", mutates_args=())
-@as_kernel
+@operator("generated_linear_backward")
 def _generated_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -182,8 +180,7 @@ def generated_linear(
 # ---- generated_features
 
 
-@torch.library.custom_op("genft::generated_features", mutates_args=())
-@as_kernel
+@operator("generated_features")
 def _generated_features(
     h: Tensor,
     b: Tensor,
@@ -206,8 +203,7 @@ def _(h, b, a, bias, column, activation, dropout, seed, plan):  # type: ignore[n
     return b.new_empty(b.shape[0], a.shape[0])
 
 
-@torch.library.custom_op("genft::generated_features_backward", mutates_args=())
-@as_kernel
+@operator("generated_features_backward")
 def _generated_features_backward(
     dz: Tensor,
     h: Tensor,

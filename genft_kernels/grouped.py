@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .checks import autocast, check_activations, check_factor, check_linear, choice_of
-from .ops import _resolve, as_kernel, present, wanted
+from .operator import operator
+from .ops import _resolve, present, wanted
 from .plan import LaunchPlan
 from .rows import RowGroups
 
 
-@torch.library.custom_op("genft::grouped_lowrank_linear", mutates_args=())
-@as_kernel
+@operator("grouped_lowrank_linear")
 def _grouped_lowrank_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -41,8 +40,7 @@ def _(x, weight, p, q, index, order, bounds, bias, plan):  # type: ignore[no-unt
     return x.new_empty(x.shape[0], q.shape[1]), x.new_empty(x.shape[0], p.shape[2])
 
 
-@torch.library.custom_op("genft::grouped_lowrank_linear_backward", mutates_args=())
-@as_kernel
+@operator("grouped_lowrank_linear_backward")
 def _grouped_lowrank_linear_backward(
     dy: Tensor,
     x: Tensor,

@@ -8,20 +8,15 @@ node for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import wraps
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import reference, sharded
 from .activations import activation as activation_named
 from .checks import (
     autocast,
-    autocasting,
     check_activations,
     check_dropout,
     check_factor,
@@ -29,6 +24,7 @@ from .checks import (
     check_weight,
     choice_of,
 )
+from .operator import operator
 from .plan import LaunchPlan, resolve
 from .sharded import is_sharded
 
@@ -39,23 +35,6 @@ def launcher(plan: LaunchPlan) -> ModuleType:
     from . import _triton
 
     return _triton
-
-
-def as_kernel(body: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives an operator's body what the dispatcher gives to torch's own kernels, and not to a Python function: autocast
-    is off inside (the casts are made at the door, and a backward may run under another setting than its forward), and
-    the device of its tensors is the current one, on which Triton launches."""
-
-    @wraps(body)
-    def run(first: Tensor, *others: Any) -> Any:
-        elsewhere = first.is_cuda and first.get_device() != torch.cuda.current_device()
-        with (
-            torch.autocast(first.device.type, enabled=False) if autocasting(first) else nullcontext(),
-            torch.cuda.device_of(first) if elsewhere else nullcontext(),
-        ):
-            return body(first, *others)
-
-    return run
 
 
 def _resolve(choice: str, operation: str, x: Tensor, n: int, r: int) -> tuple[ModuleType, tuple[LaunchPlan, ...]]:
@@ -77,8 +56,7 @@ def wanted(gradients: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
 # ---- lowrank_linear
 
 
-@torch.library.custom_op("genft::lowrank_linear", mutates_args=())
-@as_kernel
+@operator("lowrank_linear")
 def _lowrank_linear(
     x: Tensor,
     weight: Tensor,
@@ -99,8 +77,7 @@ def _(x, weight, p, q, bias, scale, dropout, seed, plan):  # type: ignore[no-unt
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], p.shape[1])
 
 
-@torch.library.custom_op("genft::lowrank_linear_backward", mutates_args=())
-@as_kernel
+@operator("lowrank_linear_backward")
 def _lowrank_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -197,8 +174,7 @@ def lowrank_linear(
 # ---- input_edit
 
 
-@torch.library.custom_op("genft::input_edit", mutates_args=())
-@as_kernel
+@operator("input_edit")
 def _input_edit(x: Tensor, psi: Tensor, phi: Tensor, scale: float, plan: str) -> tuple[Tensor, Tensor]:
     run, extra = _resolve(plan, "input_edit", x, x.shape[1], psi.shape[0])
     return run.input_edit_forward(x, psi, phi, scale, *extra)  # type: ignore[no-any-return]
@@ -209,8 +185,7 @@ def _(x, psi, phi, scale, plan):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), x.new_empty(x.shape[0], psi.shape[0])
 
 
-@torch.library.custom_op("genft::input_edit_backward", mutates_args=())
-@as_kernel
+@operator("input_edit_backward")
 def _input_edit_backward(
     g: Tensor, x: Tensor, psi: Tensor, phi: Tensor, t: Tensor, scale: float, plan: str, needs: list[bool]
 ) -> list[Tensor]:
@@ -279,8 +254,7 @@ def input_edit(
 # ---- input_edit_linear
 
 
-@torch.library.custom_op("genft::input_edit_linear", mutates_args=())
-@as_kernel
+@operator("input_edit_linear")
 def _input_edit_linear(
     x: Tensor, weight: Tensor, psi: Tensor, phi: Tensor, bias: Tensor | None, scale: float, plan: str
 ) -> tuple[Tensor, Tensor]:
@@ -293,8 +267,7 @@ def _(x, weight, psi, phi, bias, scale, plan):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], psi.shape[0])
 
 
-@torch.library.custom_op("genft::input_edit_linear_backward", mutates_args=())
-@as_kernel
+@operator("input_edit_linear_backward")
 def _input_edit_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -383,8 +356,7 @@ def input_edit_linear(
 # ---- weight_features
 
 
-@torch.library.custom_op("genft::weight_features", mutates_args=())
-@as_kernel
+@operator("weight_features")
 def _weight_features(
     weight: Tensor, a: Tensor, bias: Tensor | None, ratio: float, dropout: float, seed: Tensor | None, plan: str
 ) -> Tensor:
@@ -397,8 +369,7 @@ def _(weight, a, bias, ratio, dropout, seed, plan):  # type: ignore[no-untyped-d
     return a.new_empty(weight.shape[0], a.shape[0])
 
 
-@torch.library.custom_op("genft::weight_features_backward", mutates_args=())
-@as_kernel
+@operator("weight_features_backward")
 def _weight_features_backward(
     dz: Tensor, weight: Tensor, ratio: float, dropout: float, seed: Tensor | None, plan: str
 ) -> Tensor:

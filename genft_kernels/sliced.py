@@ -21,7 +21,8 @@ from .checks import (
     check_orientation,
     choice_of,
 )
-from .ops import as_kernel, launcher, present, wanted
+from .operator import operator
+from .ops import launcher, present, wanted
 from .plan import SQUARES, LaunchPlan, resolve
 
 _Extra = tuple[LaunchPlan, ...]
@@ -35,8 +36,7 @@ def _resolve(choice: str, operation: str, x: Tensor, n: int, r: int) -> tuple[Mo
 # ---- sliced_linear
 
 
-@torch.library.custom_op("genft::sliced_linear", mutates_args=())
-@as_kernel
+@operator("sliced_linear")
 def _sliced_linear(
     x: Tensor,
     weight: Tensor,
@@ -56,8 +56,7 @@ def _(x, weight, values, indices, bias, columns, scale, plan):  # type: ignore[n
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("genft::sliced_linear_backward", mutates_args=())
-@as_kernel
+@operator("sliced_linear_backward")
 def _sliced_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -151,8 +150,7 @@ def sliced_linear(
 # ---- squared_gradient_sums
 
 
-@torch.library.custom_op("genft::squared_gradient_sums", mutates_args=())
-@as_kernel
+@operator("squared_gradient_sums")
 def _squared_gradient_sums(left: Tensor, right: Tensor, plan: str) -> Tensor:
     run, extra = _resolve(plan, SQUARES, right, left.shape[1], 1)
     return run.squared_gradient_sums(left, right, *extra)  # type: ignore[no-any-return]

@@ -131,12 +131,14 @@ def test_opcheck(algorithm, device):
     x = x.detach().reshape(6, 10).requires_grad_()
     rows, plan = case.options["rows"], str(PLANS[algorithm])
     weight, bias = (weight, bias) if algorithm == "thin" else (None, None)
-    torch.library.opcheck(grouped._grouped_lowrank_linear, (x, weight, p, q, *rows, bias, plan))
+    torch.library.opcheck(grouped._grouped_lowrank_linear.overload, (x, weight, p, q, *rows, bias, plan))
     with torch.no_grad():
         x, p, q = x.detach(), p.detach(), q.detach()
         t, dy = torch.randn(6, 3, device=device), torch.randn(6, 9, device=device)
         needs = [algorithm == "thin", True, False, True]
-        torch.library.opcheck(grouped._grouped_lowrank_linear_backward, (dy, x, weight, p, q, t, *rows, plan, needs))
+        torch.library.opcheck(
+            grouped._grouped_lowrank_linear_backward.overload, (dy, x, weight, p, q, t, *rows, plan, needs)
+        )
 
 
 def test_rows_are_sorted_by_group():

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import genft_kernels as gk
 from genft_kernels import ContractPlan, LaunchPlan, ProductPlan, SkinnyPlan, generated, grouped, ops, sliced
 from genft_kernels.activations import ACTIVATIONS
+from genft_kernels.operator import Operator
 
 from .truth import ALGORITHMS, OPERATIONS, WITH_DROPOUT, Case, assert_close_to_truth, make_case, run
 
@@ -176,18 +177,20 @@ def test_opcheck_generated(algorithm, device):
     rest = (0.5, "gelu", 0.2, seed, plan)
     features = str(PLANS["reference" if algorithm == "reference" else "fused"])
     a, rank_bias = torch.randn(4, 9, device=device, requires_grad=True), torch.randn(4, device=device)
-    torch.library.opcheck(generated._generated_linear, (x, weight, h, b, bias, row, column, *rest))
-    torch.library.opcheck(generated._generated_linear, (x, weight, h, b, None, None, None, *rest))
-    torch.library.opcheck(generated._generated_features, (h, b, a, rank_bias, column, "tanh", 0.2, seed, features))
+    torch.library.opcheck(generated._generated_linear.overload, (x, weight, h, b, bias, row, column, *rest))
+    torch.library.opcheck(generated._generated_linear.overload, (x, weight, h, b, None, None, None, *rest))
+    torch.library.opcheck(
+        generated._generated_features.overload, (h, b, a, rank_bias, column, "tanh", 0.2, seed, features)
+    )
     with torch.no_grad():
         x, h, b, row, column, a = (v.detach() for v in (x, h, b, row, column, a))
         dy, dz = torch.randn(12, 9, device=device), torch.randn(10, 4, device=device)
         for needs in ([True] * 6, [True, False, True, True, False, True]):
             torch.library.opcheck(
-                generated._generated_linear_backward, (dy, x, weight, h, b, row, column, *rest, needs)
+                generated._generated_linear_backward.overload, (dy, x, weight, h, b, row, column, *rest, needs)
             )
         torch.library.opcheck(
-            generated._generated_features_backward,
+            generated._generated_features_backward.overload,
             (dz, h, b, a, column, "tanh", 0.2, seed, features, [True, False, True, True]),
         )
 
@@ -197,10 +200,10 @@ class Inside(TorchDispatchMode):
     body is called here, with the mode on."""
 
     BODIES: ClassVar = {
-        value._opoverload: value._init_fn
+        value.overload: value.body
         for module in (ops, generated, grouped, sliced)
         for value in vars(module).values()
-        if isinstance(value, torch.library.CustomOpDef)
+        if isinstance(value, Operator)
     }
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -281,7 +284,7 @@ def test_opcheck(algorithm, device):
         (ops._weight_features, (weight, psi, phi[:, 0].detach().requires_grad_(), 0.5, 0.2, seed, plan)),
     ]
     for operator, arguments in samples:
-        torch.library.opcheck(operator, arguments)
+        torch.library.opcheck(operator.overload, arguments)
     with torch.no_grad():
         x, p, q, psi, phi = (v.detach() for v in (x, p, q, psi, phi))
         backward = [
@@ -294,7 +297,7 @@ def test_opcheck(algorithm, device):
             (ops._weight_features_backward, (q, weight, 0.5, 0.2, seed, plan)),
         ]
         for operator, arguments in backward:
-            torch.library.opcheck(operator, arguments)
+            torch.library.opcheck(operator.overload, arguments)
 
 
 # ---- memory
