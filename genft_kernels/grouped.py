@@ -117,6 +117,8 @@ def grouped_lowrank_linear(
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what fits.
+
+    Source: docs/mathematics.md, "Samples that take different updates".
     """
     if not isinstance(rows, RowGroups):
         raise TypeError(f"rows: got {type(rows).__name__}, expected what group_rows returns")

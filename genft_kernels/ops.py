@@ -159,6 +159,9 @@ def lowrank_linear(
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what fits.
+
+    Source: docs/mathematics.md derives the form, which LoRA, GIFT, PEANuT, SaS and GenFT with a linear outer
+    activation have.
     """
     check_linear(x, weight, bias)
     r = check_factor("p", p, x, (weight.shape[1], None))
@@ -242,6 +245,8 @@ def input_edit(
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what fits.
+
+    Source: WeGeFT (arXiv 2312.00700 v5); docs/mathematics.md derives the form.
     """
     check_activations(x)
     r = check_factor("psi", psi, x, (None, x.shape[-1]))
@@ -429,6 +434,8 @@ def weight_features(
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what fits.
+
+    Source: the first stage of GIFT (arXiv 2312.00700) and GenFT (arXiv 2506.11042); docs/mathematics.md.
     """
     sigma = activation_named(activation)
     check_weight(weight)

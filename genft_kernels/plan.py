@@ -207,7 +207,12 @@ def plan_table(architecture: str) -> tuple[dict[str, Any], ...]:
 @lru_cache(maxsize=4096)
 def choose_plan(problem: Problem, facts: DeviceFacts) -> LaunchPlan:
     """The measured plan that fits `problem` (same operation, n, k, element size and rank bucket, smallest m_max that
-    covers m), else the default plan."""
+    covers m), else the default plan.
+
+    Args:
+        problem: the call, as matrices.
+        facts: the device, from `device_facts`, or of one that is not there.
+    """
     bucket = max(16, 1 << (problem.r - 1).bit_length())
     fitting = [
         entry
@@ -224,7 +229,7 @@ def choose_plan(problem: Problem, facts: DeviceFacts) -> LaunchPlan:
 
 @lru_cache(maxsize=64)
 def device_facts(device: torch.device) -> DeviceFacts:
-    """The facts of a device that is present."""
+    """The facts of a device that is present; of any that is no GPU, those of "cpu"."""
     if device.type != "cuda":
         return DeviceFacts()
     properties = torch.cuda.get_device_properties(device)

@@ -34,6 +34,9 @@ def group_rows(index: Tensor, count: int) -> RowGroups:
             looked at, for that would wait for the device: one that is out of range means none there.
         count: G, the number of updates.
 
+    Returns:
+        `RowGroups`: group int32 [S], order int32 [S] and bounds int32 [G + 1], on the device of `index`.
+
     Raises:
         ValueError, TypeError: naming the argument, what came and what fits.
     """

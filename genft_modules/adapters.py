@@ -40,6 +40,11 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_na
     Where torch.distributed runs, every process calls this: what is sharded is gathered, of the adapter alone, and the
     first process writes the file that a single one would write. `model` may be in DistributedDataParallel.
 
+    Args:
+        model: with the adapter.
+        directory: for adapter_config.json and adapter_model.safetensors, which take the place of others of that name.
+        adapter_name: which adapter.
+
     Raises:
         TypeError: `model` is no `PeftModel`.
         ValueError: there is no such adapter, or `directory` is a file.
@@ -134,6 +139,11 @@ def check_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
 
     `load_adapter` does this by itself. It is for transformers' `model.load_adapter`, which gives none of our classes a
     chance to look at the file before the model has the adapter.
+
+    Args:
+        model: the base model, or a `PeftModel`.
+        directory: with adapter_config.json and adapter_model.safetensors.
+        adapter_name: what the adapter would be called.
 
     Raises:
         ValueError: naming the file and what is wrong with it: not there, torn, a pickle, of an unknown method, tensors

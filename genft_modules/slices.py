@@ -186,6 +186,8 @@ def grft_penalty(model: nn.Module) -> Tensor:
 
     Raises:
         ValueError: a weight is sharded: the gradient of the penalty would be reduced as if it were a part of one.
+
+    Source: the publication of GRFT (arXiv 2507.00016), whose λ is not known.
     """
     configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
     terms = []

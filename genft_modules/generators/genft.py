@@ -90,6 +90,11 @@ class GenFTConfig(GeneratorConfig):
         individual_per_block: one specific pair for the adapted layers of the same parent module (and shape), as q_proj
             and v_proj of one attention, instead of one per layer.
         rank_pattern: from layer name or regular expression to another individual_features.
+
+    Raises:
+        ValueError, TypeError: naming the field, what came and what fits.
+
+    Source: arXiv 2506.11042 and its released code.
     """
 
     method: ClassVar[str] = "genft"

@@ -40,6 +40,11 @@ class LoRAConfig(GeneratorConfig):
             block. {"qkv": [True, False, True]} adapts q and v of a fused qkv weight, each by its own A and B. Not a
             field of peft's.
         rank_pattern, alpha_pattern: from layer name or regular expression to another r or α.
+
+    Raises:
+        ValueError, TypeError: naming the field, what came and what fits.
+
+    Source: arXiv 2106.09685, as in peft.
     """
 
     method: ClassVar[str] = "lora"
