@@ -8,28 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
 from .killed_training import METHODS, SAVE_EVERY, STEPS
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("runs")
-    step = random.SystemRandom().randrange(SAVE_EVERY, STEPS)  # after the first checkpoint
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.modules.killed_training", directory, str(step)],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"killed in step {step}\n{done.stderr[-3000:]}"
-    return directory
 
 
 def assert_same(found, wanted, at: str) -> None:
@@ -49,16 +33,26 @@ def assert_same(found, wanted, at: str) -> None:
         assert found == wanted, at
 
 
-@pytest.mark.parametrize("case", METHODS)
-def test_resuming_is_bit_exact(case, runs):
-    whole, resumed = (runs / case / name / f"checkpoint-{STEPS}" for name in ("whole", "killed"))
-    start = load_file(runs / case / "whole" / f"checkpoint-{SAVE_EVERY}" / "adapter_model.safetensors")
-    wanted = load_file(whole / "adapter_model.safetensors")
-    trained = {name for name, tensor in wanted.items() if tensor.is_floating_point()}  # the others are indices
-    assert trained
-    assert not any(torch.equal(start[name], wanted[name]) for name in trained)
-    assert_same(load_file(resumed / "adapter_model.safetensors"), wanted, "parameters")
-    for name in ("optimizer.pt", "scheduler.pt"):
-        state = torch.load(whole / name, weights_only=True)
-        assert state
-        assert_same(torch.load(resumed / name, weights_only=True), state, name)
+def test_resuming_is_bit_exact(tmp_path):
+    step = random.SystemRandom().randrange(SAVE_EVERY, STEPS)  # after the first checkpoint
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.modules.killed_training", tmp_path, str(step)],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"killed in step {step}\n{done.stderr[-3000:]}"
+    for case in METHODS:
+        whole, resumed = (tmp_path / case / name / f"checkpoint-{STEPS}" for name in ("whole", "killed"))
+        start = load_file(tmp_path / case / "whole" / f"checkpoint-{SAVE_EVERY}" / "adapter_model.safetensors")
+        wanted = load_file(whole / "adapter_model.safetensors")
+        trained = {name for name, tensor in wanted.items() if tensor.is_floating_point()}  # the others are indices
+        assert trained
+        assert not any(torch.equal(start[name], wanted[name]) for name in trained)
+        at = f"{case}, killed in step {step}"
+        assert_same(load_file(resumed / "adapter_model.safetensors"), wanted, f"{at}: parameters")
+        for name in ("optimizer.pt", "scheduler.pt"):
+            state = torch.load(whole / name, weights_only=True)
+            assert state
+            assert_same(torch.load(resumed / name, weights_only=True), state, f"{at}: {name}")
