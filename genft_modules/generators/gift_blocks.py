@@ -164,12 +164,14 @@ class AttentionBlock(nn.Module):
 def transformer(
     dim: int, tokens: int, num_heads: int = 1, mlp_ratio: float = 2.0, norm_layer: str = "l2"
 ) -> AttentionBlock:
+    """w + attention over the N tokens, then + MLP, each on norm(w)."""
     return AttentionBlock(dim, Attention(dim, num_heads), mlp_ratio, norm_layer)
 
 
 def pamcat_attn(
     dim: int, tokens: int, num_heads: int = 1, num_clusters: int = 64, norm_layer: str = "l2"
 ) -> AttentionBlock:
+    """w + attention of the N tokens of norm(w) to clusters of them, without an MLP."""
     return AttentionBlock(dim, PamCatAttention(dim, num_heads, num_clusters), None, norm_layer)
 
 
@@ -181,6 +183,7 @@ def pamcat_transformer(
     num_clusters: int = 64,
     norm_layer: str = "l2",
 ) -> AttentionBlock:
+    """w + attention of the N tokens to clusters of them, then + MLP, each on norm(w)."""
     return AttentionBlock(dim, PamCatAttention(dim, num_heads, num_clusters), mlp_ratio, norm_layer)
 
 
