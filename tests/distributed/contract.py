@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
+from transformers.pytorch_utils import Conv1D
 
 from genft_modules import METHODS, FusedGenLinear, grft_penalty
 from genft_modules.adapters import restore_adapter, save_adapter
@@ -262,6 +263,22 @@ def one_layer(style: str, case: str, *more: str) -> None:
     torch.testing.assert_close(run(layer), want, rtol=1e-9, atol=1e-9)
     with pytest.raises(TypeError, match="DTensor"):
         layer.merge()
+
+
+def a_conv1d_of_its_own_group(case: str) -> None:
+    """fully_shard of a base layer that keeps W0ᵀ. All processes have the same x, so the mean gradient is each one's."""
+    results = []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        layer = randomize(FusedGenLinear.from_linear(Conv1D(6, K).to(device(), torch.float64), CASES[case]()))
+        if sharded:
+            fully_shard(layer.base_layer, mesh=mesh())
+            fully_shard(layer, mesh=mesh())
+        x = torch.linspace(-1, 1, 3 * K, dtype=torch.float64, device=device()).view(3, K).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(full(parameter.grad) for parameter in trained(layer).values())])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 def a_penalty_is_refused() -> None:
@@ -506,6 +523,8 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
             if style == "rowwise" or not case.endswith("_halves"):  # rows of one weight that is cut: refused, see below
                 yield f"one_layer-{style}-{case}", partial(one_layer, style, case)
         yield f"one_layer-{style}-several", partial(one_layer, style, "wegeft", "genft_gelu", "lora")
+    for case in ("wegeft", "genft_gelu"):
+        yield f"conv1d-{case}", partial(a_conv1d_of_its_own_group, case)
     yield "fused_rows", fused_rows_are_refused
     yield "penalty", a_penalty_is_refused
     for way in ("ddp", "fsdp_blocks", "tp_plan"):
