@@ -1,4 +1,7 @@
-"""`torchrun -m genft_modules.cli finetune` on two processes; one of them is killed, and nothing is lost."""
+"""`torchrun -m genft_modules.cli finetune` on two processes; one of them is killed, and nothing is lost.
+
+One test, so that its processes run once, whatever the workers.
+"""
 
 from __future__ import annotations
 
@@ -19,29 +22,32 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, dict[str, list[int]], str, str]:
-    folder = tmp_path_factory.mktemp("runs")
+def test_finetune_in_two_processes(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.finetune_runs", str(folder)],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
-    lines = done.stdout.splitlines()
+        [sys.executable, "-m", "tests.distributed.finetune_runs", str(tmp_path)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder, json.loads(lines[-1]), "\n".join(lines[:-1]), done.stderr
+    out, _, last = done.stdout.rstrip().rpartition("\n")
+    ends = json.loads(last)
+    different_options_are_refused(tmp_path, ends["refused"], done.stderr)
+    two_train_one_adapter_and_one_of_them_speaks(tmp_path, ends["whole"], out)
+    if Path("/proc/self/task").exists():  # that is where the process to kill is found
+        a_killed_process_changes_nothing(tmp_path)
 
 
-def test_processes_with_different_options_are_refused(runs):
-    folder, ends, _, errors = runs
-    assert ends["refused"] == [2, 2]
+def different_options_are_refused(folder: Path, ends: list[int], errors: str) -> None:
+    assert ends == [2, 2]
     assert errors.count("options: processes [1] have others than process 0") == 2
     assert "--warmup: 1.0 there, 0.0 in process 0" in errors
     assert not (folder / "refused").exists()
 
 
-def test_two_processes_train_one_adapter_and_one_of_them_speaks(runs):
-    folder, ends, out, _ = runs
-    assert ends["whole"] == [0, 0]
+def two_train_one_adapter_and_one_of_them_speaks(folder: Path, ends: list[int], out: str) -> None:
+    assert ends == [0, 0]
     assert out.count("trainable ") == 2  # of the two and of the one
     record, single = (json.loads((folder / name / "run.json").read_text()) for name in ("whole", "single"))
     assert (record["processes"], single["processes"]) == (2, 1)
@@ -62,9 +68,8 @@ def process_of(rank: int, parent: int) -> int | None:
     return None
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the process to kill in /proc")
-def test_a_killed_process_is_started_again_and_the_run_ends_as_if_nothing_had_happened(runs):
-    folder, *_ = runs
+def a_killed_process_changes_nothing(folder: Path) -> None:
+    """torchrun starts both again, and the run ends as the one that was not disturbed."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with subprocess.Popen(
         [*torchrun, "--max-restarts", "1", "-m", "genft_modules.cli", *arguments(folder, "killed")],
