@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from pathlib import Path
@@ -64,6 +65,29 @@ def test_every_public_name_is_in_the_reference(package):
     text = "".join(page.read_text() for page in (DOCS / "reference").iterdir())
     described = re.findall(rf"^::: {package.__name__}\.(\w+)$", text, re.MULTILINE)
     assert sorted(described) == sorted(set(package.__all__) - NO_PAGE)
+
+
+def test_times_of_the_guide_are_those_of_the_run_that_it_names():
+    text = (DOCS / "guides" / "choose.md").read_text()
+    (file,) = (ROOT / "benchmarks" / "results").rglob(re.findall(r"run `([^`]+)`", text)[0] + ".json")
+    shape = {"suite": "layer", "n": [1024], "k": 1024, "r": 16, "dtype": "fp32"}
+    found = {
+        (record["contender"], record["mode"], record["m"]): record
+        for record in json.loads(file.read_text())["records"]
+        if shape.items() <= record.items()
+    }
+    rows = re.findall(r"^\| [^|]+ \| `([\w-]+)` \| ([\d.]+) \| ([\d.]*) ?\| ([^|]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 9
+    for contender, step, decode, saved in rows:
+        record = found[contender, "step", 2048]
+        assert (f"{record['ratio']['median']:.2f}", size(record["memory"]["saved"])) == (step, saved)
+        decoded = found.get((contender, "decode", 1))
+        assert decode == (f"{decoded['ratio']['median']:.2f}" if decoded else "")
+
+
+def size(count: float) -> str:
+    unit, factor = next(((u, f) for u, f in (("MiB", 2**20), ("KiB", 2**10)) if count >= f), ("B", 1))
+    return f"{count / factor:.3g} {unit}"
 
 
 @pytest.fixture(scope="module")
