@@ -1,6 +1,7 @@
 """Compiles what the launchers launch for GPUs that are not here, and reads the resources the compiler reports.
 
 `python -m tests.kernels.cross_compile [TARGET ...]` prints a line for every kernel of every default plan.
+`python -m tests.kernels.cross_compile --table docs/compiled.md` writes what one target's kernels are made of.
 """
 
 from __future__ import annotations
@@ -89,16 +90,18 @@ def compiling_for(name: str) -> Iterator[list[Any]]:
             function.device_caches.update(caches)
 
 
-def _cuda_usage(cubin: bytes) -> tuple[int, int]:
+def _cuobjdump(cubin: bytes, option: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
         file.write(cubin)
     try:
-        report = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
     finally:
         os.unlink(file.name)
+
+
+def _cuda_usage(cubin: bytes) -> tuple[int, int]:
+    report = _cuobjdump(cubin, "--dump-resource-usage")
     registers = re.search(r"REG:(\d+)", report)
     stack = re.search(r"STACK:(\d+)", report)
     assert registers is not None, report
@@ -254,8 +257,87 @@ def default_calls() -> Iterator[tuple[str, Callable[[], object]]]:
                     yield f"generated_{name} r={r} {dtype} {algorithm} dropout={dropout}", call
 
 
+# ---- what the inner loop is made of
+
+# Kinds of machine instructions, by how their names begin; the first that fits counts.
+INSTRUCTIONS = {
+    "tensor": ("HGMMA", "HMMA", "QGMMA"),
+    "copies to shared": ("LDGSTS", "UTMALDG", "UBLKCP"),
+    "global": ("LDG", "STG", "LD.", "ST.", "RED", "ATOM"),
+    "shared": ("LDS", "STS", "LDSM", "STSM"),
+    "special functions": ("MUFU",),
+    "fp32": ("FFMA", "FADD", "FMUL", "FSEL", "FMNMX", "FSETP", "FSET", "HFMA2", "HMUL2", "HADD2"),
+    "conversions": ("F2F", "I2F", "F2I", "PRMT"),
+    "waits": ("WARPGROUP", "BAR", "DEPBAR", "SYNCS", "LDGDEPBAR", "WARPSYNC", "ERRBAR", "MEMBAR"),
+    "integers and flow": ("",),
+}
+
+
+def inner_loop(sass: str) -> dict[str, int]:
+    """Instructions by kind, from a disassembly, in one turn of the innermost loop with the most tensor instructions
+    (without any, the longest); of the whole kernel where nothing loops."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)]
+    loops = []
+    for at, text in code:
+        target = re.search(r"\bBRA\S*\s.*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < at:
+            loops.append((int(target[1], 16), at))
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+
+    def mix(first: int, last: int) -> dict[str, int]:
+        found = dict.fromkeys(INSTRUCTIONS, 0)
+        for at, text in code:
+            name = re.sub(r"^@!?U?P\S+\s+", "", text.strip())
+            if first <= at <= last and not name.startswith("NOP"):
+                kind = next(k for k, starts in INSTRUCTIONS.items() if name.startswith(starts))
+                found[kind] += 1
+        return found
+
+    mixes = [mix(*loop) for loop in inner] or [mix(0, code[-1][0])]
+    return max(mixes, key=lambda found: (found["tensor"], sum(found.values())))
+
+
+def table(target: str = "sm_90") -> str:
+    """The kernels of the default plans in bf16 without dropout, at the ranks of the goals, as a page."""
+    kinds = list(INSTRUCTIONS)
+    lines = [
+        "# What the compiler makes of the kernels",
+        "",
+        f"Default plans, bf16, no dropout, aligned shapes, compiled by Triton {triton.__version__} for {target}, which",
+        "needs no card. Instructions are those of one turn of the innermost loop with the most tensor instructions,",
+        "per warp (a tensor instruction of Hopper is issued for four warps). None of them spills; a test holds every",
+        "plan on four targets to that. Made by `python -m tests.kernels.cross_compile --table docs/compiled.md`. None",
+        "of it is a measurement of time.",
+        "",
+        "| call | kernel | registers | shared | " + " | ".join(kinds) + " | all per tensor instruction |",
+        "| --- | --- " + "| ---: " * (len(kinds) + 3) + "|",
+    ]
+    seen = set()
+    for label, call in default_calls():
+        rank = re.search(r"[rk]=(\d+)", label)
+        if "bfloat16" not in label or "dropout=0.1" in label or rank is None or int(rank[1]) not in (16, 64):
+            continue
+        with compiling_for(target) as compiled:
+            call()
+        for kernel in compiled:
+            found, mix = resources(kernel, target), inner_loop(_cuobjdump(kernel.asm["cubin"], "--dump-sass"))
+            name = label.replace(" torch.bfloat16", "").replace(" dropout=0.0", "")
+            blocks = re.search(r"SkinnyPlan\(rows=(\d+), columns=(\d+)", name)
+            name = re.sub(r"SkinnyPlan\(.*\)", f"thin {blocks[1]}×{blocks[2]}" if blocks else "", name)
+            each = f"{sum(mix.values()) / mix['tensor']:.0f}" if mix["tensor"] else ""
+            cells = [found.registers, found.shared, *mix.values(), each]
+            line = f"| {name} | {found.kernel} | " + " | ".join(str(cell) for cell in cells) + " |"
+            if line not in seen:
+                lines.append(line)
+            seen.add(line)
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     """Prints one line for each kernel compiled; the number of kernels that spill or do not fit is the exit code."""
+    if sys.argv[1:2] == ["--table"]:
+        Path(sys.argv[2]).write_text(table())
+        return 0
     targets = sys.argv[1:] or list(TARGETS)
     failures = 0
     for label, call in default_calls():

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from .cross_compile import inner_loop
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -42,3 +44,20 @@ def test_every_plan_compiles_within_limits(target):
         products = [line for line in lines if "_product_kernel " in line and "torch.bfloat16" in line]
         assert products
         assert all(" wgmma " in line for line in products), products
+
+
+def test_the_inner_loop_is_found_and_counted():
+    sass = """
+        /*0000*/                   LDG.E R0, [R2] ;
+        /*0010*/                   MUFU.EX2 R1, R0 ;
+        /*0020*/                   LDGSTS.E [R4], [R2] ;
+        /*0030*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0040*/              @!P0 FFMA R1, R1, R1, R1 ;
+        /*0050*/                   NOP;
+        /*0060*/               @P1 BRA 0x20 ;
+        /*0070*/               @P2 BRA 0x0 ;
+        /*0080*/                   EXIT ;
+    """
+    found = {kind: count for kind, count in inner_loop(sass).items() if count}
+    assert found == {"tensor": 1, "copies to shared": 1, "fp32": 1, "integers and flow": 1}
+    assert sum(inner_loop(sass.replace("BRA", "RET")).values()) == 8, "nothing loops: all of it"
