@@ -107,7 +107,7 @@ def _add_finetune(commands: Any) -> None:
     what.add_argument("--output", metavar="DIR", help="where everything goes (runs/METHOD; the demo: runs/demo)")
     what.add_argument("--byte-level", action="store_true", help="read text as bytes; for a model without tokenizer")
     what.add_argument("--cache-dir", metavar="DIR", help="the demo's cache (~/.cache/genft)")
-    what.add_argument("--methods", nargs="+", metavar="NAME", help="the demo's rows (all but grft, sas and peanut)")
+    what.add_argument("--methods", nargs="+", metavar="NAME", help="the demo's rows (all)")
 
     how = sub.add_argument_group("method")
     how.add_argument(

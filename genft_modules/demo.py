@@ -74,12 +74,12 @@ class Demo:
     pretrain_batch: int = 2
     pretrain_lr: float = 6e-4
     batch_size: int = 4
-    adapt_steps: int = 64
+    adapt_steps: int = 48
     evaluations: int = 2
-    timing_rounds: int = 11
+    timing_rounds: int = 9
     held_out: float = 0.07
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    methods: tuple[str, ...] = ("wegeft", "gift", "genft", "genft-gelu", "peft-lora", "lora", "full")
+    methods: tuple[str, ...] = tuple(NAMES)
     seed: int = 0
 
     @staticmethod
