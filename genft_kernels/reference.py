@@ -394,10 +394,17 @@ class GeneratedGradients:
 
 
 def _panel_elements(n: int, k: int) -> int:
-    """The size of a panel of T [N,K], rows or columns: half of T at most, but for the one row that there may be. The
+    """The size of a panel of T [N,K], rows or columns: half of T at most, unless T is as small as panels elsewhere. The
     memory for it is used in turn by all panels of an operation: new memory costs more than what is done in it."""
     elements = n * k
+    if elements <= _PANEL_ELEMENTS:
+        return elements
     return max(elements // _GENERATED_SHARE if elements > _LARGE else min(_GENERATED_ELEMENTS, elements // 2), n, k)
+
+
+def _memory_for_z(memory: Tensor, elements: int, k: int) -> Tensor:
+    """For the Z of a panel in `memory`, beside dL/dT of it: all of it, of a large T an eighth at a time."""
+    return torch.empty_like(memory) if elements <= _LARGE else memory.new_empty(max(memory.numel() // 8, k))
 
 
 # ---- y = x (W0 + s T)ᵀ + b
@@ -442,7 +449,7 @@ def generated_linear_backward(
         for columns in _panels(k, n, memory.numel()):
             torch.mm(dy, inside.added_to(weight, scale, slice(0, n), columns, memory), out=dx[:, columns])
     if any(gradients.needs):
-        for_z = memory.new_empty(max(memory.numel() // 8, k))
+        for_z = _memory_for_z(memory, n * k, k)
         for rows in _panels(n, k, memory.numel()):
             dt = _product(dy[:, rows].t(), x, memory)
             gradients.add(inside.backward_(dt, rows, for_z), rows)
@@ -487,7 +494,7 @@ def generated_features_backward(
     inside = gradients.inside
     n, k = made.h.shape[0], made.b.shape[0]
     memory = inside.h.new_empty(_panel_elements(n, k))
-    for_z = memory.new_empty(max(memory.numel() // 8, k))
+    for_z = _memory_for_z(memory, n * k, k)
     for rows in _panels(n, k, memory.numel()):
         if da is not None:
             da[:, rows] = (inside.value(rows, slice(0, k), memory) @ dz).t()

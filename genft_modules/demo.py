@@ -74,7 +74,7 @@ class Demo:
     pretrain_batch: int = 2
     pretrain_lr: float = 6e-4
     batch_size: int = 4
-    adapt_steps: int = 48
+    adapt_steps: int = 36
     evaluations: int = 2
     timing_rounds: int = 9
     held_out: float = 0.07
