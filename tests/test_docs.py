@@ -77,7 +77,7 @@ def test_times_of_the_guide_are_those_of_the_run_that_it_names():
         if shape.items() <= record.items()
     }
     rows = re.findall(r"^\| [^|]+ \| `([\w-]+)` \| ([\d.]+) \| ([\d.]*) ?\| ([^|]+) \|$", text, re.MULTILINE)
-    assert len(rows) == 9
+    assert len(rows) == 12
     for contender, step, decode, saved in rows:
         record = found[contender, "step", 2048]
         assert (f"{record['ratio']['median']:.2f}", size(record["memory"]["saved"])) == (step, saved)
