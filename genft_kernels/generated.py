@@ -14,7 +14,7 @@ from .activations import activation as activation_named
 from .checks import FLOATS, autocast, check_dropout, check_factor, check_linear, choice_of
 from .operator import operator
 from .ops import launcher, present, wanted
-from .plan import LaunchPlan, resolve
+from .plan import LIBRARY, LaunchPlan, resolve
 from .reference import Generated
 
 _Extra = tuple[LaunchPlan, ...]
@@ -26,7 +26,7 @@ def _resolve(
     # A kernel holds the whole of either rank in a block: the wider one decides.
     n, k, r = made.h.shape[0], made.b.shape[0], max(made.h.shape[1], r2)
     plan = resolve(choice, operation, m, n, k, r, like.dtype, like.device)
-    return launcher(plan), (() if plan.algorithm == "reference" else (plan,))
+    return launcher(plan), (() if plan.algorithm in LIBRARY else (plan,))
 
 
 def _empties(likes: list[Tensor | None], needs: list[bool]) -> list[Tensor]:

@@ -25,12 +25,12 @@ from .checks import (
     choice_of,
 )
 from .operator import operator
-from .plan import LaunchPlan, resolve
+from .plan import LIBRARY, LaunchPlan, resolve
 from .sharded import is_sharded
 
 
 def launcher(plan: LaunchPlan) -> ModuleType:
-    if plan.algorithm == "reference":
+    if plan.algorithm in LIBRARY:
         return reference
     from . import _triton
 
@@ -40,7 +40,7 @@ def launcher(plan: LaunchPlan) -> ModuleType:
 def _resolve(choice: str, operation: str, x: Tensor, n: int, r: int) -> tuple[ModuleType, tuple[LaunchPlan, ...]]:
     """The module that runs the call, and the plan as its extra argument (the reference takes none)."""
     plan = resolve(choice, operation, x.shape[0], n, x.shape[1], r, x.dtype, x.device)
-    return launcher(plan), (() if plan.algorithm == "reference" else (plan,))
+    return launcher(plan), (() if plan.algorithm in LIBRARY else (plan,))
 
 
 def present(gradients: tuple[Tensor | None, ...], like: Tensor) -> list[Tensor]:
@@ -262,14 +262,16 @@ def input_edit(
 @operator("input_edit_linear")
 def _input_edit_linear(
     x: Tensor, weight: Tensor, psi: Tensor, phi: Tensor, bias: Tensor | None, scale: float, plan: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     run, extra = _resolve(plan, "input_edit_linear", x, weight.shape[0], psi.shape[0])
-    return run.input_edit_linear_forward(x, weight, psi, phi, bias, scale, *extra)  # type: ignore[no-any-return]
+    y, t, q = run.input_edit_linear_forward(x, weight, psi, phi, bias, scale, *extra)
+    return y, t, x.new_empty(0) if q is None else q
 
 
 @_input_edit_linear.register_fake
 def _(x, weight, psi, phi, bias, scale, plan):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], psi.shape[0])
+    q = x.new_empty((weight.shape[0], psi.shape[0]) if reference.narrow(x) else 0)
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], psi.shape[0]), q
 
 
 @operator("input_edit_linear_backward")
@@ -280,16 +282,20 @@ def _input_edit_linear_backward(
     psi: Tensor,
     phi: Tensor,
     t: Tensor,
+    q: Tensor,
     scale: float,
     plan: str,
     needs: list[bool],
 ) -> list[Tensor]:
     run, extra = _resolve(plan, "input_edit_linear", x, weight.shape[0], psi.shape[0])
-    return present(run.input_edit_linear_backward(dy, x, weight, psi, phi, t, scale, tuple(needs), *extra), dy)
+    features = q if reference.narrow(x) else None
+    return present(
+        run.input_edit_linear_backward(dy, x, weight, psi, phi, t, features, scale, tuple(needs), *extra), dy
+    )
 
 
 @_input_edit_linear_backward.register_fake
-def _(dy, x, weight, psi, phi, t, scale, plan, needs):  # type: ignore[no-untyped-def]
+def _(dy, x, weight, psi, phi, t, q, scale, plan, needs):  # type: ignore[no-untyped-def]
     shapes = (x.shape, psi.shape, phi.shape, (weight.shape[0],))
     dtypes = (dy.dtype, psi.dtype, phi.dtype, dy.dtype)
     return [
@@ -298,21 +304,21 @@ def _(dy, x, weight, psi, phi, t, scale, plan, needs):  # type: ignore[no-untype
     ]
 
 
-def _input_edit_linear_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _input_edit_linear_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, psi, phi, _, ctx.scale, ctx.plan = inputs
-    ctx.save_for_backward(x, weight, psi, phi, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, psi, phi, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _input_edit_linear_autograd(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _input_edit_linear_autograd(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 7
-    x, weight, psi, phi, t = ctx.saved_tensors
+    x, weight, psi, phi, t, q = ctx.saved_tensors
     wants = ctx.needs_input_grad
     needs = [wants[0], wants[2], wants[3], wants[4]]
     dx, dpsi, dphi, db = wanted(
-        _input_edit_linear_backward(dy, x, weight, psi, phi, t, ctx.scale, ctx.plan, needs), needs
+        _input_edit_linear_backward(dy, x, weight, psi, phi, t, q, ctx.scale, ctx.plan, needs), needs
     )
     return dx, None, dpsi, dphi, db, None, None
 

@@ -4,6 +4,9 @@ Notation: x [M,K] rows of activations, weight W0 [N,K] frozen, P [K,r], Q [N,r],
 N·K elements is allocated: dropout goes panel by panel, everything else is products whose results are [M,N], [M,K] or
 have a side of r. The derivations are in docs/mathematics.md.
 
+An update is never added to a result that is rounded already, for in 16 bits the sum would lose it: it is written first,
+and the library adds its product with W0 to it in float32 (`add_base_`).
+
 Factors may be in a wider dtype than the activations: products run in the activations' dtype (a library product
 accumulates wider inside), gradients come back in the factor's dtype.
 
@@ -20,10 +23,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import activation as activation_named
+from .dither import add_dithered
 from .dropout import keep_mask
 from .rows import RowGroups
 
-_PANEL_ELEMENTS = 1 << 16  # a panel and its mask stay in a core's L2
+_PANEL_ELEMENTS = 1 << 16  # a panel and its mask stay in a core's L2 ...
+_GPU_PANEL_ELEMENTS = 1 << 23  # ... or keep a whole GPU busy
 _TILE = 16
 _GENERATED_ELEMENTS = 1 << 19  # a panel of a generated matrix meets products, which want it larger ...
 _GENERATED_SHARE = 48  # ... and of a large matrix, this part of it
@@ -43,6 +48,12 @@ def _panels(rows: int, columns: int, elements: int = _PANEL_ELEMENTS) -> Iterato
         yield slice(start, min(start + height, rows))
 
 
+def _parts(source: Tensor) -> Iterator[slice]:
+    """The panels of a matrix that element-wise work goes through, of a size for its device."""
+    rows, columns = source.shape
+    return _panels(rows, columns, _PANEL_ELEMENTS if source.device.type == "cpu" else _GPU_PANEL_ELEMENTS)
+
+
 def _dropped(panel: Tensor, rows: slice, dropout: float, seed: Tensor) -> Tensor:
     """`panel`, rows of a larger matrix, with dropped elements zero and survivors scaled by 1/(1-p)."""
     keep = keep_mask(seed, dropout, range(rows.start, rows.stop), range(panel.shape[1]))
@@ -51,7 +62,12 @@ def _dropped(panel: Tensor, rows: slice, dropout: float, seed: Tensor) -> Tensor
 
 def _total(like: Tensor, *shape: int) -> Tensor:
     """Zeros to sum panels in: float32 where the half precision of `like` would be rounded to at every panel."""
-    return like.new_zeros(shape, dtype=torch.float32 if like.dtype.itemsize == 2 else like.dtype)
+    return like.new_zeros(shape, dtype=torch.float32 if narrow(like) else like.dtype)
+
+
+def narrow(tensor: Tensor) -> bool:
+    """Whether a tensor has 16 bits, in which an update may be smaller than the rounding of what it is added to."""
+    return tensor.dtype.itemsize == 2
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -64,7 +80,7 @@ def _project(source: Tensor, factor: Tensor, dropout: float = 0.0, seed: Tensor 
     if seed is None:
         return source @ factor
     out = source.new_empty(source.shape[0], factor.shape[1])
-    for rows in _panels(*source.shape):
+    for rows in _parts(source):
         torch.mm(_dropped(source[rows], rows, dropout, seed), factor, out=out[rows])
     return out
 
@@ -74,18 +90,28 @@ def _outer(left: Tensor, source: Tensor, dropout: float = 0.0, seed: Tensor | No
     if seed is None:
         return left.t() @ source
     out = _total(source, left.shape[1], source.shape[1])
-    for rows in _panels(*source.shape):
+    for rows in _parts(source):
         _add_product_(out, left[rows].t(), _dropped(source[rows], rows, dropout, seed))
     return out
 
 
-def _add_(target: Tensor, left: Tensor, factor: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """target += drop(left @ factor) in place: [M,C] += [M,r] @ [r,C]."""
-    if seed is None:
-        return target.addmm_(left, factor)
-    for rows in _panels(*target.shape):
-        target[rows] += _dropped(left[rows] @ factor, rows, dropout, seed)
-    return target
+def _update(left: Tensor, factor: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """drop(left @ factor): [M,r] @ [r,C] -> [M,C], for a base product to be added to."""
+    out = left @ factor
+    if seed is not None:
+        for rows in _parts(out):
+            out[rows] = _dropped(out[rows], rows, dropout, seed)
+    return out
+
+
+def add_base_(update: Tensor, source: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """update + source @ weight + bias, in the memory of `update` [M,N]: source [M,K], weight [K,N].
+
+    The product is added in float32 and the sum rounded once. A bias comes last: in the update it would set the place
+    that the update is rounded to.
+    """
+    update.addmm_(source, weight)
+    return update if bias is None else update.add_(bias)
 
 
 # ---- y = x W0ᵀ + s (drop(x) P) Qᵀ + b
@@ -103,8 +129,7 @@ def lowrank_linear_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns y [M,N] and t = s drop(x) P [M,r], which the backward wants."""
     t = _project(x, p.to(x.dtype) * scale, dropout, seed)
-    y = F.linear(x, weight, bias)
-    return y.addmm_(t, q.to(x.dtype).t()), t
+    return add_base_(_update(t, q.to(x.dtype).t()), x, weight.t(), bias), t
 
 
 def lowrank_linear_backward(
@@ -125,7 +150,7 @@ def lowrank_linear_backward(
     if need_x or need_p:
         u = dy @ (q.to(dy.dtype) * scale)
         if need_x:
-            dx = _add_(dy @ weight, u, p.to(dy.dtype).t(), dropout, seed)
+            dx = add_base_(_update(u, p.to(dy.dtype).t(), dropout, seed), dy, weight)
         if need_p:
             dp = _outer(u, x, dropout, seed).t().to(p.dtype)
     if need_q:
@@ -136,10 +161,20 @@ def lowrank_linear_backward(
 # ---- x' = x + s (x ψᵀ) φ, and its product with W0
 
 
+def _edited(source: Tensor, left: Tensor, factor: Tensor, *, overwrite: bool = False) -> Tensor:
+    """source + left @ factor: [M,C] + [M,r] @ [r,C], in source's memory if it may; 16 bits keep the sum's mean."""
+    if not narrow(source):
+        return source.addmm_(left, factor) if overwrite else torch.addmm(source, left, factor)
+    out = source if overwrite else torch.empty_like(source)
+    for rows in _parts(source):
+        add_dithered(source[rows], left[rows] @ factor, range(source.shape[1]), out[rows])
+    return out
+
+
 def input_edit_forward(x: Tensor, psi: Tensor, phi: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Returns x' [M,K] and t = s x ψᵀ [M,r]."""
     t = x @ (psi.to(x.dtype) * scale).t()
-    return torch.addmm(x, t, phi.to(x.dtype)), t
+    return _edited(x, t, phi.to(x.dtype)), t
 
 
 def input_edit_backward(
@@ -162,23 +197,29 @@ def input_edit_backward(
         if need_psi:
             dpsi = _outer(u, x).to(psi.dtype)
         if need_x:
-            factor = psi.to(g.dtype)
-            dx = g.addmm_(u, factor) if overwrite else torch.addmm(g, u, factor)
+            dx = _edited(g, u, psi.to(g.dtype), overwrite=overwrite)
     return dx, dpsi, dphi
+
+
+def edit_by_features(x: Tensor, weight: Tensor) -> bool:
+    """Whether an edited linear layer makes y from the features Q = W0 φᵀ [N,r], y = x W0ᵀ + t Qᵀ + b, and not from x'.
+
+    In 16 bits always, forward and backward: x' would round the update away, and dY W0 that of dX. Else where x' is the
+    larger of the two, forward.
+    """
+    return narrow(x) or x.shape[0] > weight.shape[0]
 
 
 def input_edit_linear_forward(
     x: Tensor, weight: Tensor, psi: Tensor, phi: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Returns y = x' W0ᵀ + b [M,N] and t [M,r]; x' is not kept.
-
-    With more rows than outputs, x' would be the larger of the two passes: then the same y is made from the features
-    W0 φᵀ [N,r], y = x W0ᵀ + t (W0 φᵀ)ᵀ + b.
-    """
-    if x.shape[0] > weight.shape[0]:
-        return lowrank_linear_forward(x, weight, psi.t(), weight @ phi.to(weight.dtype).t(), bias, scale, 0.0, None)
-    edited, t = input_edit_forward(x, psi, phi, scale)
-    return F.linear(edited, weight, bias), t
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns y = x' W0ᵀ + b [M,N], t [M,r] and, in 16 bits, the features Q [N,r] for the backward; x' is not kept."""
+    if not edit_by_features(x, weight):
+        edited, t = input_edit_forward(x, psi, phi, scale)
+        return F.linear(edited, weight, bias), t, None
+    q = weight @ phi.to(weight.dtype).t()
+    y, t = lowrank_linear_forward(x, weight, psi.t(), q, bias, scale, 0.0, None)
+    return y, t, q if narrow(x) else None
 
 
 def input_edit_linear_backward(
@@ -188,16 +229,24 @@ def input_edit_linear_backward(
     psi: Tensor,
     phi: Tensor,
     t: Tensor,
+    q: Tensor | None,
     scale: float,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The backward of the edit at g = dY W0, and db = Σ dY."""
+    """With the features, the backward of a low-rank update and dφ = dQᵀ W0; else that of the edit at g = dY W0."""
     dx = dpsi = dphi = None
-    if any(needs[:3]):
+    db = dy.sum(0) if needs[3] else None
+    if q is not None:
+        dx, dp, dq, _ = lowrank_linear_backward(
+            dy, x, weight, psi.t(), q, t, scale, 0.0, None, (needs[0], needs[1], needs[2], False)
+        )
+        dpsi = None if dp is None else dp.t()
+        dphi = None if dq is None else (dq.t() @ weight).to(phi.dtype)
+    elif any(needs[:3]):
         dx, dpsi, dphi = input_edit_backward(
             dy @ weight, x, psi, phi, t, scale, (needs[0], needs[1], needs[2]), overwrite=True
         )
-    return dx, dpsi, dphi, dy.sum(0) if needs[3] else None
+    return dx, dpsi, dphi, db
 
 
 # ---- y_i = x_i W0ᵀ + x_i P_g Q_gᵀ + b for sample i of group g
@@ -220,14 +269,14 @@ def grouped_lowrank_linear_forward(
     x: Tensor, weight: Tensor | None, p: Tensor, q: Tensor, rows: RowGroups, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Returns y [M,N] and t [M,r], t_i = x_i P_g, which the backward wants."""
-    y = x.new_zeros(x.shape[0], q.shape[1]) if weight is None else F.linear(x, weight, bias)
+    y = x.new_empty(x.shape[0], q.shape[1])
     t = x.new_empty(x.shape[0], p.shape[2])
     xs, ys, ts = _by_sample(rows, x, y, t)
     for part in _panels(xs.shape[0], max(p.shape[1], q.shape[1]) * p.shape[2], _GATHERED_ELEMENTS):
         index = rows.group[part]
         torch.bmm(xs[part], _per_sample(p, index, x.dtype), out=ts[part])
-        ys[part].baddbmm_(ts[part], _per_sample(q, index, x.dtype).mT)
-    return y, t
+        torch.bmm(ts[part], _per_sample(q, index, x.dtype).mT, out=ys[part])
+    return y if weight is None else add_base_(y, x, weight.t(), bias), t
 
 
 def grouped_lowrank_linear_backward(
@@ -245,7 +294,7 @@ def grouped_lowrank_linear_backward(
     groups = p.shape[0]
     dx = dp = dq = None
     if need_x:
-        dx = torch.zeros_like(x) if weight is None else dy @ weight
+        dx = x.new_empty(x.shape)
     dp, dq = (_total(like, groups + 1, *like.shape[1:]) if need else None for like, need in ((p, need_p), (q, need_q)))
     xs, dys, ts = _by_sample(rows, x, dy, t)
     for part in _panels(xs.shape[0], max(p.shape[1], q.shape[1]) * p.shape[2], _GATHERED_ELEMENTS):
@@ -255,13 +304,13 @@ def grouped_lowrank_linear_backward(
         if need_x or need_p:
             u = torch.bmm(dys[part], _per_sample(q, index, dy.dtype))
             if dx is not None:
-                _by_sample(rows, dx)[0][part].baddbmm_(u, _per_sample(p, index, dy.dtype).mT)
+                torch.bmm(u, _per_sample(p, index, dy.dtype).mT, out=_by_sample(rows, dx)[0][part])
             if dp is not None:
                 dp.index_add_(0, slot, torch.bmm(xs[part].mT, u).to(dp.dtype))
         if dq is not None:
             dq.index_add_(0, slot, torch.bmm(dys[part].mT, ts[part]).to(dq.dtype))
     return (
-        dx,
+        dx if dx is None or weight is None else add_base_(dx, dy, weight),
         None if dp is None else dp[:groups].to(p.dtype),
         None if dq is None else dq[:groups].to(q.dtype),
         dy.sum(0) if need_bias else None,
@@ -341,7 +390,7 @@ class Generated:
     def drop_(self, t: Tensor, rows: slice, columns: slice) -> Tensor:
         """drop of a part of T, in place."""
         if self.seed is not None:
-            for part in _panels(*t.shape):
+            for part in _parts(t):
                 here = range(rows.start + part.start, rows.start + part.stop)
                 keep = keep_mask(self.seed, self.dropout, here, range(columns.start, columns.stop))
                 t[part].div_(1.0 - self.dropout).masked_fill_(keep.logical_not_(), 0.0)
@@ -393,12 +442,19 @@ class GeneratedGradients:
         )
 
 
-def _panel_elements(n: int, k: int) -> int:
-    """The size of a panel of T [N,K], rows or columns: half of T at most, unless T is as small as panels elsewhere. The
-    memory for it is used in turn by all panels of an operation: new memory costs more than what is done in it."""
+def _panel_memory(made: Generated) -> Tensor:
+    """Memory for a panel of T [N,K], rows or columns: half of T at most, unless T is as small as panels elsewhere. All
+    panels of an operation use it in turn: new memory costs more than what is done in it."""
+    n, k = made.h.shape[0], made.b.shape[0]
+    return made.h.new_empty(_panel_elements(n, k, made.h.device))
+
+
+def _panel_elements(n: int, k: int, device: torch.device) -> int:
     elements = n * k
     if elements <= _PANEL_ELEMENTS:
         return elements
+    if device.type != "cpu":
+        return max(min(elements // 2, _GPU_PANEL_ELEMENTS // 2), n, k)
     return max(elements // _GENERATED_SHARE if elements > _LARGE else min(_GENERATED_ELEMENTS, elements // 2), n, k)
 
 
@@ -415,7 +471,7 @@ def generated_linear_forward(x: Tensor, weight: Tensor, made: Generated, bias: T
     n, k = weight.shape
     y = x.new_empty(x.shape[0], n)
     inside = made.with_biases_inside()
-    memory = inside.h.new_empty(_panel_elements(n, k))
+    memory = _panel_memory(inside)
     for rows in _panels(n, k, memory.numel()):
         panel = inside.added_to(weight, scale, rows, slice(0, k), memory)
         if bias is None:
@@ -442,7 +498,7 @@ def generated_linear_backward(
     n, k = weight.shape
     gradients = GeneratedGradients(made, (need_h, need_b, need_row, need_column), scale)
     inside = gradients.inside
-    memory = inside.h.new_empty(_panel_elements(n, k))
+    memory = _panel_memory(inside)
     dx = None
     if need_x:
         dx = torch.empty_like(x)
@@ -474,7 +530,7 @@ def generated_features_forward(made: Generated, a: Tensor, bias: Tensor | None) 
         z2_t += bias[:, None]
     inside = made.with_biases_inside()
     n, k = made.h.shape[0], made.b.shape[0]
-    memory = inside.h.new_empty(_panel_elements(n, k))
+    memory = _panel_memory(inside)
     for rows in _panels(n, k, memory.numel()):
         t = inside.value(rows, slice(0, k), memory)
         _add_product_(z2_t, a[:, rows], t)
@@ -493,7 +549,7 @@ def generated_features_backward(
     gradients = GeneratedGradients(made, (need_h, need_b, False, need_column))
     inside = gradients.inside
     n, k = made.h.shape[0], made.b.shape[0]
-    memory = inside.h.new_empty(_panel_elements(n, k))
+    memory = _panel_memory(inside)
     for_z = _memory_for_z(memory, n * k, k)
     for rows in _panels(n, k, memory.numel()):
         if da is not None:
@@ -518,11 +574,10 @@ def sliced_linear_forward(
     scale: float,
 ) -> Tensor:
     """Returns y [M,N]; V is [k,K] for rows, [N,k] for columns. Nothing is kept: both directions gather again."""
-    y = F.linear(x, weight, bias)
     v_t = values.to(x.dtype).t()
     if columns:
-        return y.addmm_(x.index_select(1, indices) * scale, v_t)
-    return y.index_add_(1, indices, (x @ v_t).mul_(scale))
+        return add_base_((x.index_select(1, indices) * scale) @ v_t, x, weight.t(), bias)
+    return _add_some(F.linear(x, weight, bias), indices, (x @ v_t).mul_(scale), x, weight.t(), bias)
 
 
 def sliced_linear_backward(
@@ -544,16 +599,27 @@ def sliced_linear_backward(
     v = values.to(dy.dtype)
     if columns:
         if need_x:
-            dx = (dy @ weight).index_add_(1, indices, (dy @ v).mul_(scale))
+            dx = _add_some(dy @ weight, indices, (dy @ v).mul_(scale), dy, weight)
         if need_values:
             dv = dy.t() @ (x.index_select(1, indices) * scale)
     elif need_x or need_values:
         u = dy.index_select(1, indices) * scale
         if need_x:
-            dx = (dy @ weight).addmm_(u, v)
+            dx = add_base_(u @ v, dy, weight)
         if need_values:
             dv = u.t() @ x
     return dx, None if dv is None else dv.to(values.dtype), dy.sum(0) if need_bias else None
+
+
+def _add_some(
+    result: Tensor, indices: Tensor, update: Tensor, source: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`result` [M,N] = source @ weight + bias, with `update` [M,k] added to the columns `indices`. In 16 bits those
+    columns are made once more, from the update: k/N of a product."""
+    if not narrow(result):
+        return result.index_add_(1, indices, update)
+    part_bias = None if bias is None else bias.index_select(0, indices)
+    return result.index_copy_(1, indices, add_base_(update, source, weight.index_select(1, indices), part_bias))
 
 
 # ---- Σ_k G², G = dYᵀ x: how large the rows of a weight's gradient are

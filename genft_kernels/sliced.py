@@ -23,14 +23,14 @@ from .checks import (
 )
 from .operator import operator
 from .ops import launcher, present, wanted
-from .plan import SQUARES, LaunchPlan, resolve
+from .plan import LIBRARY, SQUARES, LaunchPlan, resolve
 
 _Extra = tuple[LaunchPlan, ...]
 
 
 def _resolve(choice: str, operation: str, x: Tensor, n: int, r: int) -> tuple[ModuleType, _Extra]:
     plan = resolve(choice, operation, x.shape[0], n, x.shape[1], r, x.dtype, x.device)
-    return launcher(plan), (() if plan.algorithm == "reference" else (plan,))
+    return launcher(plan), (() if plan.algorithm in LIBRARY else (plan,))
 
 
 # ---- sliced_linear

@@ -5,19 +5,18 @@ Imported when an operation first runs a Triton algorithm, never by `import genft
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..plan import LaunchPlan
-from ..reference import Generated
+from ..plan import MAX_TRITON_RANK, LaunchPlan, stretches
+from ..reference import Generated, add_base_, edit_by_features, narrow
 from ..rows import RowGroups
 from .generated import launch_contract, launch_fold, launch_generated_product, launch_panel
 from .grouped import launch_grouped_project, launch_grouped_reduce, launch_grouped_update
 from .product import launch_product, launch_squares
-from .skinny import launch_skinny
+from .single import launch_single
+from .skinny import launch_project, launch_reduce, launch_update
 
 __all__ = [
     "generated_features_backward",
@@ -53,13 +52,12 @@ def lowrank_linear_forward(
     seed: Tensor | None,
     plan: LaunchPlan,
 ) -> tuple[Tensor, Tensor]:
-    r = p.shape[1]
-    t = launch_skinny(x, plan.skinny, r, a=p, scale=scale, dropout=dropout, seed=seed).u
+    if plan.algorithm == "single" and seed is None:
+        return launch_single(x, weight.t(), p, q.t(), plan.product, bias=bias, scale=scale)
+    t = launch_project(x, p, plan.skinny, scale=scale, dropout=dropout, seed=seed)
     if plan.algorithm == "fused":
         return launch_product(x, weight.t(), t, q.t(), plan.product, bias=bias), t
-    y = F.linear(x, weight, bias)
-    launch_skinny(y, plan.skinny, r, u=t, b=q.t(), out=y)
-    return y, t
+    return add_base_(launch_update(t, q.t(), plan.skinny, like=x), x, weight.t(), bias), t
 
 
 def lowrank_linear_backward(
@@ -76,31 +74,21 @@ def lowrank_linear_backward(
     plan: LaunchPlan,
 ) -> Gradients:
     need_x, need_p, need_q, need_bias = needs
-    need_u = need_x or need_p
-    r = p.shape[1]
     u = dq = dx = dp = None
-    if need_u or need_q:
-        # One pass over dY.
-        over_dy = launch_skinny(dy, plan.skinny, r, a=q if need_u else None, left=t if need_q else None, scale=scale)
-        u, dq = over_dy.u, over_dy.left_s
-    if need_x and plan.algorithm == "thin":
-        # One pass over g and x.
-        g = dy @ weight
-        over_g = launch_skinny(
-            g, plan.skinny, r, u=u, b=p.t(), out=g, z=x if need_p else None, dropout=dropout, seed=seed
-        )
-        dx, dp = over_g.out, over_g.u_z
-    else:
-        if need_x:
+    if need_x and plan.algorithm == "single" and seed is None:
+        dx, u = launch_single(dy, weight, q, p.t(), plan.product, scale=scale)
+    elif need_x or need_p:
+        u = launch_project(dy, q, plan.skinny, scale=scale)
+    if need_x and dx is None:
+        if plan.algorithm == "fused":
             dx = launch_product(dy, weight, u, p.t(), plan.product, dropout=dropout, seed=seed)
-        if need_p:
-            dp = launch_skinny(x, plan.skinny, r, left=u, dropout=dropout, seed=seed).left_s
-    return (
-        dx,
-        None if dp is None else dp.t().to(p.dtype),
-        None if dq is None else dq.t().to(q.dtype),
-        dy.sum(0) if need_bias else None,
-    )
+        else:
+            dx = add_base_(launch_update(u, p.t(), plan.skinny, like=dy, dropout=dropout, seed=seed), dy, weight)
+    if need_p:
+        dp = launch_reduce(x, u, plan.skinny, p.dtype, dropout=dropout, seed=seed)
+    if need_q:
+        dq = launch_reduce(dy, t, plan.skinny, q.dtype)
+    return dx, dp, dq, dy.sum(0) if need_bias else None
 
 
 def grouped_lowrank_linear_forward(
@@ -113,9 +101,9 @@ def grouped_lowrank_linear_forward(
     plan: LaunchPlan,
 ) -> tuple[Tensor, Tensor]:
     t = launch_grouped_project(x, p, rows, plan.skinny)
-    y = x.new_zeros(x.shape[0], q.shape[1]) if weight is None else F.linear(x, weight, bias)
+    y = x.new_zeros(x.shape[0], q.shape[1])
     launch_grouped_update(y, t, q, rows, plan.skinny)
-    return y, t
+    return y if weight is None else add_base_(y, x, weight.t(), bias), t
 
 
 def grouped_lowrank_linear_backward(
@@ -134,8 +122,9 @@ def grouped_lowrank_linear_backward(
     if need_x or need_p:
         u = launch_grouped_project(dy, q, rows, plan.skinny)
         if need_x:
-            dx = torch.zeros_like(x) if weight is None else dy @ weight
+            dx = x.new_zeros(x.shape)
             launch_grouped_update(dx, u, p, rows, plan.skinny)
+            dx = dx if weight is None else add_base_(dx, dy, weight)
         if need_p:
             dp = launch_grouped_reduce(x, u, rows, plan.skinny, p.dtype)
     if need_q:
@@ -144,8 +133,8 @@ def grouped_lowrank_linear_backward(
 
 
 def input_edit_forward(x: Tensor, psi: Tensor, phi: Tensor, scale: float, plan: LaunchPlan) -> tuple[Tensor, Tensor]:
-    over_x = launch_skinny(x, plan.skinny, psi.shape[0], a=psi.t(), b=phi, scale=scale)
-    return over_x.out, over_x.u
+    t = launch_project(x, psi.t(), plan.skinny, scale=scale)
+    return launch_update(t, phi, plan.skinny, s=x), t
 
 
 def input_edit_backward(
@@ -160,27 +149,16 @@ def input_edit_backward(
     overwrite: bool = False,
 ) -> Gradients:
     need_x, need_psi, need_phi = needs
-    over_g = launch_skinny(
-        g,
-        plan.skinny,
-        psi.shape[0],
-        a=phi.t() if need_x or need_psi else None,
-        left=t if need_phi else None,
-        b=psi if need_x else None,
-        out=g if overwrite else None,
-        z=x if need_psi else None,
-        scale=scale,
-    )
-    return (
-        over_g.out if need_x else None,
-        None if over_g.u_z is None else over_g.u_z.to(psi.dtype),
-        None if over_g.left_s is None else over_g.left_s.to(phi.dtype),
-    )
-
-
-def _edit_features(weight: Tensor, phi: Tensor, plan: LaunchPlan) -> Tensor:
-    """Q = W0 φᵀ [N,r]: the edit as a low-rank update, which is what the fused product takes."""
-    return launch_skinny(weight, plan.skinny, phi.shape[0], a=phi.t()).u
+    dx = dpsi = dphi = None
+    if need_phi:
+        dphi = launch_reduce(g, t, plan.skinny, phi.dtype, transposed=True)
+    if need_x or need_psi:
+        u = launch_project(g, phi.t(), plan.skinny, scale=scale)
+        if need_psi:
+            dpsi = launch_reduce(x, u, plan.skinny, psi.dtype, transposed=True)
+        if need_x:
+            dx = launch_update(u, psi, plan.skinny, s=g, overwrite=overwrite)
+    return dx, dpsi, dphi
 
 
 def input_edit_linear_forward(
@@ -191,12 +169,13 @@ def input_edit_linear_forward(
     bias: Tensor | None,
     scale: float,
     plan: LaunchPlan,
-) -> tuple[Tensor, Tensor]:
-    if plan.algorithm == "fused":
-        q = _edit_features(weight, phi, plan)
-        return lowrank_linear_forward(x, weight, psi.t(), q, bias, scale, 0.0, None, plan)
-    edited, t = input_edit_forward(x, psi, phi, scale, plan)
-    return F.linear(edited, weight, bias), t
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if not edit_by_features(x, weight):
+        edited, t = input_edit_forward(x, psi, phi, scale, plan)
+        return F.linear(edited, weight, bias), t, None
+    q = launch_project(weight, phi.t(), plan.skinny)
+    y, t = lowrank_linear_forward(x, weight, psi.t(), q, bias, scale, 0.0, None, plan)
+    return y, t, q if narrow(x) else None
 
 
 def input_edit_linear_backward(
@@ -206,25 +185,23 @@ def input_edit_linear_backward(
     psi: Tensor,
     phi: Tensor,
     t: Tensor,
+    q: Tensor | None,
     scale: float,
     needs: tuple[bool, bool, bool, bool],
     plan: LaunchPlan,
 ) -> Gradients:
     need_x, need_psi, need_phi, need_bias = needs
-    if plan.algorithm == "fused":
-        # Q is made again rather than kept: a pass over W0 against N·r saved elements.
-        q = _edit_features(weight, phi, plan)
-        dx, dp, dq, db = lowrank_linear_backward(
-            dy, x, weight, psi.t(), q, t, scale, 0.0, None, (need_x, need_psi, need_phi, need_bias), plan
-        )
-        dphi = None if dq is None else launch_skinny(weight, plan.skinny, phi.shape[0], left=dq).left_s
-        return dx, None if dp is None else dp.t(), None if dphi is None else dphi.to(phi.dtype), db
     dx = dpsi = dphi = None
-    if need_x or need_psi or need_phi:
-        dx, dpsi, dphi = input_edit_backward(
-            dy @ weight, x, psi, phi, t, scale, (need_x, need_psi, need_phi), plan, overwrite=True
-        )
-    return dx, dpsi, dphi, dy.sum(0) if need_bias else None
+    db = dy.sum(0) if need_bias else None
+    if q is not None:
+        low_rank = (need_x, need_psi, need_phi, False)
+        dx, dp, dq, _ = lowrank_linear_backward(dy, x, weight, psi.t(), q, t, scale, 0.0, None, low_rank, plan)
+        dpsi = None if dp is None else dp.t()
+        dphi = None if dq is None else launch_reduce(weight, dq, plan.skinny, phi.dtype, transposed=True)
+    elif need_x or need_psi or need_phi:
+        edit = (need_x, need_psi, need_phi)
+        dx, dpsi, dphi = input_edit_backward(dy @ weight, x, psi, phi, t, scale, edit, plan, overwrite=True)
+    return dx, dpsi, dphi, db
 
 
 def weight_features_forward(
@@ -236,31 +213,13 @@ def weight_features_forward(
     seed: Tensor | None,
     plan: LaunchPlan,
 ) -> Tensor:
-    return launch_skinny(
-        weight,
-        plan.skinny,
-        a.shape[0],
-        a=a.t(),
-        bias=bias,
-        u_dtype=a.dtype,
-        scale=ratio,
-        dropout=dropout,
-        seed=seed,
-    ).u
+    return launch_project(weight, a.t(), plan.skinny, bias=bias, scale=ratio, dropout=dropout, seed=seed, dtype=a.dtype)
 
 
 def weight_features_backward(
     dz: Tensor, weight: Tensor, ratio: float, dropout: float, seed: Tensor | None, plan: LaunchPlan
 ) -> Tensor:
-    over_w = launch_skinny(weight, plan.skinny, dz.shape[1], left=dz, dropout=dropout, seed=seed)
-    return (over_w.left_s * ratio).to(dz.dtype)
-
-
-def _stretches(length: int, other: int, elements: int) -> Iterator[slice]:
-    """Stretches of an index of `length` whose panels, `other` wide, hold about `elements`."""
-    size = max(64, elements // other // 64 * 64)
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
+    return launch_reduce(weight, dz, plan.skinny, dz.dtype, transposed=True, scale=ratio, dropout=dropout, seed=seed)
 
 
 def generated_linear_forward(
@@ -270,7 +229,7 @@ def generated_linear_forward(
         return launch_generated_product(x, weight, made, scale, plan.product, bias=bias)
     y = x.new_empty(x.shape[0], weight.shape[0])
     workspace = None
-    for rows in _stretches(*weight.shape, plan.contract.panel):
+    for rows in stretches(*weight.shape, plan.contract.panel):
         part = weight[rows]
         workspace = torch.empty(part.shape, dtype=x.dtype, device=x.device) if workspace is None else workspace
         panel = workspace[: part.shape[0]]
@@ -315,7 +274,7 @@ def _generated_input_gradient(dy: Tensor, weight: Tensor, made: Generated, scale
         return launch_generated_product(dy, weight, made, scale, plan.product, swapped=True)
     dx = dy.new_empty(dy.shape[0], weight.shape[1])
     workspace = None
-    for columns in _stretches(weight.shape[1], weight.shape[0], plan.contract.panel):
+    for columns in stretches(weight.shape[1], weight.shape[0], plan.contract.panel):
         part = weight[:, columns]
         workspace = torch.empty(part.shape, dtype=dy.dtype, device=dy.device) if workspace is None else workspace
         panel = workspace[:, : part.shape[1]]
@@ -336,12 +295,12 @@ def _generated_factor_gradients(dy: Tensor, x: Tensor, made: Generated, scale: f
     db = torch.zeros(k, r, dtype=torch.float32, device=x.device)
     dcolumn = None if made.column is None else torch.zeros(k, dtype=torch.float32, device=x.device)
     workspace = None
-    for rows in _stretches(n, k, plan.contract.panel):
+    for rows in stretches(n, k, plan.contract.panel):
         height = rows.stop - rows.start
         workspace = torch.empty(height, k, dtype=x.dtype, device=x.device) if workspace is None else workspace
         g = torch.mm(dy[:, rows].t(), x, out=workspace[:height])
         part_h, part_b, part_row, part_column = launch_contract(
-            made.part(rows=rows), plan.contract, given=g, scale=scale, first_n=rows.start
+            made.part(rows=rows), plan.contract, given=g, scale=scale, first_n=rows.start, depth=x.shape[0]
         )
         dh[rows] = part_h
         db += part_b
@@ -385,18 +344,15 @@ def sliced_linear_forward(
     scale: float,
     plan: LaunchPlan,
 ) -> Tensor:
-    r = indices.shape[0]
-    if plan.algorithm == "fused":
-        u, v = x, values.t()
-        if not columns:
-            u, v = launch_skinny(x, plan.skinny, r, a=v, scale=scale).u, None
-        return launch_product(x, weight.t(), u, v, plan.product, bias=bias, pick=indices, scale=scale)
-    y = F.linear(x, weight, bias)
     if columns:
-        launch_skinny(y, plan.skinny, r, u=x, pick=indices, b=values.t(), out=y, scale=scale)
-    else:
-        launch_skinny(x, plan.skinny, r, a=values.t(), u=y, pick=indices, scale=scale)
-    return y
+        u = x.index_select(1, indices) * scale
+        if plan.algorithm == "fused":
+            return launch_product(x, weight.t(), u, values.t(), plan.product, bias=bias)
+        return add_base_(launch_update(u, values.t(), plan.skinny, like=x), x, weight.t(), bias)
+    if plan.algorithm == "fused":
+        t = launch_project(x, values.t(), plan.skinny, scale=scale)
+        return launch_product(x, weight.t(), t, None, plan.product, bias=bias, pick=indices)
+    return _add_some(F.linear(x, weight, bias), indices, x, values.t(), weight.t(), bias, scale, plan)
 
 
 def sliced_linear_backward(
@@ -411,71 +367,53 @@ def sliced_linear_backward(
     plan: LaunchPlan,
 ) -> Gradients:
     need_x, need_values, need_bias = needs
-    db = dy.sum(0) if need_bias else None
-    if not (need_x or need_values):
-        return None, None, db
-    gradients = _column_gradients if columns else _row_gradients
-    dx, dv = gradients(dy, x, weight, values, indices, scale, need_x, need_values, plan)
-    return dx, None if dv is None else dv.to(values.dtype), db
-
-
-def _row_gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    scale: float,
-    need_x: bool,
-    need_values: bool,
-    plan: LaunchPlan,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dX = dY W0 + u V and dV = uᵀ x [k,K] in fp32, u = s dY[:,I]."""
-    r = indices.shape[0]
-    if need_x and plan.algorithm == "thin":
-        # One pass over g and x.
-        g = dy @ weight
-        over_g = launch_skinny(
-            g, plan.skinny, r, u=dy, pick=indices, b=values, out=g, z=x if need_values else None, scale=scale
-        )
-        return over_g.out, over_g.u_z
-    dx = dv = None
-    if need_x:
-        dx = launch_product(dy, weight, dy, values, plan.product, pick=indices, scale=scale)
-    if need_values:
-        dv = launch_skinny(x, plan.skinny, r, left=dy, pick=indices).left_s * scale
-    return dx, dv
-
-
-def _column_gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    scale: float,
-    need_x: bool,
-    need_values: bool,
-    plan: LaunchPlan,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dX = dY W0, dX[:,J] += s dY V, and dV = s dYᵀ x[:,J] [N,k] in fp32."""
-    r = indices.shape[0]
     fused = plan.algorithm == "fused"
-    dx = None if fused or not need_x else dy @ weight
-    # One pass over dY.
-    over_dy = launch_skinny(
-        dy,
-        plan.skinny,
-        r,
-        a=values if need_x else None,
-        u=dx,
-        left=x if need_values else None,
-        pick=indices,
-        scale=scale,
-    )
-    if need_x and fused:
-        dx = launch_product(dy, weight, over_dy.u, None, plan.product, pick=indices)
-    return dx, None if over_dy.left_s is None else over_dy.left_s.t() * scale
+    dx = dv = None
+    if columns:
+        if need_x and fused:
+            u = launch_project(dy, values, plan.skinny, scale=scale)
+            dx = launch_product(dy, weight, u, None, plan.product, pick=indices)
+        elif need_x:
+            dx = _add_some(dy @ weight, indices, dy, values, weight, None, scale, plan)
+        if need_values:
+            dv = launch_reduce(dy, x.index_select(1, indices), plan.skinny, values.dtype, scale=scale)
+    elif need_x or need_values:
+        u = dy.index_select(1, indices) * scale
+        if need_x and fused:
+            dx = launch_product(dy, weight, u, values, plan.product)
+        elif need_x:
+            dx = add_base_(launch_update(u, values, plan.skinny, like=dy), dy, weight)
+        if need_values:
+            dv = launch_reduce(x, u, plan.skinny, values.dtype, transposed=True)
+    return dx, dv, dy.sum(0) if need_bias else None
+
+
+def _add_some(
+    result: Tensor,
+    indices: Tensor,
+    source: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    plan: LaunchPlan,
+) -> Tensor:
+    """`result` [M,N] = source @ weight + bias with scale · source @ values [·,k] added to the columns `indices`. In 16
+    bits those columns are made once more: both products ride on one pass over the source, and the sum is rounded once.
+    """
+    if not narrow(result):
+        return result.index_add_(1, indices, launch_project(source, values, plan.skinny, scale=scale))
+    chosen = weight.index_select(1, indices)
+    k = indices.shape[0]
+    if 2 * k > MAX_TRITON_RANK:
+        made = launch_project(source, chosen, plan.skinny, dtype=torch.float32)
+        made += launch_project(source, values, plan.skinny, scale=scale, dtype=torch.float32)
+    else:
+        both = launch_project(source, torch.cat([chosen, values.to(chosen.dtype)], 1), plan.skinny, dtype=torch.float32)
+        made = both[:, :k].add_(both[:, k:], alpha=scale)
+    if bias is not None:
+        made += bias.index_select(0, indices)
+    return result.index_copy_(1, indices, made.to(result.dtype))
 
 
 def squared_gradient_sums(dy: Tensor, x: Tensor, plan: LaunchPlan) -> Tensor:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dither import ELEMENT
 from ..dropout import COLUMN, MIX_1, MIX_2, SEED_HIGH
 from ..plan import triton_can_run
 
@@ -18,6 +19,7 @@ _MIX_1 = tl.constexpr(MIX_1)
 _MIX_2 = tl.constexpr(MIX_2)
 _COLUMN = tl.constexpr(COLUMN)
 _SEED_HIGH = tl.constexpr(SEED_HIGH)
+_ELEMENT = tl.constexpr(ELEMENT)
 
 
 @triton.jit
@@ -51,13 +53,14 @@ def keep_mask(p_seed, threshold, o_row, o_col):
 
 
 @triton.jit
-def picked(p_pick, o_r, m_r, PICK: tl.constexpr):
-    """Where the r columns of a matrix lie: one after the other, or at the places that are picked from a wider one."""
-    if PICK:
-        o = tl.load(p_pick + o_r, mask=m_r, other=0)
-    else:
-        o = o_r
-    return o
+def dither(total, source, o_col):
+    """`genft_kernels.dither.add_dithered` for a tile: float32 total [R, C], its 16-bit source, columns o_col [C]. What
+    comes back has only bits that the source's dtype has."""
+    LOW: tl.constexpr = 0xFFFF if source.dtype == tl.bfloat16 else 0x1FFF
+    element = source.to(tl.uint16, bitcast=True).to(tl.uint32) * _ELEMENT
+    noise = _mix(element ^ (o_col.to(tl.uint32) * _COLUMN)[None, :]) & LOW
+    bits = (total.to(tl.uint32, bitcast=True) + noise) & (0xFFFFFFFF ^ LOW)
+    return tl.where(tl.abs(total) < float("inf"), bits.to(tl.float32, bitcast=True), total)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout import threshold
-from ..plan import ContractPlan, ProductPlan
+from ..plan import ContractPlan, ProductPlan, contraction_bytes, contraction_grid
 from ..reference import Generated
 from .activations import twins
 from .common import INTERPRETING, dot, grouped_tile, keep_mask, precision, rank_block, strides, unit, vector
@@ -314,18 +314,17 @@ def launch_contract(
     given: Tensor | None = None,
     scale: float = 1.0,
     first_n: int = 0,
+    depth: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """From G = leftᵀ right ([D,N], [D,K]) or G = given [N,K]: fp32 (dH [N,r], dB [K,r], drow [N], dcolumn [K]), the
-    last two where T has such a term. `first_n`: the row of T that row 0 of `made` is."""
+    last two where T has such a term. `first_n`: the row of T that row 0 of `made` is; `depth`: the D of a given G."""
     n, r = made.h.shape
     k = made.b.shape[0]
-    tiles_n, tiles_k = triton.cdiv(n, plan.n), triton.cdiv(k, plan.k)
-    # About plan.groups programs, as square as the tiles allow: that makes the slabs smallest.
-    tiles_per = max(1, round((tiles_n * tiles_k / plan.groups) ** 0.5))
-    groups_n = triton.cdiv(tiles_n, tiles_per)
-    groups_k = triton.cdiv(tiles_k, max(1, round(tiles_n * tiles_k / (plan.groups * tiles_per))))
-    tiles_per_n, tiles_per_k = triton.cdiv(tiles_n, groups_n), triton.cdiv(tiles_k, groups_k)
-    groups_n, groups_k = triton.cdiv(tiles_n, tiles_per_n), triton.cdiv(tiles_k, tiles_per_k)
+    anchor = given if given is not None else right
+    assert anchor is not None
+    moved = contraction_bytes(n, k, depth if left is None else left.shape[0], anchor.itemsize)
+    tiles_per_n, tiles_per_k = contraction_grid(plan, n, k, r, moved)
+    groups_n, groups_k = triton.cdiv(n, plan.n * tiles_per_n), triton.cdiv(k, plan.k * tiles_per_k)
     slabs_h, slabs_b = (1, 1) if plan.atomic else (groups_k, groups_n)
 
     def slab(*shape: int) -> Tensor:
@@ -335,8 +334,6 @@ def launch_contract(
     dh, db = slab(slabs_h, n, r), slab(slabs_b, k, r)
     drow = None if made.row is None else slab(slabs_h, n)
     dcolumn = None if made.column is None else slab(slabs_b, k)
-    anchor = given if given is not None else right
-    assert anchor is not None
     _contract_kernel[(groups_n, groups_k)](
         unit(left, anchor), anchor, unit(given, anchor), made.h, made.b,
         vector(made.row, anchor), vector(made.column, anchor), dh, db, unit(drow, dh), unit(dcolumn, dh),

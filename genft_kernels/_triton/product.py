@@ -6,11 +6,9 @@
 A [M,C], B [C,N], U [M,r], V [r,N], O [M,N]; any strides. The term costs r/C of the product and no pass over O.
 Saved: nothing. Bytes moved: those of the product, and (M + N) r.
 
-For slices of a weight, one of U and V only selects. U may be r columns of a wide matrix, gathered where they are read;
-V may be the unit vectors that put column j of U into column pick[j] of O, made in registers:
+For slices of a weight, V may be the unit vectors that put column j of U into column pick[j] of O, made in registers:
 
-    dX = dY W0 + s dY[:,I] V       y = x W0ᵀ + s x[:,J] Vᵀ + b         picked U
-    y = x W0ᵀ + b, y[:,I] += t     dX = dY W0, dX[:,J] += u            unit V
+    y = x W0ᵀ + b, y[:,I] += t     dX = dY W0, dX[:,J] += u
 
 Without U and V the product may end in sums of squares: of each tile of O the squares are summed along its rows and O is
 not stored. Bytes moved: those of the two reads, and M·⌈N/BN⌉·8 for the partial sums.
@@ -27,7 +25,7 @@ from torch import Tensor
 
 from ..dropout import threshold
 from ..plan import ProductPlan
-from .common import INTERPRETING, dot, grouped_tile, keep_mask, picked, precision, rank_block, strides, unit, vector
+from .common import INTERPRETING, dot, grouped_tile, keep_mask, precision, rank_block, strides, unit, vector
 
 
 @triton.jit
@@ -35,8 +33,8 @@ def _product_kernel(
     p_a, p_b, p_u, p_v, p_bias, p_o, p_seed, p_pick,
     M, N, C, R,
     s_am, s_ac, s_bc, s_bn, s_um, s_ur, s_vr, s_vn, s_om, s_on,
-    scale, dropout_threshold, dropout_scale,
-    LOW_RANK: tl.constexpr, PICK_U: tl.constexpr, UNIT_V: tl.constexpr, SQUARES: tl.constexpr,
+    dropout_threshold, dropout_scale,
+    LOW_RANK: tl.constexpr, UNIT_V: tl.constexpr, SQUARES: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EVEN_C: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
@@ -52,15 +50,12 @@ def _product_kernel(
 
     acc = tl.zeros((BM, BN), tl.float32)
     if LOW_RANK:
-        o_u = picked(p_pick, o_r, m_r, PICK_U)
-        u = tl.load(p_u + o_m[:, None] * s_um + o_u[None, :] * s_ur, mask=m_m[:, None] & m_r[None, :], other=0.0)
+        u = tl.load(p_u + o_m[:, None] * s_um + o_r[None, :] * s_ur, mask=m_m[:, None] & m_r[None, :], other=0.0)
         if UNIT_V:
             v = tl.where(tl.load(p_pick + o_r, mask=m_r, other=-1)[:, None] == o_n[None, :], 1.0, 0.0)
         else:
             v = tl.load(p_v + o_r[:, None] * s_vr + o_n[None, :] * s_vn, mask=m_r[:, None] & m_n[None, :], other=0.0)
         acc = dot(u.to(dtype), v.to(dtype), acc, PRECISION, INTERPRET)
-        if PICK_U:
-            acc *= scale
     if DROPOUT:
         acc = tl.where(keep_mask(p_seed, dropout_threshold, o_m, o_n), acc * dropout_scale, 0.0)
     if BIAS:
@@ -103,17 +98,13 @@ def launch_product(
     *,
     bias: Tensor | None = None,
     pick: Tensor | None = None,
-    scale: float = 1.0,
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """a [M,C] @ b [C,N] + drop(u [M,r] @ v [r,N]) + bias [N] -> [M,N] in a's dtype.
-
-    `pick`, int64 [r], names the columns of `u` [M,any] to take, times `scale`; or, without v, the columns of the result
-    to add `u` [M,r] to.
-    """
+    """a [M,C] @ b [C,N] + drop(u [M,r] @ v [r,N]) + bias [N] -> [M,N] in a's dtype. Without v, `pick`, int64 [r], names
+    the columns of the result to add `u` to."""
     out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
-    return _launch(a, b, u, v, plan, out, bias=bias, pick=pick, scale=scale, dropout=dropout, seed=seed)
+    return _launch(a, b, u, v, plan, out, bias=bias, pick=pick, dropout=dropout, seed=seed)
 
 
 def launch_squares(a: Tensor, b: Tensor, plan: ProductPlan) -> Tensor:
@@ -133,21 +124,20 @@ def _launch(
     *,
     bias: Tensor | None = None,
     pick: Tensor | None = None,
-    scale: float = 1.0,
     dropout: float = 0.0,
     seed: Tensor | None = None,
     squares: bool = False,
 ) -> Tensor:
     rows, depth = a.shape
     columns = b.shape[1]
-    r = 1 if u is None else u.shape[1] if pick is None else pick.shape[0]
+    r = 1 if u is None else u.shape[1]
     if rows:
         _product_kernel[(triton.cdiv(rows, plan.m) * triton.cdiv(columns, plan.n),)](
             a, b, unit(u, a), unit(v, a), vector(bias, a), out, unit(seed, a), vector(pick, a),
             rows, columns, depth, r,
             *a.stride(), *b.stride(), *strides(u), *strides(v), *out.stride(),
-            scale, threshold(dropout), 1.0 / (1.0 - dropout),
-            LOW_RANK=u is not None, PICK_U=pick is not None and v is not None, UNIT_V=pick is not None and v is None,
+            threshold(dropout), 1.0 / (1.0 - dropout),
+            LOW_RANK=u is not None, UNIT_V=pick is not None,
             SQUARES=squares, BIAS=bias is not None, DROPOUT=seed is not None,
             EVEN_M=rows % plan.m == 0, EVEN_N=columns % plan.n == 0, EVEN_C=depth % plan.k == 0,
             BM=plan.m, BN=plan.n, BC=plan.k, BR=rank_block(r), GROUP=plan.group,

@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from genft_kernels import LaunchPlan, RowGroups
+from genft_kernels import DeviceFacts, LaunchPlan, Problem, RowGroups
 from genft_kernels import plan as plans
 
 TARGETS = {
@@ -33,6 +35,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Bytes of shared memory that one block may ask for on the card.
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 
 
@@ -100,6 +103,7 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
         os.unlink(file.name)
 
 
+@lru_cache(maxsize=None)
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
     report = _cuobjdump(cubin, "--dump-resource-usage")
     registers = re.search(r"REG:(\d+)", report)
@@ -134,22 +138,29 @@ M, N, K = 256, 512, 256  # aligned, as a model's shapes are
 GROUPS = 4  # updates in one batch
 
 
-def low_rank_calls(r: int, dtype: torch.dtype, plan: LaunchPlan, *, dropout: float = 0.0) -> Calls:
+def low_rank_calls(r: int, dtype: torch.dtype, plan: LaunchPlan, *, rows: int = M, dropout: float = 0.0) -> Calls:
     """One call for each launcher of the low-rank family."""
     from genft_kernels import _triton as run
 
-    x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
-    p, q, t = torch.empty(K, r), torch.empty(N, r), torch.empty(M, r, dtype=dtype)
-    psi, phi, bias = torch.empty(r, K), torch.empty(r, K), torch.empty(N, dtype=dtype)
+    x, dy, weight = torch.empty(rows, K, dtype=dtype), torch.empty(rows, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
+    p, q, t = torch.empty(K, r), torch.empty(N, r), torch.empty(rows, r, dtype=dtype)
+    bias = torch.empty(N, dtype=dtype)
     seed = torch.zeros(1, dtype=torch.int64) if dropout else None
     drop = (dropout, seed)
-    yield "lowrank_forward", lambda: run.lowrank_linear_forward(x, weight, p, q, bias, 1.5, *drop, plan)
-    yield "lowrank_backward", lambda: run.lowrank_linear_backward(dy, x, weight, p, q, t, 1.5, *drop, (True,) * 4, plan)
-    if plan.algorithm == "thin":
-        yield "edit_forward", lambda: run.input_edit_forward(x, psi, phi, 1.5, plan)
-        yield "edit_backward", lambda: run.input_edit_backward(x, x, psi, phi, t, 1.5, (True,) * 3, plan)
-        yield "features_forward", lambda: run.weight_features_forward(weight, psi, phi[:, 0], 1.5, *drop, plan)
-        yield "features_backward", lambda: run.weight_features_backward(q, weight, 1.5, *drop, plan)
+    yield "forward", lambda: run.lowrank_linear_forward(x, weight, p, q, bias, 1.5, *drop, plan)
+    yield "backward", lambda: run.lowrank_linear_backward(dy, x, weight, p, q, t, 1.5, *drop, (True,) * 4, plan)
+
+
+def edit_calls(r: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:
+    """One call for each launcher of an edit alone, and of the features of a weight with dropout."""
+    from genft_kernels import _triton as run
+
+    x, weight, t = torch.empty(M, K, dtype=dtype), torch.empty(N, K, dtype=dtype), torch.empty(M, r, dtype=dtype)
+    psi, phi, dz, seed = torch.empty(r, K), torch.empty(r, K), torch.empty(N, r), torch.zeros(1, dtype=torch.int64)
+    yield "edit_forward", lambda: run.input_edit_forward(x, psi, phi, 1.5, plan)
+    yield "edit_backward", lambda: run.input_edit_backward(x, x, psi, phi, t, 1.5, (True,) * 3, plan)
+    yield "features_forward", lambda: run.weight_features_forward(weight, psi, None, 1.5, 0.1, seed, plan)
+    yield "features_backward", lambda: run.weight_features_backward(dz, weight, 1.5, 0.1, seed, plan)
 
 
 def grouped_calls(r: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:
@@ -186,75 +197,59 @@ def generated_calls(
         )
 
 
-def sliced_calls(k: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:
-    """One call for each launcher on k rows or columns of a weight."""
-    from genft_kernels import _triton as run
-
-    x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
-    indices = torch.arange(k)
-    for name, values, columns in (("rows", torch.empty(k, K), False), ("columns", torch.empty(N, k), True)):
-        rest = (values, indices)
-        yield f"{name}_forward", lambda c=columns, v=rest: run.sliced_linear_forward(x, weight, *v, None, c, 1.5, plan)
-        yield (
-            f"{name}_backward",
-            lambda c=columns, v=rest: run.sliced_linear_backward(dy, x, weight, *v, c, 1.5, (True,) * 3, plan),
-        )
-
-
 def sliced_product_calls(k: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:
-    """What slices ask of the fused product: a picked left factor, a right one of unit vectors, sums of squares."""
+    """What slices ask of the fused product: unit vectors for a right factor, sums of squares."""
     from genft_kernels import _triton as run
     from genft_kernels._triton.product import launch_product
 
     x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
-    t, values, pick = torch.empty(M, k, dtype=dtype), torch.empty(N, k), torch.arange(k)
+    t, pick = torch.empty(M, k, dtype=dtype), torch.arange(k)
     yield "unit", lambda: launch_product(x, weight.t(), t, None, plan.product, pick=pick)
-    yield "picked", lambda: launch_product(x, weight.t(), x, values.t(), plan.product, pick=pick, scale=1.5)
     yield "squared_gradient_sums", lambda: run.squared_gradient_sums(dy, x, plan)
 
 
-def _padded_ranks(entries: Sequence[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], int, float]]:
-    """Each entry with every padded rank that it serves, without dropout; and the widest with dropout."""
-    served = 0
-    for entry in entries:
-        for r in (16, 32, 64, 128):
-            if served < r <= entry[0]:
-                yield entry, r, 0.0
-        yield entry, entry[0], 0.1
-        served = entry[0]
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+RANKS = (16, 32, 64, 128)
 
 
-def default_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every entry of the default plans, at every rank that it is compiled for."""
-    dtypes = {2: torch.bfloat16, 4: torch.float32}
-    for itemsize, low_rank in plans.LOW_RANK_DEFAULTS.items():
-        dtype = dtypes[itemsize]
-        for (widest, many, few), r, dropout in _padded_ranks(low_rank):
-            for blocks in dict.fromkeys((many, few)):
-                plan = LaunchPlan("thin", blocks, plans.PRODUCT_DEFAULTS[itemsize])
-                for name, call in low_rank_calls(r, dtype, plan, dropout=dropout):
-                    yield f"{name} r={r} {dtype} {blocks} dropout={dropout}", call
-                if r == widest and not dropout:
-                    for name, call in grouped_calls(r, dtype, plan):
-                        yield f"{name} r={r} {dtype} {blocks}", call
-            for name, call in low_rank_calls(r, dtype, replace(plan, algorithm="fused"), dropout=dropout):
-                yield f"{name} r={r} {dtype} fused dropout={dropout}", call
-        # The passes of the low-rank family once more, with columns picked: 16 bits at each width, 32 at the least.
-        for widest, many, _ in low_rank if itemsize == 2 else low_rank[:1]:
-            plan = LaunchPlan("thin", many, plans.PRODUCT_DEFAULTS[itemsize])
-            for name, call in sliced_calls(widest, dtype, plan):
-                yield f"sliced_{name} k={widest} {dtype} thin", call
-    widest = plans.LOW_RANK_DEFAULTS[2][-1][0]
-    plan = LaunchPlan("fused", product=plans.PRODUCT_DEFAULTS[2])
-    for name, call in sliced_product_calls(widest, torch.bfloat16, plan):
-        yield f"sliced_{name} k={widest} torch.bfloat16 fused", call
-    for itemsize, generated in plans.GENERATED_DEFAULTS.items():
-        dtype = dtypes[itemsize]
-        for (_, product, contract), r, dropout in _padded_ranks(generated):
-            for algorithm in ("fused", "panel"):
-                plan = LaunchPlan(algorithm, product=product, contract=contract)
-                for name, call in generated_calls(r, dtype, plan, dropout=dropout):
-                    yield f"generated_{name} r={r} {dtype} {algorithm} dropout={dropout}", call
+def default_calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every plan that `default_plan` chooses from on the target, at every padded rank; dropout at the widest."""
+    facts = DeviceFacts(target, PROCESSORS[target])
+    for (itemsize, dtype), r in itertools.product(DTYPES.items(), RANKS):
+        listed: dict[LaunchPlan, int] = {}
+        for rows in (16, 64, M):
+            problem = Problem("lowrank_linear", rows, N, K, r, itemsize)
+            for plan in plans.default_candidates(problem, facts)[:-1]:
+                listed.setdefault(plan, rows)
+        for plan, rows in listed.items():
+            label = f"r={r} {dtype} {plan.algorithm} {_blocks_of(plan)}"
+            for name, call in low_rank_calls(r, dtype, plan, rows=rows):
+                yield f"lowrank_{name} {label}", call
+            if plan.algorithm == "seeded":
+                yield from ((f"{name} {label}", call) for name, call in edit_calls(r, dtype, plan))
+            if plan.algorithm == "seeded" and r in (32, 64):
+                for name, call in low_rank_calls(r, dtype, plan, dropout=0.1):
+                    yield f"lowrank_{name} {label} dropout=0.1", call
+                yield from ((f"{name} {label}", call) for name, call in grouped_calls(r, dtype, plan))
+    for r in (16, 64):
+        plan = LaunchPlan("fused", plans.SKINNY_DEFAULTS[2][-1][1][0], plans.PRODUCT_DEFAULTS[2])
+        for name, call in low_rank_calls(r, torch.bfloat16, plan, dropout=0.1 if r == 64 else 0.0):
+            yield f"lowrank_{name} r={r} torch.bfloat16 fused", call
+        for name, call in sliced_product_calls(r, torch.bfloat16, plan):
+            yield f"sliced_{name} k={r} torch.bfloat16 fused", call
+    for (itemsize, dtype), r in itertools.product(DTYPES.items(), RANKS):
+        plan = plans.default_plan(Problem("generated_linear", M, N, K, r, itemsize), facts)
+        if plan.algorithm in plans.LIBRARY:
+            continue
+        for algorithm, dropout in (("fused", 0.0), ("panel", 0.0), *((("panel", 0.1),) if r == 64 else ())):
+            for name, call in generated_calls(r, dtype, replace(plan, algorithm=algorithm), dropout=dropout):
+                yield f"generated_{name} r={r} {dtype} {algorithm} dropout={dropout}", call
+
+
+def _blocks_of(plan: LaunchPlan) -> str:
+    if plan.algorithm == "single":
+        return f"{plan.product.m}×{plan.product.n}×{plan.product.k}" + ("" if plan.product.descriptors else " loads")
+    return f"{plan.skinny.rows}×{plan.skinny.columns}"
 
 
 # ---- what the inner loop is made of
@@ -313,7 +308,7 @@ def table(target: str = "sm_90") -> str:
         "| --- | --- " + "| ---: " * (len(kinds) + 3) + "|",
     ]
     seen = set()
-    for label, call in default_calls():
+    for label, call in default_calls(target):
         rank = re.search(r"[rk]=(\d+)", label)
         if "bfloat16" not in label or "dropout=0.1" in label or rank is None or int(rank[1]) not in (16, 64):
             continue
@@ -322,8 +317,6 @@ def table(target: str = "sm_90") -> str:
         for kernel in compiled:
             found, mix = resources(kernel, target), inner_loop(_cuobjdump(kernel.asm["cubin"], "--dump-sass"))
             name = label.replace(" torch.bfloat16", "").replace(" dropout=0.0", "")
-            blocks = re.search(r"SkinnyPlan\(rows=(\d+), columns=(\d+)", name)
-            name = re.sub(r"SkinnyPlan\(.*\)", f"thin {blocks[1]}×{blocks[2]}" if blocks else "", name)
             each = f"{sum(mix.values()) / mix['tensor']:.0f}" if mix["tensor"] else ""
             cells = [found.registers, found.shared, *mix.values(), each]
             line = f"| {name} | {found.kernel} | " + " | ".join(str(cell) for cell in cells) + " |"
@@ -340,8 +333,8 @@ def main() -> int:
         return 0
     targets = sys.argv[1:] or list(TARGETS)
     failures = 0
-    for label, call in default_calls():
-        for target in targets:
+    for target in targets:
+        for label, call in default_calls(target):
             for found in compile_all(target, call):
                 bad = found.spilled > 0 or found.shared > SHARED_LIMIT[target]
                 failures += bad

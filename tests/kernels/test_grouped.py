@@ -155,7 +155,7 @@ def test_rows_are_sorted_by_group():
 
 def test_the_default_plan_fills_the_card_also_with_few_rows():
     plan = gk.choose_plan(Problem("grouped_lowrank_linear", 8, 4096, 4096, 16, 2), DeviceFacts("sm_90", 132))
-    assert (plan.algorithm, plan.skinny.groups) == ("thin", 132)
+    assert (plan.algorithm, plan.skinny.groups) == ("thin", 2 * 132)
 
 
 def refused():

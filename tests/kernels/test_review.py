@@ -13,11 +13,12 @@ import genft_kernels as gk
 from genft_kernels import DeviceFacts, LaunchPlan, Problem, choose_plan
 from genft_kernels import generated as generated_ops
 from genft_kernels.activations import ACTIVATIONS
+from genft_kernels.plan import ALGORITHMS_OF
 
 from .truth import assert_close_to_truth, error, make_case, run
 
 NAMES = ("lowrank_linear", "input_edit_linear", "input_edit", "weight_features", "generated_linear")
-ALGORITHMS = dict.fromkeys(NAMES, "thin") | {"generated_linear": "panel", "generated_features": "fused"}
+ALGORITHMS = {name: ALGORITHMS_OF[name][0] for name in (*NAMES, "generated_features")}
 
 
 # ---- autocast was on inside the operators: generated_features and two backwards raised, weight_features was rounded
@@ -96,7 +97,7 @@ def test_the_wider_rank_of_generated_features_decides(device, monkeypatch):
     generated_ops.resolve.cache_clear()
     torch.testing.assert_close(gk.generated_features(h, b, a, backend="triton"), b @ h.t() @ a.t())
     generated_ops.resolve.cache_clear()
-    assert [plan.algorithm for plan in seen] == ["reference"]
+    assert [plan.algorithm for plan in seen] == ["library"]
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (3,)], ids=str)

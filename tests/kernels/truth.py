@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import genft_kernels as gk
 from genft_kernels.dropout import keep_mask
+from genft_kernels.plan import ALGORITHMS_OF
 
 # err(kernel) <= 2 · err(torch at that dtype) + EPSILON. The one table; nothing loosens it.
 EPSILON = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -191,17 +192,20 @@ def _generated_features(h, b, a, bias, column_bias, **options):
     return gk.generated_features(h, b, a, bias, column_bias=column_bias, **options)
 
 
-# Each operation, and the algorithms that it has. An edit alone and a pass over the weight have no product to fuse.
+# Each operation, and the algorithms that it has.
 ALGORITHMS = {
-    "lowrank_linear": ("reference", "thin", "fused"),
-    "input_edit_linear": ("reference", "thin", "fused"),
-    "input_edit": ("reference", "thin"),
-    "weight_features": ("reference", "thin"),
-    "grouped_lowrank_linear": ("reference", "thin"),
-    "generated_linear": ("reference", "fused", "panel"),
-    "generated_features": ("reference", "fused"),
-    "sliced_linear_row": ("reference", "thin", "fused"),
-    "sliced_linear_column": ("reference", "thin", "fused"),
+    name: ("reference", *ALGORITHMS_OF[name.removesuffix("_row").removesuffix("_column")])
+    for name in (
+        "lowrank_linear",
+        "input_edit_linear",
+        "input_edit",
+        "weight_features",
+        "grouped_lowrank_linear",
+        "generated_linear",
+        "generated_features",
+        "sliced_linear_row",
+        "sliced_linear_column",
+    )
 }
 OPERATIONS = tuple(ALGORITHMS)
 GROUPS = 4  # updates in a case of the grouped operation
