@@ -399,6 +399,7 @@ PRODUCT_DEFAULTS = {2: ProductPlan(), 4: ProductPlan(64, 64, 32, warps=4, stages
 GENERATED_DEFAULTS: dict[int, tuple[tuple[int, ProductPlan, ContractPlan], ...]] = {
     2: (
         (32, ProductPlan(64, 64, 32, warps=4, stages=2), ContractPlan(64, 64, 32, warps=4)),
+        (64, ProductPlan(64, 64, 32, warps=4, stages=2), ContractPlan(64, 32, 32, warps=4)),
         (128, ProductPlan(64, 64, 32, warps=4, stages=2), ContractPlan(64, 32, 32, warps=8)),
     ),
     4: (

@@ -397,9 +397,12 @@ class Generated:
         return t
 
     def added_to(self, weight: Tensor, scale: float, rows: slice, columns: slice, memory: Tensor) -> Tensor:
-        """W0 + s T of a part, in W0's dtype; in `memory` where the dtypes agree."""
-        t = self.value(rows, columns, memory).to(weight.dtype)
-        return torch.add(weight[rows, columns], t, alpha=scale, out=t)
+        """W0 + s T of a part, in W0's dtype; in `memory` where the dtypes agree. 16 bits keep the sum's mean."""
+        t, part = self.value(rows, columns, memory), weight[rows, columns]
+        if narrow(weight):
+            return add_dithered(part, t.float().mul_(scale), range(columns.start, columns.stop), torch.empty_like(part))
+        t = t.to(weight.dtype)
+        return torch.add(part, t, alpha=scale, out=t)
 
     def backward_(self, dt: Tensor, rows: slice, memory: Tensor) -> Tensor:
         """dL/dZ of rows of T, from dL/dT and in its place; Z passes through `memory`, as many rows as it holds."""

@@ -54,11 +54,11 @@ def keep_mask(p_seed, threshold, o_row, o_col):
 
 @triton.jit
 def dither(total, source, o_col):
-    """`genft_kernels.dither.add_dithered` for a tile: float32 total [R, C], its 16-bit source, columns o_col [C]. What
-    comes back has only bits that the source's dtype has."""
+    """`genft_kernels.dither.add_dithered` for a tile: float32 total, its 16-bit source, and its columns as [1, C] (or
+    [C, 1], where the tile lies transposed). What comes back has only bits that the source's dtype has."""
     LOW: tl.constexpr = 0xFFFF if source.dtype == tl.bfloat16 else 0x1FFF
     element = source.to(tl.uint16, bitcast=True).to(tl.uint32) * _ELEMENT
-    noise = _mix(element ^ (o_col.to(tl.uint32) * _COLUMN)[None, :]) & LOW
+    noise = _mix(element ^ (o_col.to(tl.uint32) * _COLUMN)) & LOW
     bits = (total.to(tl.uint32, bitcast=True) + noise) & (0xFFFFFFFF ^ LOW)
     return tl.where(tl.abs(total) < float("inf"), bits.to(tl.float32, bitcast=True), total)
 

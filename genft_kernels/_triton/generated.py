@@ -27,7 +27,7 @@ from ..dropout import threshold
 from ..plan import ContractPlan, ProductPlan, contraction_bytes, contraction_grid
 from ..reference import Generated
 from .activations import twins
-from .common import INTERPRETING, dot, grouped_tile, keep_mask, precision, rank_block, strides, unit, vector
+from .common import INTERPRETING, dither, dot, grouped_tile, keep_mask, precision, rank_block, strides, unit, vector
 
 
 @triton.jit
@@ -54,13 +54,25 @@ def _keep(p_seed, dropout_threshold, o_out, o_loop, SWAPPED: tl.constexpr):
 
 
 @triton.jit
+def _added(w, t, o_out, o_loop, DITHER: tl.constexpr, SWAPPED: tl.constexpr):
+    """W + s T, in 16 bits rounded by the columns of T, which lie along loop unless SWAPPED."""
+    total = w.to(tl.float32) + t
+    if DITHER:
+        if SWAPPED:
+            total = dither(total, w, o_out[:, None])
+        else:
+            total = dither(total, w, o_loop[None, :])
+    return total
+
+
+@triton.jit
 def _generated_product_kernel(
     p_a, p_w, p_fo, p_fl, p_out_add, p_loop_add, p_bias, p_o, p_seed,
     M, N, C, R,
     s_am, s_ac, s_wn, s_wc, s_fon, s_for, s_flc, s_flr, s_om, s_on,
     scale, dropout_threshold, dropout_scale,
     SIGMA: tl.constexpr, OUT_ADD: tl.constexpr, LOOP_ADD: tl.constexpr, BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, SWAPPED: tl.constexpr,
+    DROPOUT: tl.constexpr, DITHER: tl.constexpr, SWAPPED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +108,7 @@ def _generated_product_kernel(
         a_t = tl.load(
             p_a + o_c[:, None] * s_ac + o_m[None, :] * s_am, mask=m_c[:, None] & m_m[None, :], other=0.0
         )  # [BC, BM]
-        acc = dot((w.to(tl.float32) + t).to(dtype), a_t, acc, PRECISION, INTERPRET)
+        acc = dot(_added(w, t, o_n, o_c, DITHER, SWAPPED).to(dtype), a_t, acc, PRECISION, INTERPRET)
     if BIAS:
         acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
     tl.store(
@@ -246,7 +258,7 @@ def _panel_kernel(
     N, K, R, first_n, first_k,
     s_wn, s_wk, s_hn, s_hr, s_bk, s_br, s_on, s_ok,
     scale, dropout_threshold, dropout_scale,
-    SIGMA: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, DROPOUT: tl.constexpr,
+    SIGMA: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, DROPOUT: tl.constexpr, DITHER: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     dtype = p_w.dtype.element_ty
@@ -265,7 +277,8 @@ def _panel_kernel(
         keep = keep_mask(p_seed, dropout_threshold, o_n + first_n, o_k + first_k)
         t = tl.where(keep, t * dropout_scale, 0.0)
     w = tl.load(p_w + o_n[:, None] * s_wn + o_k[None, :] * s_wk, mask=m_tile, other=0.0)
-    tl.store(p_o + o_n[:, None] * s_on + o_k[None, :] * s_ok, (w.to(tl.float32) + t).to(dtype), mask=m_tile)
+    total = _added(w, t, o_n, o_k + first_k, DITHER, False)
+    tl.store(p_o + o_n[:, None] * s_on + o_k[None, :] * s_ok, total.to(dtype), mask=m_tile)
 
 
 def _drop(made: Generated) -> tuple[int, float]:
@@ -297,7 +310,7 @@ def launch_generated_product(
             *a.stride(), *w.stride(), *f_out.stride(), *f_loop.stride(), *out.stride(),
             scale, *_drop(made),
             SIGMA=twins(made.activation)[0], OUT_ADD=out_add is not None, LOOP_ADD=loop_add is not None,
-            BIAS=bias is not None, DROPOUT=made.seed is not None, SWAPPED=swapped,
+            BIAS=bias is not None, DROPOUT=made.seed is not None, DITHER=weight.itemsize == 2, SWAPPED=swapped,
             BM=plan.m, BN=plan.n, BC=plan.k, BR=rank_block(r), GROUP=plan.group,
             PRECISION=precision(a.dtype), INTERPRET=INTERPRETING,
             num_warps=plan.warps, num_stages=plan.stages,
@@ -397,6 +410,7 @@ def launch_panel(
         ROW=made.row is not None,
         COLUMN=made.column is not None,
         DROPOUT=made.seed is not None,
+        DITHER=weight.itemsize == 2,
         BN=plan.n,
         BK=plan.k,
         BR=rank_block(r),

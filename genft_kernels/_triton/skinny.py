@@ -130,7 +130,7 @@ def _update_kernel(
         s = tl.load(p_s + o_m[:, None] * s_sm + o_c[None, :] * s_sc, mask=m_tile, other=0.0)
         o += s.to(tl.float32)
         if DITHER:
-            o = dither(o, s, o_c)
+            o = dither(o, s, o_c[None, :])
     tl.store(p_o + o_m[:, None] * s_om + o_c[None, :] * s_oc, o.to(p_o.dtype.element_ty), mask=m_tile)
 
 

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
         os.unlink(file.name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
     report = _cuobjdump(cubin, "--dump-resource-usage")
     registers = re.search(r"REG:(\d+)", report)
@@ -232,7 +232,8 @@ def default_calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
                     yield f"lowrank_{name} {label} dropout=0.1", call
                 yield from ((f"{name} {label}", call) for name, call in grouped_calls(r, dtype, plan))
     for r in (16, 64):
-        plan = LaunchPlan("fused", plans.SKINNY_DEFAULTS[2][-1][1][0], plans.PRODUCT_DEFAULTS[2])
+        seeded = plans.default_candidates(Problem("lowrank_linear", M, N, K, r, 2), facts)[0]
+        plan = replace(seeded, algorithm="fused", product=plans.PRODUCT_DEFAULTS[2])
         for name, call in low_rank_calls(r, torch.bfloat16, plan, dropout=0.1 if r == 64 else 0.0):
             yield f"lowrank_{name} r={r} torch.bfloat16 fused", call
         for name, call in sliced_product_calls(r, torch.bfloat16, plan):

@@ -22,9 +22,10 @@ NAMES = (
     "grouped_lowrank_linear",
     "sliced_linear_row",
     "sliced_linear_column",
+    "generated_linear",
 )
 # The factor that ΔW is proportional to.
-FACTOR = dict.fromkeys(NAMES, "q") | {"input_edit_linear": "phi", "input_edit": "phi"}
+FACTOR = dict.fromkeys(NAMES, "h") | {"input_edit_linear": "phi", "input_edit": "phi"}
 FACTOR |= dict.fromkeys(("sliced_linear_row", "sliced_linear_column"), "values")
 TOLERANCE = 0.03
 
@@ -60,6 +61,7 @@ def _case(name: str, side: int, device: torch.device, bias: float | None) -> Cas
     torch.manual_seed(0)
     lead = (8, side // 8) if name == "grouped_lowrank_linear" else side
     r = side // 4 if name.startswith("sliced") else 8
+    bias = None if name == "generated_linear" else bias  # its biases would be a large update of their own
     case = make_case(name, lead, side, side, r, torch.bfloat16, device, bias=bias is not None, scale=1.0)
     if "bias" in case.tensors and bias is not None:
         case.tensors["bias"].detach().fill_(bias)
