@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import genft_kernels
+from genft_kernels import gate
 from genft_kernels.activations import ACTIVATIONS
 from genft_kernels.dropout import keep_mask
 from genft_kernels.plan import (
@@ -28,7 +29,6 @@ from genft_kernels.plan import (
     device_facts,
 )
 
-from . import gate
 from .shapes import DTYPES
 
 Tensors = dict[str, Tensor]

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from genft_kernels.plan import LaunchPlan, Problem, device_facts
+from genft_kernels.timing import Stats, Step, clock_for, interleave, ratio
 
 from . import shapes
 from .operations import OPERATIONS, Check, candidates, draw, run_check
 from .results import Run
 from .runner import spread
 from .shapes import DTYPE_NAMES
-from .timing import Stats, Step, clock_for, interleave, ratio
 
 
 def sweep(run: Run) -> None:

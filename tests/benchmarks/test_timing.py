@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import comparison, contenders, gate, memory, operations, timing
+from benchmarks import comparison, contenders, memory, operations
 from benchmarks.comparison import Settings, compare
 from benchmarks.shapes import Case, Shape
+from benchmarks.timing import ceilings
+from genft_kernels import gate, timing
 from genft_kernels.plan import DeviceFacts, LaunchPlan
 from tests.kernels import truth
 
@@ -68,7 +70,7 @@ def test_wall_clock_divides_by_calls():
 
 
 def test_ceilings_name_a_rate_for_each_dtype():
-    found = timing.ceilings(CPU, (torch.float32,), tiny=True)
+    found = ceilings(CPU, (torch.float32,), tiny=True)
     assert found["copy_gb_per_s"] > 0
     assert set(found["product_tflops"]) == {"float32"}
 
