@@ -1,12 +1,8 @@
-"""The operations, for the hardware gate and the sweep: what goes in, what is true, which plans may be best.
-
-To add an operation, add an `Operation` to `OPERATIONS`.
-"""
+"""The hardware gate's list of checks over the operations of genft_kernels.formulas, and the plans worth measuring."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +12,7 @@ from torch.nn import functional as F
 
 import genft_kernels
 from genft_kernels import gate
-from genft_kernels.activations import ACTIVATIONS
-from genft_kernels.dropout import keep_mask
+from genft_kernels.formulas import OPERATIONS, Examination, Operation, Tensors, draw
 from genft_kernels.plan import (
     ContractPlan,
     DeviceFacts,
@@ -30,286 +25,6 @@ from genft_kernels.plan import (
 )
 
 from .shapes import DTYPES
-
-Tensors = dict[str, Tensor]
-Draw = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One public operation of genft_kernels.
-
-    Attributes:
-        name: as in genft_kernels.
-        inputs: sizes of its tensors from (m, n, k, r), in the order of its arguments.
-        trained: the inputs whose gradients are checked.
-        activations, factors: the inputs that come in odd layouts, and those that may be float32 beside bf16.
-        truth: the same function in plain PyTorch, from tensors, options and the dropout seed.
-        options: keyword settings of the gate's variants.
-        algorithms: what a sweep chooses between.
-        form: of `shapes.PRODUCTS` where it is built around a product with W0: the floor of its time; "" otherwise.
-        problem: the sizes that plans are chosen by, from (m, n, k, r).
-        sweep: the settings that it is swept with, from the rank.
-        function: its name in genft_kernels, where that is another.
-        extra: arguments that are no drawn tensors, from those that are.
-    """
-
-    name: str
-    inputs: Callable[[int, int, int, int], dict[str, tuple[int, ...]]]
-    trained: tuple[str, ...]
-    activations: tuple[str, ...]
-    factors: tuple[str, ...]
-    truth: Callable[..., Tensor]
-    options: tuple[dict[str, Any], ...] = ({},)
-    algorithms: tuple[str, ...] = ("thin", "fused")
-    form: str = ""
-    problem: Callable[[int, int, int, int], tuple[int, int, int, int]] = lambda m, n, k, r: (m, n, k, r)
-    sweep: Callable[[int], dict[str, Any]] = lambda r: {}
-    function: str = ""
-    extra: Callable[[Tensors], dict[str, Any]] = lambda t: {}
-
-    def sizes(self, m: int, n: int, k: int, r: int, itemsize: int) -> Problem:
-        """What a plan is chosen by."""
-        return Problem(self.function or self.name, *self.problem(m, n, k, r), itemsize)
-
-    def run(self, tensors: Tensors, options: dict[str, Any], seed: Tensor | None, **how: Any) -> Tensor:
-        extra = {**self.extra(tensors), **({"seed": seed} if options.get("dropout") else {})}
-        return getattr(genft_kernels, self.function or self.name)(**tensors, **options, **extra, **how)  # type: ignore[no-any-return]
-
-
-def _drop(tensor: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    if not p or seed is None:
-        return tensor
-    keep = keep_mask(seed, p, range(tensor.shape[0]), range(tensor.shape[1]))
-    return torch.where(keep, tensor / (1.0 - p), 0.0)
-
-
-def _lowrank(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
-    x = t["x"]
-    low = _drop(x, o.get("dropout", 0.0), seed) @ t["p"].to(x.dtype)
-    return F.linear(x, t["weight"], t.get("bias")) + o.get("scale", 1.0) * low @ t["q"].to(x.dtype).t()
-
-
-def _edit(t: Tensors, o: dict[str, Any], seed: Tensor | None = None) -> Tensor:
-    x = t["x"]
-    return x + o.get("scale", 1.0) * (x @ t["psi"].to(x.dtype).t()) @ t["phi"].to(x.dtype)
-
-
-def _features(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
-    w = t["weight"]
-    z = o.get("ratio", 1.0) * _drop(w, o.get("dropout", 0.0), seed) @ t["a"].to(w.dtype).t()
-    bias = t.get("bias")
-    z = z.to(t["a"].dtype) if bias is None else z.to(t["a"].dtype) + bias
-    return ACTIVATIONS[o.get("activation", "none")].forward(z)
-
-
-def _generated(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
-    z = t["h"] @ t["b"].t()
-    for name in ("row_bias", "column_bias"):
-        if name in t:
-            z = z + (t[name][:, None] if name == "row_bias" else t[name])
-    return _drop(ACTIVATIONS[o.get("activation", "none")].forward(z), o.get("dropout", 0.0), seed)
-
-
-def _generated_linear(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
-    delta = o.get("scale", 1.0) * _generated(t, o, seed)
-    return F.linear(t["x"], t["weight"] + delta.to(t["weight"].dtype), t.get("bias"))
-
-
-def _generated_features(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
-    z = _generated(t, o, seed).t() @ t["a"].t()
-    z = z if t.get("bias") is None else z + t["bias"]
-    return ACTIVATIONS[o.get("inner_activation", "none")].forward(z)
-
-
-GROUPS = 4  # updates in a batch of the grouped operation
-
-
-def _groups(t: Tensors) -> Tensor:
-    """The group of each sample, -1 for none; the third group has no sample."""
-    index = torch.arange(t["x"].shape[0], device=t["x"].device) * 7 % (GROUPS + 1) - 1
-    return torch.where(index == 2, 0, index)
-
-
-def _grouped(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
-    x, groups = t["x"], _groups(t)
-    y = F.linear(x, t["weight"], t.get("bias"))
-    for group, (p, q) in enumerate(zip(t["p"].to(x.dtype), t["q"].to(x.dtype), strict=True)):
-        y = y + torch.where(groups[:, None] == group, (x @ p) @ q.t(), 0.0)
-    return y
-
-
-def _slices(t: Tensors, columns: bool) -> Tensor:
-    """Rows or columns spread over the whole weight."""
-    size, count = t["weight"].shape[columns], t["values"].shape[columns]
-    return torch.arange(count, device=t["weight"].device) * (size // count)
-
-
-def _sliced(t: Tensors, o: dict[str, Any], seed: Tensor | None, *, columns: bool) -> Tensor:
-    w = t["weight"]
-    delta = torch.zeros_like(w).index_copy(int(columns), _slices(t, columns), o.get("scale", 1.0) * t["values"].to(w))
-    return F.linear(t["x"], w + delta, t.get("bias"))
-
-
-def _squares(orientation: str) -> Operation:
-    """Sums of squares of dYᵀ x over its rows, or columns; the measure has no gradient."""
-
-    def truth(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
-        gradient = t["dy"].t() @ t["x"]
-        return gradient.to(torch.promote_types(gradient.dtype, torch.float32)).square().sum(int(orientation == "row"))
-
-    return Operation(
-        f"squared_gradient_sums_{orientation}",
-        lambda m, n, k, r: {"dy": (m, n), "x": (m, k)},
-        trained=(),
-        activations=("dy", "x"),
-        factors=(),
-        truth=truth,
-        algorithms=("fused",),
-        problem=lambda m, n, k, r: (m, *((k, n) if orientation == "column" else (n, k)), 1),
-        function="squared_gradient_sums",
-        extra=lambda t: {"orientation": orientation},
-    )
-
-
-def _released(r: int) -> dict[str, Any]:
-    """The released settings of GenFT that the goals are about: gelu at r = 16, leakyrelu at r = 37."""
-    return {"activation": "leakyrelu" if r == 37 else "gelu"}
-
-
-OPERATIONS = {
-    operation.name: operation
-    for operation in (
-        Operation(
-            "lowrank_linear",
-            lambda m, n, k, r: {"x": (m, k), "weight": (n, k), "p": (k, r), "q": (n, r), "bias": (n,)},
-            trained=("x", "p", "q", "bias"),
-            activations=("x", "weight"),
-            factors=("p", "q"),
-            truth=_lowrank,
-            options=({"scale": 2.0}, {"scale": 0.5, "dropout": 0.25}),
-            form="lowrank",
-        ),
-        Operation(
-            "input_edit_linear",
-            lambda m, n, k, r: {"x": (m, k), "weight": (n, k), "psi": (r, k), "phi": (r, k), "bias": (n,)},
-            trained=("x", "psi", "phi", "bias"),
-            activations=("x", "weight"),
-            factors=("psi", "phi"),
-            truth=lambda t, o, seed: F.linear(_edit(t, o), t["weight"], t.get("bias")),
-            options=({"scale": 2.0},),
-            form="lowrank",
-        ),
-        Operation(
-            "input_edit",
-            lambda m, n, k, r: {"x": (m, k), "psi": (r, k), "phi": (r, k)},
-            trained=("x", "psi", "phi"),
-            activations=("x",),
-            factors=("psi", "phi"),
-            truth=_edit,
-            options=({"scale": 2.0},),
-            algorithms=("thin",),
-            problem=lambda m, n, k, r: (m, k, k, r),
-        ),
-        Operation(
-            "weight_features",
-            lambda m, n, k, r: {"weight": (n, k), "a": (r, k), "bias": (r,)},
-            trained=("a", "bias"),
-            activations=("weight",),
-            factors=("a",),
-            truth=_features,
-            options=({}, {"ratio": 0.5, "dropout": 0.25, "activation": "gelu"}, {"activation": "leakyrelu"}),
-            algorithms=("thin",),
-            problem=lambda m, n, k, r: (n, n, k, r),
-        ),
-        Operation(
-            "grouped_lowrank_linear",
-            lambda m, n, k, r: {
-                "x": (m, k),
-                "weight": (n, k),
-                "p": (GROUPS, k, r),
-                "q": (GROUPS, n, r),
-                "bias": (n,),
-            },
-            trained=("x", "p", "q", "bias"),
-            activations=("x", "weight"),
-            factors=("p", "q"),
-            truth=_grouped,
-            algorithms=("thin",),
-            extra=lambda t: {"rows": genft_kernels.group_rows(_groups(t), GROUPS)},
-        ),
-        Operation(
-            "sliced_linear_row",
-            lambda m, n, k, r: {"x": (m, k), "weight": (n, k), "values": (min(r, n), k), "bias": (n,)},
-            trained=("x", "values", "bias"),
-            activations=("x", "weight"),
-            factors=("values",),
-            truth=lambda t, o, seed: _sliced(t, o, seed, columns=False),
-            options=({"scale": 2.0},),
-            function="sliced_linear",
-            extra=lambda t: {"indices": _slices(t, False), "orientation": "row"},
-        ),
-        Operation(
-            "sliced_linear_column",
-            lambda m, n, k, r: {"x": (m, k), "weight": (n, k), "values": (n, min(r, k)), "bias": (n,)},
-            trained=("x", "values", "bias"),
-            activations=("x", "weight"),
-            factors=("values",),
-            truth=lambda t, o, seed: _sliced(t, o, seed, columns=True),
-            options=({"scale": 2.0},),
-            function="sliced_linear",
-            extra=lambda t: {"indices": _slices(t, True), "orientation": "column"},
-        ),
-        _squares("row"),
-        _squares("column"),
-        Operation(
-            "generated_linear",
-            lambda m, n, k, r: {
-                "x": (m, k),
-                "weight": (n, k),
-                "h": (n, r),
-                "b": (k, r),
-                "bias": (n,),
-                "row_bias": (n,),
-                "column_bias": (k,),
-            },
-            trained=("x", "h", "b", "bias", "row_bias", "column_bias"),
-            activations=("x", "weight"),
-            factors=("h", "b", "row_bias", "column_bias"),
-            truth=_generated_linear,
-            options=(
-                {"activation": "gelu", "scale": 0.5},
-                {"activation": "leakyrelu"},
-                {"activation": "tanh", "dropout": 0.25},
-                {"activation": "relu"},
-                {"activation": "sigmoid"},
-                {"activation": "none", "dropout": 0.1},
-            ),
-            algorithms=("panel", "fused"),
-            form="generated",
-            sweep=_released,
-        ),
-        Operation(
-            "generated_features",
-            lambda m, n, k, r: {"h": (n, r), "b": (k, r), "a": (r, n), "bias": (r,), "column_bias": (k,)},
-            trained=("h", "b", "a", "bias", "column_bias"),
-            activations=("h", "b"),
-            factors=(),
-            truth=_generated_features,
-            options=(
-                {"activation": "gelu", "inner_activation": "gelu"},
-                {"activation": "leakyrelu"},
-                {"activation": "tanh", "dropout": 0.25},
-            ),
-            algorithms=("fused",),
-            problem=lambda m, n, k, r: (0, n, k, r),
-            sweep=_released,
-        ),
-    )
-}
-
-
-# ---- inputs
 
 
 @dataclass(frozen=True)
@@ -336,34 +51,11 @@ class Check:
         return " ".join(words + [f"{k}={v}" for k, v in OPERATIONS[self.operation].options[self.options].items()])
 
 
-def draw(check: Check, device: torch.device) -> tuple[Tensors, Tensor]:
+def drawn(check: Check, device: torch.device) -> tuple[Tensors, Tensor]:
     """The operation's tensors for a check, and the output's cotangent."""
-    operation = OPERATIONS[check.operation]
-    generator = torch.Generator(device).manual_seed(1)
-    dtype = DTYPES[check.dtype]
-
-    def random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, device=device, generator=generator).to(dtype)
-
-    tensors = {}
-    for name, shape in operation.inputs(check.m, check.n, check.k, check.r).items():
-        if name.endswith("bias") and not check.bias:
-            continue
-        scale = shape[-1] ** -0.5 if len(shape) > 1 and name not in ("x", "dy") else 1.0
-        wide = check.wide and (name in operation.factors or (name == "bias" and "x" not in tensors))
-        if name in operation.activations and check.layout == "transposed":
-            tensor = random(shape[::-1], dtype).t()
-        elif name in operation.activations and check.layout == "strided":
-            tensor = random((shape[0], 2 * shape[1] + 3), dtype)[:, 1 : 2 * shape[1] + 1 : 2]
-        elif name in operation.activations and check.layout == "expanded":
-            tensor = random((1, shape[1]), dtype).expand(shape)
-        else:
-            tensor = random(shape, torch.float32 if wide else dtype)
-        tensor = tensor if tensor.stride(0) == 0 else tensor * scale
-        tensors[name] = tensor.detach().requires_grad_(name in operation.trained)
-    with torch.no_grad():
-        out = operation.truth(tensors, {}, None)
-    return tensors, random(tuple(out.shape), out.dtype)
+    sizes = (check.m, check.n, check.k, check.r)
+    how = {"layout": check.layout, "wide": check.wide, "bias": check.bias}
+    return draw(OPERATIONS[check.operation], sizes, DTYPES[check.dtype], device, **how)
 
 
 # ---- the hardware gate
@@ -418,30 +110,14 @@ def run_check(
 ) -> dict[str, Any]:
     """Gate of one set-up: outputs and gradients by the rule, and bit-equal when run again. {"ok", "what", ...}"""
     operation = OPERATIONS[check.operation]
-    options = operation.options[check.options]
-    tensors, cotangent = draw(check, device)
-    seed = torch.full((1,), 1234567, dtype=torch.int64, device=device)
+    examination = Examination(operation, *drawn(check, device), operation.options[check.options], DTYPES[check.dtype])
     plan = plan or forced_plan(check, device)
     how: dict[str, Any] = {"backend": "auto"} if plan is None else {"plan": plan}
-
-    def run(tensors: Tensors, function: Callable[[Tensors], Tensor], dy: Tensor) -> Tensors:
-        trained = {name: t for name, t in tensors.items() if name in operation.trained}
-        return gate.gradients([function(tensors)], trained, [dy])
-
-    def exact(t: Tensors) -> Tensor:
-        return operation.truth(t, options, seed)
-
-    def tested() -> Tensors:
-        return run(tensors, lambda t: operation.run(t, options, seed, **how), cotangent)
-
-    wide = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()}
     try:
         with gate.poisoned():
-            got = tested()
-            unequal = gate.differing(tested) if repeat else []
-        verdict = gate.judge(
-            got, run(wide, exact, cotangent.double()), run(tensors, exact, cotangent), DTYPES[check.dtype]
-        )
+            got = examination.results(**how)
+            unequal = gate.differing(lambda: examination.results(**how)) if repeat else []
+        verdict = examination.verdict(got)
     except Exception as error:
         return {"what": str(check), "ok": False, "error": f"{type(error).__name__}: {error}"[:400]}
     result = {"what": str(check), **verdict.json()}

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from genft_kernels.formulas import OPERATIONS
 from genft_kernels.plan import LaunchPlan, Problem, device_facts
 from genft_kernels.timing import Stats, Step, clock_for, interleave, ratio
 
 from . import shapes
-from .operations import OPERATIONS, Check, candidates, draw, run_check
+from .operations import Check, candidates, drawn, run_check
 from .results import Run
 from .runner import spread
 from .shapes import DTYPE_NAMES
@@ -98,7 +99,7 @@ def _check_of(problem: Problem, dtype: torch.dtype) -> Check:
 def _steps(problem: Problem, dtype: torch.dtype, device: torch.device) -> tuple[Any, Step | None]:
     """A maker of steps from plans, forward and backward (forward alone for decode's few rows), and the floor's step."""
     operation, check = OPERATIONS[problem.operation], _check_of(problem, dtype)
-    tensors, cotangent = draw(replace(check, bias=False), device)
+    tensors, cotangent = drawn(replace(check, bias=False), device)
     trained = [t for name, t in tensors.items() if name in operation.trained]
     options = operation.sweep(problem.r)
     forward_only = 0 < problem.m <= 64
