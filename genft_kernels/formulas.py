@@ -36,7 +36,6 @@ class Operation:
         activations, factors: the inputs that come in odd layouts, and those that may be float32 beside bf16.
         truth: the same function in plain PyTorch, from tensors, options and the dropout seed.
         options: keyword settings of the gate's variants.
-        algorithms: what a sweep chooses between.
         form: "lowrank" or "generated" where it is built around a product with W0, which is then the floor of its time:
             with a frozen W0, or with a trained one; "" otherwise.
         problem: the sizes that plans are chosen by, from (m, n, k, r).
@@ -52,20 +51,24 @@ class Operation:
     factors: tuple[str, ...]
     truth: Callable[..., Tensor]
     options: tuple[dict[str, Any], ...] = ({},)
-    algorithms: tuple[str, ...] = ("thin", "fused")
     form: str = ""
     problem: Callable[[int, int, int, int], tuple[int, int, int, int]] = lambda m, n, k, r: (m, n, k, r)
     sweep: Callable[[int], dict[str, Any]] = lambda r: {}
     function: str = ""
     extra: Callable[[Tensors], dict[str, Any]] = lambda t: {}
 
+    @property
+    def called(self) -> str:
+        """Its name in genft_kernels, under which plans know it."""
+        return self.function or self.name
+
     def sizes(self, m: int, n: int, k: int, r: int, itemsize: int) -> Problem:
         """What a plan is chosen by."""
-        return Problem(self.function or self.name, *self.problem(m, n, k, r), itemsize)
+        return Problem(self.called, *self.problem(m, n, k, r), itemsize)
 
     def run(self, tensors: Tensors, options: dict[str, Any], seed: Tensor | None, **how: Any) -> Tensor:
         extra = {**self.extra(tensors), **({"seed": seed} if options.get("dropout") else {})}
-        return getattr(genft_kernels, self.function or self.name)(**tensors, **options, **extra, **how)  # type: ignore[no-any-return]
+        return getattr(genft_kernels, self.called)(**tensors, **options, **extra, **how)  # type: ignore[no-any-return]
 
 
 def _drop(tensor: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -158,7 +161,6 @@ def _squares(orientation: str) -> Operation:
         activations=("dy", "x"),
         factors=(),
         truth=truth,
-        algorithms=("fused",),
         problem=lambda m, n, k, r: (m, *((k, n) if orientation == "column" else (n, k)), 1),
         function="squared_gradient_sums",
         extra=lambda t: {"orientation": orientation},
@@ -201,7 +203,6 @@ OPERATIONS = {
             factors=("psi", "phi"),
             truth=_edit,
             options=({"scale": 2.0},),
-            algorithms=("thin",),
             problem=lambda m, n, k, r: (m, k, k, r),
         ),
         Operation(
@@ -212,7 +213,6 @@ OPERATIONS = {
             factors=("a",),
             truth=_features,
             options=({}, {"ratio": 0.5, "dropout": 0.25, "activation": "gelu"}, {"activation": "leakyrelu"}),
-            algorithms=("thin",),
             problem=lambda m, n, k, r: (n, n, k, r),
         ),
         Operation(
@@ -228,7 +228,6 @@ OPERATIONS = {
             activations=("x", "weight"),
             factors=("p", "q"),
             truth=_grouped,
-            algorithms=("thin",),
             extra=lambda t: {"rows": genft_kernels.group_rows(_groups(t), GROUPS)},
         ),
         Operation(
@@ -278,7 +277,6 @@ OPERATIONS = {
                 {"activation": "sigmoid"},
                 {"activation": "none", "dropout": 0.1},
             ),
-            algorithms=("panel", "fused"),
             form="generated",
             sweep=_released,
         ),
@@ -294,7 +292,6 @@ OPERATIONS = {
                 {"activation": "leakyrelu"},
                 {"activation": "tanh", "dropout": 0.25},
             ),
-            algorithms=("fused",),
             problem=lambda m, n, k, r: (0, n, k, r),
             sweep=_released,
         ),

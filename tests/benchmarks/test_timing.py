@@ -14,7 +14,7 @@ from benchmarks.comparison import Settings, compare
 from benchmarks.shapes import Case, Shape
 from benchmarks.timing import ceilings
 from genft_kernels import gate, timing
-from genft_kernels.plan import DeviceFacts, LaunchPlan
+from genft_kernels.plan import LaunchPlan
 from tests.kernels import truth
 
 CPU = torch.device("cpu")
@@ -170,17 +170,6 @@ def test_the_gate_draws_odd_layouts(name, layout):
 def test_the_gate_lists_every_operation_of_the_kernels():
     assert {check.operation for check in operations.checks(("bf16",))} == set(operations.OPERATIONS)
     assert set(truth.OPERATIONS) <= set(operations.OPERATIONS)
-
-
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("name", operations.OPERATIONS)
-def test_candidates_are_plans_without_doubles(name, itemsize):
-    operation = operations.OPERATIONS[name]
-    problem = operation.sizes(8192, 4096, 4096, 16, itemsize)
-    plans = operations.candidates(problem, operation, DeviceFacts("sm_90", 132))
-    assert len(set(plans)) == len(plans) > 5
-    assert {plan.algorithm for plan in plans} <= {*operations.OPERATIONS[name].algorithms, "reference"}
-    assert all(LaunchPlan.parse(str(plan)) == plan for plan in plans)
 
 
 # ---- memory
