@@ -337,10 +337,9 @@ def _update(plan: LaunchPlan, rows: int, columns: int, r: int, size: int, *, rea
 def _single(plan: LaunchPlan, rows: int, columns: int, depth: int, r: int, size: int) -> Pass:
     blocks = plan.product
     parts = product_splits(blocks, rows, columns, depth, size)
-    tiles = _blocks(rows, blocks.m) * _blocks(columns, blocks.n)
-    programs = min(blocks.programs, tiles * parts)
+    tiles = max(1, _blocks(rows, blocks.m)) * _blocks(columns, blocks.n) * parts
+    programs = min(blocks.programs, tiles)
     moved = (rows * depth + depth * columns + rows * columns + r * (depth + columns)) * size
-    tiles = _blocks(rows, blocks.m) * _blocks(columns, blocks.n) * parts
     rounds = tiles / (_blocks(tiles, blocks.programs) * blocks.programs)  # the last round leaves processors idle
     reuse = min(1.0, (blocks.m * blocks.n / (128 * 256)) ** 0.25)  # a smaller tile reads its operands more often
     makers = 1 if rows > blocks.m else _blocks(columns, blocks.n)  # programs that make a row block's t
