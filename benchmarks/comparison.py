@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genft_kernels.gate import Verdict, gradients, judge, poisoned
+from genft_kernels.timing import Clock, Stats, Step, WallClock, clock_for, interleave, ratio
+
 from . import memory
 from .contenders import CONTENDERS, Contender, trainable
-from .gate import Verdict, gradients, judge, poisoned
 from .shapes import DTYPE_NAMES, Case
-from .timing import Clock, Stats, Step, WallClock, cache_bytes, captured, clock_for, interleave, ratio
+from .timing import cache_bytes, captured
 
 MODES = {
     "forward": "forward pass in training",

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 
 def make_parts(arguments: argparse.Namespace) -> list:
-    from . import parts, shapes
+    from . import parts, shapes, sweep
     from .runner import Part
 
     if arguments.profile:
@@ -37,7 +37,7 @@ def make_parts(arguments: argparse.Namespace) -> list:
         Part("modes", "the whole model captured, checkpointed, decoding, compiled", parts.modes, 240),
         Part("mixed", "adapters mixed in one batch", parts.mixed, 60),
         Part("fits", "the longest sequence, the largest batch", parts.fits, 180),
-        Part("sweep", "plans", parts.sweep, 400),
+        Part("sweep", "plans", sweep.sweep, 400),
         Part("p10", "swapping layers, saving", parts.p10, 60),
         Part("scaling", "time and memory as sizes grow", parts.scaling, 120),
     ]

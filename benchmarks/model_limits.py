@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import genft_modules
+from genft_kernels.gate import errors
+from genft_kernels.timing import Stats, clock_for, interleave, ratio
 
 from . import memory
 from .comparison import Record, Settings, wake
-from .gate import errors
 from .model_step import LLM_TARGETS, Size, Trainee, build_base, variants
 from .shapes import DTYPE_NAMES
-from .timing import Stats, clock_for, interleave, ratio
 
 # ---- what fits
 

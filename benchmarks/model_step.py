@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import genft_modules
+from genft_kernels.gate import errors
+from genft_kernels.timing import Stats, Step, clock_for, interleave, ratio
 
 from . import memory
 from .comparison import Record, Settings, wake
 from .contenders import METHODS, Method
-from .gate import errors
 from .shapes import DTYPE_NAMES
-from .timing import Stats, Step, captured, clock_for, interleave, ratio
+from .timing import captured
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 BACKENDS = ("auto", "triton", "reference")
 LOW_RANK = (
@@ -334,10 +337,9 @@ def _update(plan: LaunchPlan, rows: int, columns: int, r: int, size: int, *, rea
 def _single(plan: LaunchPlan, rows: int, columns: int, depth: int, r: int, size: int) -> Pass:
     blocks = plan.product
     parts = product_splits(blocks, rows, columns, depth, size)
-    tiles = _blocks(rows, blocks.m) * _blocks(columns, blocks.n)
-    programs = min(blocks.programs, tiles * parts)
+    tiles = max(1, _blocks(rows, blocks.m)) * _blocks(columns, blocks.n) * parts
+    programs = min(blocks.programs, tiles)
     moved = (rows * depth + depth * columns + rows * columns + r * (depth + columns)) * size
-    tiles = _blocks(rows, blocks.m) * _blocks(columns, blocks.n) * parts
     rounds = tiles / (_blocks(tiles, blocks.programs) * blocks.programs)  # the last round leaves processors idle
     reuse = min(1.0, (blocks.m * blocks.n / (128 * 256)) ** 0.25)  # a smaller tile reads its operands more often
     makers = 1 if rows > blocks.m else _blocks(columns, blocks.n)  # programs that make a row block's t
@@ -443,11 +445,11 @@ def default_candidates(problem: Problem, facts: DeviceFacts) -> list[LaunchPlan]
             if product.descriptors == descriptors
             and (problem.m <= product.m <= FEW_ROWS or (descriptors and FEW_ROWS <= product.m < problem.m))
         ]
-    return [*(_with_stages(plan, facts) for plan in found), LaunchPlan("library")]
+    return [*(with_stages(plan, facts) for plan in found), LaunchPlan("library")]
 
 
-def _with_stages(plan: LaunchPlan, facts: DeviceFacts) -> LaunchPlan:
-    """AMD's cards have 64 KiB of shared memory, room for two stages."""
+def with_stages(plan: LaunchPlan, facts: DeviceFacts) -> LaunchPlan:
+    """The plan with stages that the card has room for: AMD's have 64 KiB of shared memory, which is two."""
     if not facts.architecture.startswith("gfx"):
         return plan
     return replace(plan, skinny=replace(plan.skinny, stages=2), product=replace(plan.product, stages=2))
@@ -478,41 +480,62 @@ def user_tables() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genft" / "plans"
 
 
+def rank_bucket(r: int) -> int:
+    """Ranks that share an entry: kernels pad a rank to a power of two."""
+    return max(16, 1 << (r - 1).bit_length())
+
+
+def read_table(path: Path | Traversable) -> list[dict[str, Any]]:
+    """The entries of a table, none where there is no file. Raises ValueError, naming the path, if it is no table."""
+    if not path.is_file():
+        return []
+    try:
+        entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["entries"]
+        for entry in entries:
+            Problem(*(entry[field] for field in ("operation", "m_max", "n", "k", "r", "itemsize")))
+            LaunchPlan.parse(json.dumps(entry["plan"]))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: is no table of plans ({error}); delete it, or write it anew") from error
+    return entries
+
+
 @lru_cache(maxsize=8)
 def plan_table(architecture: str) -> tuple[dict[str, Any], ...]:
     """The measured entries for an architecture, the user's own before the packaged ones: dicts with the fields of
     `Problem`, `m_max` for the largest m that the entry speaks for, and `plan`. Empty where nothing was measured."""
-    packaged = resources.files("genft_kernels").joinpath("plans", f"{architecture}.json")
-    own = user_tables() / f"{architecture}.json"
-    found: list[dict[str, Any]] = []
-    for source, path in (("user", own), ("package", packaged)):
-        if path.is_file():
-            found += [{**entry, "source": source} for entry in json.loads(path.read_text())["entries"]]
-    return tuple(found)
+    name = f"{architecture}.json"
+    packaged = resources.files("genft_kernels").joinpath("plans", name)
+    return tuple(
+        {**entry, "source": source}
+        for source, path in (("user", user_tables() / name), ("package", packaged))
+        for entry in read_table(path)
+    )
 
 
-@lru_cache(maxsize=4096)
-def choose_plan(problem: Problem, facts: DeviceFacts) -> LaunchPlan:
-    """The measured plan that fits `problem` (same operation, n, k, element size and rank bucket, smallest m_max that
-    covers m; the user's own before a packaged one), else the default plan.
-
-    Args:
-        problem: the call, as matrices.
-        facts: the device, from `device_facts`, or of one that is not there.
-    """
-    bucket = max(16, 1 << (problem.r - 1).bit_length())
+def measured_entry(problem: Problem, facts: DeviceFacts) -> dict[str, Any] | None:
+    """The measured entry that fits `problem`: same operation, n, k, element size and rank bucket, smallest m_max that
+    covers m; the user's own (`source` "user") before a packaged one ("package"). None where nothing was measured."""
     fitting = [
         entry
         for entry in plan_table(facts.architecture)
         if (entry["operation"], entry["n"], entry["k"], entry["itemsize"])
         == (problem.operation, problem.n, problem.k, problem.itemsize)
-        and max(16, 1 << (entry["r"] - 1).bit_length()) == bucket
+        and rank_bucket(entry["r"]) == rank_bucket(problem.r)
         and problem.m <= entry["m_max"]
     ]
-    if fitting:
-        best = min(fitting, key=lambda entry: (entry["source"] != "user", int(entry["m_max"])))
-        return LaunchPlan.parse(json.dumps(best["plan"]))
-    return default_plan(problem, facts)
+    return min(fitting, key=lambda entry: (entry["source"] != "user", int(entry["m_max"])), default=None)
+
+
+@lru_cache(maxsize=4096)
+def choose_plan(problem: Problem, facts: DeviceFacts) -> LaunchPlan:
+    """The measured plan that fits `problem` (see `measured_entry`), else the default plan.
+
+    Args:
+        problem: the call, as matrices.
+        facts: the device, from `device_facts`, or of one that is not there.
+    """
+    entry = measured_entry(problem, facts)
+    return default_plan(problem, facts) if entry is None else LaunchPlan.parse(json.dumps(entry["plan"]))
 
 
 @lru_cache(maxsize=64)

@@ -20,6 +20,7 @@ examples:
   genft merge runs/wegeft/adapter --output merged
   genft export-lora runs/wegeft/adapter --output lora
   genft inspect runs/wegeft/adapter --plot norms.png
+  genft tune --model ./llama              the fastest kernels for the model's shapes on this GPU, for all later runs
   genft doctor                            versions, device, the plan for one shape, a numerical self-check
 """
 
@@ -57,6 +58,17 @@ examples:
   genft inspect runs/wegeft/adapter --model ./llama --plot norms.svg
 """
 
+_TUNE = """\
+Measures how the layers of a model run fastest on this GPU with the method's adapter in them: every shape with every
+number of rows, forward and backward. What is not right by a check against float64 is not taken. The plans go to a table
+in ~/.cache/genft/plans ($GENFT_CACHE/plans where that is set), which every later run reads before the packaged one. Of
+the model, only the configuration is read.
+
+examples:
+  genft tune --model ./llama
+  genft tune --model ./llama --method lora --r 16 --target-modules q_proj v_proj --rows 2048,8192 --minutes 10
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage."""
@@ -83,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--seconds", type=float, default=10.0, metavar="S", help="how long to check (10)")
     _add_finetune(commands)
     _add_adapter_commands(commands)
+    _add_tune(commands)
     return parser
 
 
@@ -177,6 +190,24 @@ def _add_adapter_commands(commands: Any) -> None:
     sub.add_argument("--plot", metavar="FILE", help="draw the norms; .png, .svg, .pdf")
 
 
+def _add_tune(commands: Any) -> None:
+    sub = commands.add_parser(
+        "tune",
+        help="measure the fastest kernels for a model on this GPU",
+        description=_TUNE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    sub.add_argument("--model", metavar="PATH_OR_HUB_ID", required=True, help="a local model directory, or its name")
+    sub.add_argument("--method", metavar="NAME", help="whose operations to measure, as in genft finetune (wegeft)")
+    sub.add_argument("--r", "--rank", type=int, help="its rank (as in genft finetune)")
+    sub.add_argument("--target-modules", nargs="+", metavar="NAME", help="names of layers, or one regular expression")
+    sub.add_argument("--rows", metavar="N,N,...", help="tokens in a batch (1,8,64,2048,8192)")
+    sub.add_argument("--dtype", metavar="NAME", help="of the model: bfloat16 (default), float16, float32")
+    sub.add_argument("--minutes", type=float, metavar="T", help="how long to measure (5)")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0 done, 1 a check failed, 2 a mistake of the user's, 130 interrupted."""
     try:
@@ -206,6 +237,9 @@ def _main(arguments: Sequence[str] | None) -> int:
     if command == "finetune":
         quiet()
         return _finetune(options) if options.keys() - {"output", "cache_dir", "methods"} else _demo(options)
+    if command == "tune":
+        quiet()
+        return _tune(options)
     if command is not None:
         quiet()
         return _adapter(command, options)
@@ -253,6 +287,18 @@ def _finetune(options: dict[str, Any]) -> int:
         return 0
     print(finetune.summary(record, job.output))
     return 0 if record.get("reload", {"agree": True})["agree"] else 1
+
+
+def _tune(options: dict[str, Any]) -> int:
+    from genft_modules import tune
+
+    if "rows" in options:
+        try:
+            options["rows"] = [int(word) for word in options["rows"].split(",")]
+        except ValueError:
+            raise UserError(f"--rows {options['rows']}: expected numbers with commas between them") from None
+    print(tune.run(**options))
+    return 0
 
 
 def _adapter(command: str, options: dict[str, Any]) -> int:

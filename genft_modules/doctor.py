@@ -20,7 +20,8 @@ from genft_kernels import (
     lowrank_linear,
     weight_features,
 )
-from genft_modules.console import table
+from genft_kernels.plan import measured_entry
+from genft_modules.console import UserError, one_line, table
 
 _PACKAGES = ("genft", "torch", "triton", "transformers", "peft", "accelerate", "numpy")
 _SHAPE = {"m": 8192, "n": 4096, "k": 4096, "r": 16}  # a projection of an 8B model, four sequences of 2048 tokens
@@ -40,7 +41,10 @@ def run(seconds: float = 10.0) -> int:
     print()
     print(devices())
     print()
-    print(plan())
+    try:
+        print(plan())
+    except ValueError as error:  # a table that cannot be read
+        raise UserError(one_line(error)) from None
     print()
     ok, report = self_check(seconds)
     print(report)
@@ -85,8 +89,16 @@ def plan() -> str:
     if here.type != "cuda":
         lines.append(f"{'':<14}cpu: reference")
     facts = device_facts(here) if here.type == "cuda" else DeviceFacts("sm_90", 132)
-    lines.append(f"{'':<14}{facts.architecture}: {choose_plan(problem, facts)}")
+    lines.append(f"{'':<14}{facts.architecture}, {_source(problem, facts)}: {choose_plan(problem, facts)}")
     return "\n".join(lines)
+
+
+def _source(problem: Problem, facts: DeviceFacts) -> str:
+    """Where the plan of a problem comes from."""
+    entry = measured_entry(problem, facts)
+    if entry is None:
+        return "from the model of the card, not measured"
+    return "measured by genft tune" if entry["source"] == "user" else "measured, packaged"
 
 
 # --- self-check --------------------------------------------------------------------------------------------------

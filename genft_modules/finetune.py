@@ -234,13 +234,29 @@ def rehearse(model_config: Any, peft_config: Any, what: str) -> tuple[int, int]:
 
     Raises UserError where a target module does not exist or the method refuses the model.
     """
-    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
+
+    model = adapted_on_meta(model_config, peft_config, what, AutoModelForCausalLM)
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+
+def adapted_on_meta(model_config: Any, peft_config: Any, what: str, kind: Any) -> Any:
+    """The model of a configuration with its adapter (None: without one), both without memory.
+
+    Args:
+        what: of the user's options, for the message.
+        kind: the class of transformers that makes the model.
+
+    Raises:
+        UserError: a target module does not exist, or the method refuses the model.
+    """
+    from peft import get_peft_model
 
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # how the methods say that a pattern fits no layer
-            model: Any = AutoModelForCausalLM.from_config(model_config)
+            model: Any = kind.from_config(model_config)
             if peft_config is not None:
                 _check_targets(model, peft_config)
                 model = get_peft_model(model, copy.deepcopy(peft_config))
@@ -248,8 +264,7 @@ def rehearse(model_config: Any, peft_config: Any, what: str) -> tuple[int, int]:
         raise
     except Exception as error:  # peft and transformers raise many kinds; all mean that these options do not fit
         raise UserError(f"{what}: {one_line(error)[:300]}") from None
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+    return model
 
 
 def _check_targets(model: torch.nn.Module, peft_config: Any) -> None:

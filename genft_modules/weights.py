@@ -7,6 +7,7 @@ W0 as a whole, which is let go as soon as it was read. A backward pass reads W0 
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -95,10 +96,15 @@ class QuantisedWeight:
     def __getitem__(self, rows: slice) -> QuantisedWeight:
         assert not self.transposed, "row blocks are cut before the transposition"
         start, stop, _ = rows.indices(self.stop - self.start)
-        return QuantisedWeight(self.layer, self.start + start, self.start + stop)
+        return self._with(start=self.start + start, stop=self.start + stop)
 
     def t(self) -> QuantisedWeight:
-        return QuantisedWeight(self.layer, self.start, self.stop, not self.transposed)
+        return self._with(transposed=not self.transposed)
+
+    def _with(self, **changed: int) -> QuantisedWeight:
+        other = copy(self)
+        other.__dict__.update(changed)
+        return other
 
     def dequantised(self) -> Tensor:
         """W0, or the part of it that this stands for, as a whole."""

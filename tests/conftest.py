@@ -8,6 +8,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["GENFT_CACHE"] = os.devnull  # plans that were measured on this machine are no business of the tests
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import triton  # noqa: F401 - its own functions are interpreted or compiled as the variable says when it is imported
@@ -23,6 +27,20 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty directory for tables of measured plans, which this process reads."""
+    from genft_kernels import plan
+
+    monkeypatch.setenv("GENFT_CACHE", str(tmp_path / "cache"))
+    cached = (plan.choose_plan, plan.plan_table, plan.resolve)
+    for function in cached:
+        function.cache_clear()
+    yield plan.user_tables()
+    for function in cached:
+        function.cache_clear()
 
 
 @pytest.fixture

@@ -8,10 +8,12 @@ is written once, in `genft_modules.tuner` and `genft_modules.linear`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
+import torch
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -223,6 +225,12 @@ def row_blocks(field: str, patterns: dict[str, list[bool]], name: str, out_featu
             f"its {out_features} output features"
         )
     return flags
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Autocast off where a tensor is; the meta device has none."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def beside(weight: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:

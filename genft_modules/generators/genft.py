@@ -30,6 +30,7 @@ from genft_modules.generators.base import (
     pattern_value,
     row_blocks,
     share,
+    without_autocast,
 )
 from genft_modules.weights import weight_features
 
@@ -265,7 +266,7 @@ class GenFTGenerator(Generator):
         drop = self.drop if self.training and dropout else 0.0
         rows = weight.shape[0] // len(self.flags)
         # What ΔW is made from is small, and keeps its precision; the operation that applies ΔW follows autocast.
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight):
             parts = {
                 index: self._update(weight[index * rows : (index + 1) * rows], drop)
                 for index, adapted in enumerate(self.flags)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genft_modules.generators.base import check_choice
+from genft_modules.generators.base import check_choice, without_autocast
 
 
 class L2Norm(nn.Module):
@@ -205,7 +205,7 @@ class Blocks(nn.Module):
         self.blocks = nn.ModuleList(BLOCKS[block](dim, tokens, **block_kwargs) for _ in range(num_blocks))
 
     def forward(self, w: Tensor) -> Tensor:
-        with torch.autocast(w.device.type, enabled=False):
+        with without_autocast(w):
             for block in self.blocks:
                 w = block(w)
         return w

@@ -20,6 +20,7 @@ from genft_modules.generators.base import (
     check_choice,
     check_number,
     check_rank,
+    without_autocast,
 )
 from genft_modules.weights import weight_features
 
@@ -92,7 +93,7 @@ class PeanutGenerator(Generator):
         a, b, *coders = beside(weight, self.A, self.B, *self.encoders, *self.decoders)
         depth = len(coders) // 2
         # What ΔW is made from is small, and keeps its precision; the operation that applies ΔW follows autocast.
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight):
             p = self.act(weight_features(weight.t(), a, backend=self.backend))
             given = []
             for encoder in coders[:depth]:

@@ -24,6 +24,7 @@ from genft_modules.generators.base import (
     check_number,
     check_rank,
     share,
+    without_autocast,
 )
 
 
@@ -148,7 +149,7 @@ class SaSGenerator(Generator):
         p, q, chunks = beside(weight, self.pair.p, self.pair.q, self.pair.chunks)
         (embedding,) = beside(weight, self.embedding)
         # What ΔW is made from is small, and keeps its precision; the operation that applies ΔW follows autocast.
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight):
             own_p, own_q = self.hypernetwork.made(chunks + embedding, p.shape[0], q.shape[0])
         return LowRank(torch.cat([p, own_p], dim=1), torch.cat([q, own_q], dim=1), self.scale)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import goals, model_limits, model_step, parts, report, results, runner
+from benchmarks import goals, model_limits, model_step, report, results, runner, sweep
 from benchmarks.comparison import Settings
 from genft_kernels import plan as plans
 from genft_kernels.plan import DeviceFacts, LaunchPlan, Problem
@@ -215,12 +215,12 @@ def test_the_plan_table_is_what_the_kernels_read(tmp_path, monkeypatch):
                 **problem,
                 "m": m,
                 "best": {"plan": json.loads(str(best)), "ms": 1.0},
-                "families": {"fused": 1.0, "thin": 1.1},
+                "families": {"fused": 1.0, "seeded": 1.1},
             }
         )
-    parts.write_plans(run)
-    entries = tuple(json.loads((tmp_path / "plans-cpu.json").read_text())["entries"])
-    monkeypatch.setattr(plans, "plan_table", lambda architecture: entries)
+    sweep.write_plans(run)
+    entries = [{**entry, "source": "package"} for entry in plans.read_table(tmp_path / "plans-cpu.json")]
+    monkeypatch.setattr(plans, "plan_table", lambda architecture: tuple(entries))
     for m, n, expected in ((64, 4096, best), (500, 4096, best), (99999, 4096, best), (64, 1024, None)):
         problem = Problem("lowrank_linear", m, n, 4096, 16, 2)
         facts = DeviceFacts(f"test{m}{n}", 132)

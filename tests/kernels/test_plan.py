@@ -89,6 +89,13 @@ def test_the_headline_shape_has_large_blocks_and_many_programs():
         assert all(one.programs >= 128 for one in plans.passes(problem, choose_plan(problem, H200)) if one.programs)
 
 
+@pytest.mark.parametrize("facts", [H200, DeviceFacts("sm_80", 108)], ids=lambda facts: facts.architecture)
+@pytest.mark.parametrize("operation", plans.OPERATIONS)
+def test_no_rows_have_a_plan(operation, facts):
+    for itemsize in (2, 4):
+        assert plans.default_plan(Problem(operation, 0, 4096, 4096, 16, itemsize), facts)
+
+
 def test_the_library_runs_where_the_model_says_so():
     for m, n, k, r in itertools.product((1, 512, 8192), (768, 4096), (768, 4096), (16, 64)):
         problem = Problem("lowrank_linear", m, n, k, r, 2)

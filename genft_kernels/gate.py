@@ -6,6 +6,7 @@ gradient, in the relative Euclidean norm and in the largest deviation over the l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,8 +65,8 @@ def judge(got: Tensors, truth: Tensors, torch_own: Tensors, dtype: torch.dtype, 
         for pair in zip(errors(got[name], exact), errors(torch_own[name], exact), strict=True)
     ]
     if pooled:
-        squares = [sum(pair[i] ** 2 for pair in pairs) / len(pairs) for i in (1, 2)]
-        pairs = [("all tensors", squares[0] ** 0.5, squares[1] ** 0.5)]
+        error, own = (math.hypot(*side) / len(pairs) ** 0.5 for side in zip(*(p[1:] for p in pairs), strict=True))
+        pairs = [("all tensors", error, own)]
     verdicts = []
     for name, error, own in pairs:
         budget = 2 * own + EPSILON[dtype]
@@ -85,14 +86,15 @@ def poisoned() -> Iterator[None]:
     """Memory that is allocated and not written holds NaN, as far as torch fills it: an element that a kernel forgets is
     then found."""
     mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 def differing(run: Callable[[], Tensors]) -> list[str]:
