@@ -19,6 +19,7 @@ from genft_kernels.timing import Clock, Stats, Step, WallClock, clock_for, inter
 
 from . import memory
 from .contenders import CONTENDERS, Contender, trainable
+from .results import Run
 from .shapes import DTYPE_NAMES, Case
 from .timing import cache_bytes, captured
 
@@ -27,6 +28,7 @@ MODES = {
     "step": "forward and backward",
     "decode": "forward pass without gradient, captured on a GPU",
     "call": "host time of one call, device not waited for",
+    "call-eval": "the same without gradient",
 }
 Record = dict[str, Any]
 
@@ -111,10 +113,15 @@ class Subject:
             for layers in self.replicas:
                 layers(x)
 
+    def evaluate(self, index: int) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return self.forward(index)
+
     def timed(self) -> Step:
         if self.mode == "decode":
             return captured(self.decode, self.case.device)
-        return {"forward": self.forward, "step": self.step, "call": self.forward}[self.mode]
+        steps = {"forward": self.forward, "step": self.step, "call": self.forward, "call-eval": self.evaluate}
+        return steps[self.mode]
 
     def check(self) -> Verdict:
         """The gate at the full shape, on the first input: y, dX and every parameter's gradient."""
@@ -169,16 +176,19 @@ def compare(
     settings: Settings | None = None,
     ceilings: dict[str, Any] | None = None,
     samples: dict[str, list[float]] | None = None,
+    run: Run | None = None,
 ) -> list[Record]:
     """Measures the contenders against each other; the frozen layer is always among them.
 
-    A contender that cannot be built or is not right has a record without a time, and the reason in "withheld".
+    A contender that cannot be built or is not right has a record without a time, and the reason in "withheld". All are
+    set up one after the other, then timed in turns, then their memory is measured.
 
     Args:
         case, names, mode: what is measured; `mode` is a key of `MODES`.
         suite: label in the records.
         ceilings: of `timing.ceilings`, for the percentage of the product's ceiling.
         samples: filled with the milliseconds of each round, if given.
+        run: whose file gets what is measured when it is measured, and whose time is kept to.
     """
     settings = settings or Settings()
     gpu = case.device.type == "cuda"
@@ -196,45 +206,65 @@ def compare(
     records: dict[str, Record] = {}
     subjects: dict[str, Subject] = {}
     steps: dict[str, Step] = {}
-    for name in dict.fromkeys(["frozen", *names]):
-        contender = CONTENDERS[name]
-        record = records[name] = _record(suite, mode, case, contender)
-        missing = contender.missing(case.device)
-        if missing:
-            record["withheld"] = missing
-            continue
-        try:
-            subject = Subject(contender, inputs, mode)
-            if settings.gate:
-                verdict = subject.check()
-                record["gate"] = verdict.json()
-                if not verdict.ok:
-                    record["withheld"] = f"gate: {verdict}"
-                    continue
-            step = subject.timed()
-            step(0)
-        except Exception as error:  # one contender's failure is a result, not the end of the run
-            record["withheld"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
-            continue
-        subjects[name], steps[name] = subject, step
-    clock: Clock = WallClock(case.device, calls=50 if gpu else 5) if mode == "call" else clock_for(case.device)
-    measured = interleave(
+
+    def keep() -> None:
+        if run is not None:
+            run.put(records.values())
+
+    def fill(measured: dict[str, list[float]]) -> None:
+        floor = [value / replicas for value in measured.get("frozen", ())]
+        for name, ms in measured.items():
+            ms = [value / replicas for value in ms]
+            if samples is not None:
+                samples[name] = ms
+            _fill(records[name], case, mode, ms, floor, ceilings)
+        keep()
+
+    chosen: Iterable[str] = dict.fromkeys(["frozen", *names])
+    for name in chosen if run is None else run.paced(chosen, settings.seconds):
+        records[name] = _record(suite, mode, case, CONTENDERS[name])
+        ready = _set_up(records[name], CONTENDERS[name], inputs, mode, settings)
+        if isinstance(ready, str):
+            records[name]["withheld"] = ready
+        else:
+            subjects[name], steps[name] = ready
+        keep()
+    clock: Clock = WallClock(case.device, calls=50 if gpu else 5) if "call" in mode else clock_for(case.device)
+    interleave(
         steps,
         clock,
         seconds=settings.seconds,
         min_rounds=settings.min_rounds,
         max_rounds=settings.max_rounds,
         warmup=settings.warmup,
+        each=fill,
     )
-    for name, ms in measured.items():
-        ms = [value / replicas for value in ms]
-        if samples is not None:
-            samples[name] = ms
-        _fill(records[name], case, mode, ms, [value / replicas for value in measured.get("frozen", ())], ceilings)
     if settings.memory and mode == "step":
         for name, subject in subjects.items():
             records[name]["memory"] = subject.memory()
+            keep()
     return list(records.values())
+
+
+def _set_up(
+    record: Record, contender: Contender, inputs: Inputs, mode: str, settings: Settings
+) -> tuple[Subject, Step] | str:
+    """A contender behind its gate, and its step, run once; or why it has no time."""
+    missing = contender.missing(inputs.case.device)
+    if missing:
+        return missing
+    try:
+        subject = Subject(contender, inputs, mode)
+        if settings.gate:
+            verdict = subject.check()
+            record["gate"] = verdict.json()
+            if not verdict.ok:
+                return f"gate: {verdict}"
+        step = subject.timed()
+        step(0)
+    except Exception as error:  # one contender's failure is a result, not the end of the run
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+    return subject, step
 
 
 def _record(suite: str, mode: str, case: Case, contender: Contender) -> Record:
@@ -271,5 +301,5 @@ def _fill(
     record["floor_bytes"] = case.shape.bytes(record["form"], mode, case.itemsize)
     record["tflops"] = round(record["floor_operations"] / stats.median / 1e9, 4)
     product = (ceilings or {}).get("product_tflops", {}).get(str(case.dtype).removeprefix("torch."))
-    if product and mode != "call":
+    if product and "call" not in mode:
         record["percent_of_product"] = round(100 * record["tflops"] / product, 2)

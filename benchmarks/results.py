@@ -1,4 +1,5 @@
-"""Result files: one JSON per run, written after every part, with what is needed to check a figure or to make it again.
+"""Result files: one JSON per run, written whenever something was measured, with what is needed to check a figure or to
+make it again.
 
 benchmarks/results/<device>/<date>-<commit>.json holds
     run         commit, date, command, device and driver, versions, threads, parts that ran, parts that were left out
@@ -7,6 +8,9 @@ benchmarks/results/<device>/<date>-<commit>.json holds
     records     one per contender and case: shape, dtype, method, algorithm and plan, gate, ms, ratio to the frozen
                 layer, TFLOP/s, percentage of the product's ceiling, bytes, peak and saved memory; or why it has no time
     sweep       plans that were measured, and which won
+    memcheck    what compute-sanitizer said of a few operations, or why it did not run
+    profiles    kernel by kernel, where the time of a step goes
+    slow_kernels  kernels of ours that take more than 1.5 times their bytes over the copy ceiling
 No machine's name, user or path is written.
 """
 
@@ -23,13 +27,14 @@ import time
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent
 FOLDER = ROOT / "results"
+Item = TypeVar("Item")
 
 
 def _command(*words: str) -> str:
@@ -78,12 +83,13 @@ def slug(device: dict[str, Any]) -> str:
 
 
 def commit(given: str = "") -> str:
-    """The commit that is measured, with "-dirty" where the code that is measured differs from it."""
+    """The commit that is measured, with "-dirty" where the code that is measured, plan files included, differs from it:
+    what was changed, and what git does not know yet."""
     found = _command("git", "rev-parse", "--short=10", "HEAD") or given or os.environ.get("GENFT_COMMIT", "")
     if not found:
         return "unknown"
     code = ("../genft_kernels", "../genft_modules", ".", ":!results")
-    changed = _command("git", "status", "--porcelain", "--untracked-files=no", "--", *code)
+    changed = _command("git", "status", "--porcelain", "--untracked-files=all", "--", *code)
     return f"{found}-dirty" if changed else found
 
 
@@ -101,7 +107,8 @@ class Run:
         workers: int = 0,
     ) -> None:
         self.device, self.tiny, self.workers = device, tiny, workers
-        self.deadline = time.monotonic() + 60 * minutes
+        self.deadline = self.until = time.monotonic() + 60 * minutes
+        self.part = ""
         described = describe(device)
         packages = ("triton", "peft", "transformers", "numpy", "pytest-benchmark")
         self.data: dict[str, Any] = {
@@ -125,6 +132,9 @@ class Run:
             "gate": {},
             "records": [],
             "sweep": [],
+            "memcheck": {},
+            "profiles": [],
+            "slow_kernels": [],
         }
         run = self.data["run"]
         stamp = run["date"].replace(":", "").replace("-", "")[:15]
@@ -136,8 +146,33 @@ class Run:
         return self.data["records"]  # type: ignore[no-any-return]
 
     def left(self) -> float:
-        """Seconds until the run has to end."""
-        return self.deadline - time.monotonic()
+        """Seconds until the part that is running, or the run, has to end."""
+        return self.until - time.monotonic()
+
+    def put(self, records: Iterable[dict[str, Any]]) -> None:
+        """Takes in a comparison as far as it is measured, in the place of what is there of it, and writes the file."""
+        records = list(records)
+        keys = {key(record) for record in records}
+        self.data["records"] = [record for record in self.records if key(record) not in keys] + records
+        self.flush()
+
+    def leave_out(self, what: str, why: str) -> None:
+        """Notes what was not begun, or not finished, and why."""
+        self.data["run"]["left_out"][what] = why
+        print(f"  left out: {what}: {why}", flush=True)
+
+    def paced(self, items: Iterable[Item], reserve: float = 0.0) -> Iterator[Item]:
+        """The items, as long as the time left, less `reserve` seconds for what follows them, is no less than what the
+        last one took. The others are noted as left out."""
+        took = 0.0
+        for item in items:
+            left = self.left() - reserve
+            if left < took or left <= 0:
+                self.leave_out(f"{self.part}: {item}", f"{max(0.0, left):.0f} s left, the one before took {took:.0f} s")
+                continue
+            start = time.monotonic()
+            yield item
+            took = time.monotonic() - start
 
     def flush(self) -> None:
         """Writes what there is; a reader never sees half a file."""
@@ -170,8 +205,9 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every result file under a folder, oldest run first, as (device slug, data)."""
-    found = [(path.parent.name, load(path)) for path in sorted(folder.glob("*/*.json"))]
+    """Every result file under a folder, oldest run first, as (device slug, data). Plan tables may lie beside them."""
+    paths = [path for path in sorted(folder.glob("*/*.json")) if not path.name.startswith("plans-")]
+    found = [(path.parent.name, load(path)) for path in paths]
     yield from sorted(found, key=lambda item: item[1]["run"]["date"])
 
 
@@ -183,12 +219,17 @@ def key(record: dict[str, Any]) -> tuple[Any, ...]:
     return (record["suite"], record["mode"], size, layers, rank, record["dtype"])
 
 
+MEASURED = ("ms", "largest", "gains")  # what a finished record has one of
+
+
 def newest(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records of a device's runs, each comparison taken from the newest run that has it."""
+    """The records of a device's runs, each comparison taken from the newest run that measured something of it; what a
+    run was cut off from measuring is left out."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for data in runs:
         own: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for record in data["records"]:
-            own.setdefault(key(record), []).append(record)
-        groups.update(own)
+            if any(field in record for field in (*MEASURED, "withheld")):
+                own.setdefault(key(record), []).append(record)
+        groups.update({k: g for k, g in own.items() if k not in groups or any(f in r for r in g for f in MEASURED)})
     return [record for records in groups.values() for record in records]

@@ -18,7 +18,7 @@ import torch
 
 from . import goals, results
 from .comparison import Record
-from .results import Run, key
+from .results import Run
 
 
 class OutOfTime(BaseException):
@@ -36,11 +36,9 @@ class Part:
 
 
 def add(run: Run, records: Iterable[Record]) -> None:
-    """Takes in a comparison, in the place of an earlier one of the same case; writes the file, prints a line each."""
+    """Takes in a comparison and prints a line for each of its records."""
     records = list(records)
-    keys = {key(record) for record in records}
-    run.records[:] = [record for record in run.records if key(record) not in keys] + records
-    run.flush()
+    run.put(records)
     for record in records:
         print("  " + line(record), flush=True)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,18 +23,19 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether all tensors were within budget, and the one that used most of it."""
+    """Whether all tensors were within budget, and the one that used most of it: its error, and torch's own."""
 
     ok: bool
     worst: str
     error: float
     budget: float
+    own: float
 
     def __str__(self) -> str:
-        return f"{self.worst}: error {self.error:.2e}, budget {self.budget:.2e}"
+        return f"{self.worst}: error {self.error:.2e}, torch's own {self.own:.2e}, budget {self.budget:.2e}"
 
     def json(self) -> dict[str, Any]:
-        return {"ok": self.ok, "worst": self.worst, "error": self.error, "budget": self.budget}
+        return asdict(self)
 
 
 def errors(got: Tensor, truth: Tensor) -> tuple[float, float]:
@@ -58,7 +59,7 @@ def judge(got: Tensors, truth: Tensors, torch_own: Tensors, dtype: torch.dtype, 
     of one tensor is a matter of chance. Each operation on its own is held to the rule tensor by tensor.
     """
     if not set(got) == set(truth) == set(torch_own):
-        return Verdict(False, f"names {sorted(got)} against {sorted(truth)}", float("inf"), 0.0)
+        return Verdict(False, f"names {sorted(got)} against {sorted(truth)}", float("inf"), 0.0, 0.0)
     pairs = [
         (name, *pair)
         for name, exact in truth.items()
@@ -70,7 +71,7 @@ def judge(got: Tensors, truth: Tensors, torch_own: Tensors, dtype: torch.dtype, 
     verdicts = []
     for name, error, own in pairs:
         budget = 2 * own + EPSILON[dtype]
-        verdicts.append(Verdict(error <= budget, name, error, budget))
+        verdicts.append(Verdict(error <= budget, name, error, budget, own))
     return max(verdicts, key=lambda v: (not v.ok, v.error / v.budget))
 
 

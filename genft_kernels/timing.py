@@ -113,27 +113,42 @@ def interleave(
     warmup: int = 2,
     seed: int = 0,
     now: Callable[[], float] = time.perf_counter,
+    each: Callable[[dict[str, list[float]]], None] | None = None,
+    pause: float = 2.0,
 ) -> dict[str, list[float]]:
-    """Milliseconds of every step in every round. Rounds go on until `seconds` are spent, within the two bounds."""
+    """Milliseconds of every step in every round. Rounds go on until `seconds` are spent, within the two bounds.
+
+    `each` is given the rounds that are complete: about every `pause` seconds, and when it ends, whatever ended it.
+    """
     order = list(steps)
     shuffle = random.Random(seed).shuffle
     samples: dict[str, list[float]] = {name: [] for name in order}
     for index in range(warmup):
         clock.run([steps[name] for name in order], index)
+
+    def complete() -> dict[str, list[float]]:
+        rounds = min(map(len, samples.values()), default=0)
+        return {name: ms[:rounds] for name, ms in samples.items() if rounds}
+
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        start = now()
+        start = told = now()
         for index in range(max_rounds):
             if index >= min_rounds and now() - start >= seconds:
                 break
             shuffle(order)
             for name, ms in zip(order, clock.run([steps[name] for name in order], warmup + index), strict=True):
                 samples[name].append(ms)
+            if each is not None and now() - told >= pause:
+                each(complete())
+                told = now()
     finally:
         if collecting:
             gc.enable()
+        if each is not None:
+            each(complete())
     return samples
 
 

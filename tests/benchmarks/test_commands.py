@@ -133,6 +133,16 @@ def test_the_newest_run_of_a_comparison_counts(folder):
     assert "peft-lora" not in text.split("### Runs")[0].split("## Test")[1]
 
 
+def test_a_run_that_was_cut_off_does_not_hide_an_older_one(folder):
+    whole, cut = result(LAYER), copy.deepcopy(LAYER)
+    for own in cut:
+        own.pop("ms", None)
+    found = results.newest([whole, result(cut)])
+    assert [r["contender"] for r in found] == [r["contender"] for r in LAYER]
+    (folder / "results" / "test" / "plans-sm_90.json").write_text("{}")
+    assert len(list(results.load_folder(folder / "results"))) == 1
+
+
 def test_a_readme_without_markers_is_left_alone(folder):
     (folder / "README.md").write_text("nothing")
     _report(folder)
@@ -193,6 +203,37 @@ def test_a_run_keeps_what_it_has(tmp_path):
     assert "genft-lora" in runner.summary(run)
     runner.add(run, LAYER)
     assert len(run.records) == len(LAYER) + 1, "a comparison that is made again takes the place of the first"
+
+
+def test_what_cannot_end_is_not_begun(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(results.time, "monotonic", lambda: clock[0])
+    run = results.Run(CPU, tmp_path, minutes=1)
+    begun = []
+    for seconds in run.paced([20, 25, 10, 5], reserve=8):
+        begun.append(seconds)
+        clock[0] += seconds
+    assert begun == [20, 25]
+    assert set(run.data["run"]["left_out"]) == {": 10", ": 5"}
+
+
+def _git(folder, *words):
+    who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
+
+
+def test_a_plan_file_that_is_not_committed_makes_a_run_dirty(tmp_path, monkeypatch):
+    for folder in ("benchmarks/results", "genft_kernels/plans", "genft_modules"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file").touch()
+    _git(tmp_path, "init", "-q")
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "-qm", "one")
+    monkeypatch.setattr(results, "ROOT", tmp_path / "benchmarks")
+    (tmp_path / "benchmarks" / "results" / "new.json").touch()
+    assert not results.commit().endswith("-dirty")
+    (tmp_path / "genft_kernels" / "plans" / "sm_90.json").touch()
+    assert results.commit().endswith("-dirty")
 
 
 def test_a_result_file_tells_no_secrets(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import comparison, contenders, memory, operations
+from benchmarks import comparison, contenders, memory, operations, results
 from benchmarks.comparison import Settings, compare
 from benchmarks.shapes import Case, Shape
 from benchmarks.timing import ceilings
@@ -52,6 +52,20 @@ def test_rounds_end_with_the_time_that_is_given():
         {"a": lambda i: ("a", 100.0)}, clock, seconds=0.95, min_rounds=2, max_rounds=50, warmup=0, now=lambda: clock.now
     )
     assert len(samples["a"]) == 10
+
+
+def test_rounds_that_are_complete_are_told_when_a_run_is_cut_off():
+    clock, told = Ticking(), []
+
+    def slow(index):
+        if index == 3:
+            raise KeyboardInterrupt
+        return "b", 900.0
+
+    limits = {"seconds": 60.0, "warmup": 0, "now": lambda: clock.now, "pause": 1.0}
+    with pytest.raises(KeyboardInterrupt):
+        timing.interleave({"a": lambda i: ("a", 100.0), "b": slow}, clock, each=told.append, **limits)
+    assert [len(ms["b"]) for ms in told] == [1, 2, 3, 3]
 
 
 def test_ratios_are_taken_within_a_round():
@@ -111,6 +125,27 @@ def test_a_wrong_contender_has_no_time(monkeypatch):
     assert not any("ms" in found[name] for name in ("wrong", "broken", "absent"))
 
 
+def test_a_contender_is_in_the_file_when_it_is_measured(tmp_path, monkeypatch):
+    """Each set-up, and the rounds before a cut-off."""
+    run, seen = results.Run(CPU, tmp_path), []
+
+    def build(linear, case):
+        seen.append([(r["contender"], r["gate"]["ok"]) for r in results.load(run.path)["records"]])
+        return linear
+
+    _register(monkeypatch, "late", build)
+
+    def cut_off(steps, clock, *, each, **limits):
+        each({name: [1.0, 2.0] for name in steps})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "interleave", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        compare(CASE, ["genft-lora", "late"], settings=QUICK, run=run)
+    assert seen == [[("frozen", True), ("genft-lora", True)]]
+    assert [r["ms"]["median"] for r in results.load(run.path)["records"]] == [1.5, 1.5, 1.5]
+
+
 def test_every_contender_passes_and_is_measured():
     names = [n for n in contenders.names(compiled=False) if contenders.CONTENDERS[n].algorithm == ""]
     found = {r["contender"]: r for r in compare(CASE, names, settings=dataclasses.replace(QUICK, memory=True))}
@@ -128,7 +163,7 @@ def test_every_contender_passes_and_is_measured():
     assert found["naive-wegeft"]["memory"]["saved"] >= 40 * 24 * 4, "a materialised update keeps N·K elements"
 
 
-@pytest.mark.parametrize("mode", ["forward", "decode", "call"])
+@pytest.mark.parametrize("mode", ["forward", "decode", "call", "call-eval"])
 def test_modes_and_groups_of_layers(mode):
     case = dataclasses.replace(CASE, shape=Shape(8, (16, 8), 24))
     found = compare(case, ["genft-wegeft"], mode, settings=QUICK)
