@@ -166,6 +166,7 @@ class Settings:
     warmup: int = 2
     gate: bool = True
     memory: bool = True
+    calls: int = 50  # that are timed as one where a single call is too short
 
 
 def compare(
@@ -222,14 +223,14 @@ def compare(
 
     chosen: Iterable[str] = dict.fromkeys(["frozen", *names])
     for name in chosen if run is None else run.paced(chosen, settings.seconds):
-        records[name] = _record(suite, mode, case, CONTENDERS[name])
+        records[name] = describe(suite, mode, case, CONTENDERS[name])
         ready = _set_up(records[name], CONTENDERS[name], inputs, mode, settings)
         if isinstance(ready, str):
             records[name]["withheld"] = ready
         else:
             subjects[name], steps[name] = ready
         keep()
-    clock: Clock = WallClock(case.device, calls=50 if gpu else 5) if "call" in mode else clock_for(case.device)
+    clock: Clock = WallClock(case.device, calls=settings.calls) if "call" in mode else clock_for(case.device)
     interleave(
         steps,
         clock,
@@ -267,7 +268,8 @@ def _set_up(
     return subject, step
 
 
-def _record(suite: str, mode: str, case: Case, contender: Contender) -> Record:
+def describe(suite: str, mode: str, case: Case, contender: Contender) -> Record:
+    """A record that says what is measured, and nothing of it yet."""
     record: Record = {
         "suite": suite,
         "mode": mode,

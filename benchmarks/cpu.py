@@ -1,4 +1,4 @@
-"""What a CPU can say: goals P8, P10 and P5, the layer's grid, a block, a small model, scaling curves.
+"""What a CPU can say: goals P8, P9, P10, P5 and N1, the layer's grid, a block, a small model, scaling curves.
 
 `python -m benchmarks.cpu --threads 2` takes about fifteen minutes on two cores; `--parts p8` alone about two.
 """
@@ -9,22 +9,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import parts, shapes
+from . import parts, profiles
 from .runner import Part
 from .runner import main as run
 
 
 def make_parts(arguments: argparse.Namespace) -> list[Part]:
     if arguments.profile:
-        shape = shapes.Shape.parse(arguments.profile)
-        chosen = [name for name in arguments.contenders.split(",") if name]
-        return [Part("profile", str(shape), lambda run: parts.profile(run, shape, arguments.rank, chosen), 540)]
+        return [profiles.part(arguments)]
     return [
         Part("ceilings", "a large copy, a large product", parts.ceiling, 30),
         Part("gate", "every operation against float64", parts.gate, 120),
         Part("p8", "every contender on one layer", parts.p8, 300),
         Part("p10", "swapping layers, saving", parts.p10, 90),
         Part("p9", "Python cost of a call", parts.p9, 60),
+        Part("n1", "what bf16 answers to small updates", parts.n1, 60),
         Part("layer", "other shapes, forward alone", parts.layer, 200),
         Part("p7", "decode", parts.p7, 60),
         Part("p6", "a small model's step, a block", parts.p6, 150),

@@ -1,4 +1,4 @@
-"""The goals P1 to P10, and what records say of them."""
+"""The goals P1 to P10 and N1, and what records say of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .results import key
-from .shapes import CPU_GOAL, QKV
+from .shapes import CPU_CALL, CPU_GOAL
 
 Record = dict[str, Any]
 
@@ -80,10 +80,15 @@ def _worst(pairs: list[tuple[float, Record]]) -> tuple[float, str]:
 # ---- reading goals
 
 
+P1_METHODS = ("genft-wegeft", "genft-lora", "genft-gift", "genft-genft-linear")
+
+
 def _p1(records: list[Record]) -> list[Finding]:
     found = []
     layer = {"suite": "layer", "mode": "step", "dtype": "bf16"}
     for name, own in _ours(records, "lowrank", **layer).items():
+        if name not in P1_METHODS:
+            continue
         single = {(r["m"], tuple(r["n"]), r["k"], r["r"]): r for r in own if len(r["n"]) == 1}
         at_16 = [(r["ratio"]["median"], r) for r in single.values() if r["r"] == 16]
         big = [(v, r) for v, r in at_16 if min(r["n"][0], r["k"]) >= 4096 and r["m"] >= 8192]
@@ -93,9 +98,6 @@ def _p1(records: list[Record]) -> list[Finding]:
             found.append(
                 Finding(f"{name}, geometric mean", _geomean(v for v, _ in at_16), 1.12, f"{len(at_16)} shapes")
             )
-        group = [r for r in own if tuple(r["n"]) == QKV.n and r["r"] == 16]
-        if group:
-            found.append(Finding(f"{name}, q, k, v with one input", group[-1]["ratio"]["median"], 1.08))
         more = [
             (r["ratio"]["median"] - single[(*shape[:3], 16)]["ratio"]["median"], r)
             for shape, r in single.items()
@@ -108,8 +110,14 @@ def _p1(records: list[Record]) -> list[Finding]:
 
 def _p2(records: list[Record]) -> list[Finding]:
     found = []
-    for name, own in _ours(records, "lowrank", suite="layer", mode="step", dtype="bf16", r=16).items():
-        for peer, limit in (("peft-lora", 0.70), ("peft-lora-compiled", 0.85)):
+    for name in P1_METHODS:
+        # Compiled peers run in a comparison of their own.
+        own = [
+            r
+            for suite in ("layer", "peers")
+            for r in _pick(records, contender=name, suite=suite, mode="step", dtype="bf16", r=16)
+        ]
+        for peer, limit in (("peft-lora", 0.75), ("peft-lora-compiled", 0.85)):
             pairs = _against(records, own, peer)
             if pairs:
                 value, where = _worst(pairs)
@@ -118,30 +126,40 @@ def _p2(records: list[Record]) -> list[Finding]:
     return found
 
 
+GENERATED = (("genft-gelu", 16, 1.15), ("genft-leakyrelu", 37, 1.30))  # method, rank, goal P3 where M is large
+
+
 def _p3(records: list[Record]) -> list[Finding]:
     found = []
-    for method, r, limit in (("genft-gelu", 16, 1.15), ("genft-leakyrelu", 37, 1.30)):
-        own = _pick(records, contender=f"genft-{method}", mode="step", dtype="bf16", r=r)
-        for peer, most in (("trainable", limit), (f"naive-{method}", 0.5)):
-            pairs = _against(records, own, peer)
+    for method, r, limit in GENERATED:
+        own = _pick(records, suite="generated", contender=f"genft-{method}", mode="step", dtype="bf16", r=r)
+        for peer, rows, most in (
+            ("trainable", lambda m: m >= 8192, limit),
+            ("trainable", lambda m: m == 2048, 1.50),
+            (f"released-{method}", lambda m: m == 8192, 0.90),
+            (f"released-{method}", lambda m: m == 2048, 0.60),
+        ):
+            pairs = _against(records, [record for record in own if rows(record["m"])], peer)
             if pairs:
-                found.append(Finding(f"{method} r = {r} against {peer}", _worst(pairs)[0], most, _worst(pairs)[1]))
+                value, where = _worst(pairs)
+                found.append(Finding(f"{method} r = {r} against {peer}", value, most, where))
     return found
 
 
 def _p4(records: list[Record]) -> list[Finding]:
+    """The peak beyond the frozen layer's, less the factors: their gradients, and what is kept for backward."""
     found = []
-    floors = {key(r): r for r in _pick(records, contender="frozen") if "memory" in r}
-    for method, r in (("genft-gelu", 16), ("genft-leakyrelu", 37)):
-        own = _pick(records, contender=f"genft-{method}", mode="step", dtype="bf16", r=r)
+    floors = {key(r): r for r in _pick(records, suite="generated", contender="frozen") if "memory" in r}
+    for method, r, _ in GENERATED:
         pairs = []
-        for record in own:
+        for record in _pick(records, suite="generated", contender=f"genft-{method}", mode="step", dtype="bf16", r=r):
             floor = floors.get(key(record))
             if floor is not None and "memory" in record:
-                beyond = record["memory"]["peak"] - floor["memory"]["peak"]
-                pairs.append((100 * beyond / (2 * sum(record["n"]) * record["k"]), record))
+                own = record["memory"]
+                beyond = own["peak"] - floor["memory"]["peak"] - own["gradients"] - own["saved"]
+                pairs.append((beyond / 2**20, record))
         if pairs:
-            found.append(Finding(f"{method} beyond frozen", *_swap(_worst(pairs), 5.0), unit=" % of N·K·2 bytes"))
+            found.append(Finding(f"{method}, workspace", *_swap(_worst(pairs), 16.0), unit=" MiB"))
     return found
 
 
@@ -150,16 +168,19 @@ def _swap(pair: tuple[float, str], limit: float) -> tuple[float, float, str]:
 
 
 def _p5(records: list[Record]) -> list[Finding]:
+    """LoRA is given its factors, the other methods make theirs: from W0, from the parameters of several layers."""
     sizes = {"bf16": 2, "fp16": 2, "fp32": 4}
     found = []
     for name, own in _ours(records, "lowrank", suite="layer", mode="step").items():
-        pairs = [
-            (r["memory"]["saved"] / (r["m"] * r["r"] * sizes[r["dtype"]] * len(r["n"])), r)
-            for r in own
-            if "memory" in r and r["dtype"] in sizes
-        ]
+        makes = name != "genft-lora"
+        pairs = []
+        for r in own:
+            if "memory" in r and r["dtype"] in sizes:
+                elements = sum(r["m"] * r["r"] + makes * r["r"] * (n + r["k"]) for n in r["n"])
+                pairs.append((r["memory"]["saved"] / (elements * sizes[r["dtype"]]), r))
         if pairs:
-            found.append(Finding(f"{name}, saved beyond x", *_swap(_worst(pairs), 1.0), unit=" of t [M, r]"))
+            unit = " of t [M, r] and r·(N + K)" if makes else " of t [M, r]"
+            found.append(Finding(f"{name}, saved beyond x", *_swap(_worst(pairs), 1.0), unit=unit))
     return found
 
 
@@ -172,7 +193,7 @@ def _p6(records: list[Record]) -> list[Finding]:
     for peer in ("peft-lora-r64", "peft-lora-r16"):
         if peer in own:
             speed = mine["tokens_per_s"] / own[peer]["tokens_per_s"]
-            found.append(Finding(f"tokens per second against {peer}", speed, 1.25, least=True))
+            found.append(Finding(f"tokens per second against {peer}", speed, 1.10, least=True))
             if "memory" in mine and "memory" in own[peer]:
                 found.append(
                     Finding(f"peak memory against {peer}", mine["memory"]["peak"] / own[peer]["memory"]["peak"], 1.0)
@@ -182,9 +203,7 @@ def _p6(records: list[Record]) -> list[Finding]:
 
 def _p7(records: list[Record]) -> list[Finding]:
     found = []
-    for name, own in _ours(
-        records, "lowrank", "generated", "slices", suite="layer", mode="decode", dtype="bf16"
-    ).items():
+    for name, own in _ours(records, "lowrank", suite="layer", mode="decode", dtype="bf16").items():
         pairs = [(r["ratio"]["median"], r) for r in own if r["m"] in (1, 8, 64)]
         if pairs:
             found.append(Finding(name, *_swap(_worst(pairs), 1.10)))
@@ -195,22 +214,34 @@ def _p8(records: list[Record]) -> list[Finding]:
     found = []
     shape = {"m": CPU_GOAL.m, "n": list(CPU_GOAL.n), "k": CPU_GOAL.k, "r": 16}
     layer = {"suite": "layer", "mode": "step", "dtype": "fp32", **shape}
-    for name, own in _ours(records, "lowrank", **layer).items():
-        found.append(Finding(f"{name} against frozen", own[-1]["ratio"]["median"], 1.10))
-        for value, _ in _against(records, own, "peft-lora"):
-            found.append(Finding(f"{name} against peft-lora", value, 0.65))
+    for name in ("genft-wegeft", "genft-lora"):
+        for record in _pick(records, contender=name, **layer):
+            found.append(Finding(f"{name} against frozen", record["ratio"]["median"], 1.12))
+            for value, _ in _against(records, [record], "peft-lora"):
+                found.append(Finding(f"{name} against peft-lora", value, 0.85))
     for value, _ in _against(records, _pick(records, contender="genft-peanut", **layer), "peft-peanut"):
-        found.append(Finding("genft-peanut against peft-peanut", value, 0.555))
+        found.append(Finding("genft-peanut against peft-peanut", value, 0.5))
     for record in _pick(records, contender="genft-genft-gelu", **layer):
         found.append(Finding("genft-gelu against frozen", record["ratio"]["median"], 1.75))
-        for value, _ in _against(records, [record], "naive-genft-gelu"):
-            found.append(Finding("genft-gelu against the released formulation", value, 0.65))
+        for value, _ in _against(records, [record], "released-genft-gelu"):
+            found.append(Finding("genft-gelu against the released formulation", value, 0.6))
     return found
 
 
 def _p9(records: list[Record]) -> list[Finding]:
-    own = _ours(records, "lowrank", "generated", "slices", suite="layer", mode="call")
-    return [Finding(name, found[-1]["ratio"]["median"], 2.0) for name, found in own.items()]
+    found = []
+    small = {"m": CPU_CALL.m, "n": list(CPU_CALL.n), "k": CPU_CALL.k, "dtype": "fp32"}
+    for mode, words, limit in (("call-eval", "without gradient", 20.0), ("call", "with", 40.0)):
+        found += [
+            Finding(f"{r['contender']}, {words}", r["ratio"]["median"], 2.0)
+            for r in _pick(records, kind="genft", mode=mode, m=1, dtype="bf16")
+            if r["contender"] == f"genft-{r['method']}"
+        ]
+        floor = _pick(records, contender="frozen", mode=mode, **small)
+        for r in _pick(records, kind="genft", mode=mode, **small) if floor else ():
+            above = 1e3 * (r["ms"]["median"] - floor[-1]["ms"]["median"])
+            found.append(Finding(f"{r['contender']}, {words}", above, limit, unit=" µs more"))
+    return found
 
 
 def _p10(records: list[Record]) -> list[Finding]:
@@ -224,63 +255,88 @@ def _p10(records: list[Record]) -> list[Finding]:
     return found
 
 
+def _n1(records: list[Record]) -> list[Finding]:
+    found = []
+    for record in records:
+        if record["kind"] == "genft" and "gains" in record:
+            gains = [gain for both in record["gains"].values() for gain in both.values()]
+            furthest = max(gains, key=lambda gain: abs(gain - 1.0))
+            found.append(Finding(record["contender"], abs(furthest - 1.0), 0.03, f"gain {furthest:.3f}", unit=" off 1"))
+    return found
+
+
 GPU = "python -m benchmarks.gpu"
 CPU = "python -m benchmarks.cpu"
 GOALS = (
     Goal(
         "P1",
-        "low rank, forward + backward against a frozen nn.Linear, bf16",
-        "≤ 1.06 for N, K ≥ 4096, M ≥ 8192; ≤ 1.12 on average; ≤ 1.08 for q, k, v; r = 64 adds ≤ 0.04",
+        "low rank (WeGeFT, GIFT, GenFT-linear, LoRA), r = 16, forward + backward against a frozen nn.Linear, bf16",
+        "≤ 1.06 where N, K ≥ 4096 and M ≥ 8192; geometric mean of all shapes ≤ 1.12; r = 64 adds at most 0.04",
         ("gpu",),
-        f"{GPU} --parts gate,ceilings,p1",
+        f"{GPU} goals",
         _p1,
     ),
-    Goal(
-        "P2",
-        "the same against peft LoRA, eager · compiled",
-        "≤ 0.70 · ≤ 0.85",
-        ("gpu",),
-        f"{GPU} --parts gate,ceilings,p1,p2",
-        _p2,
-    ),
+    Goal("P2", "the same against peft LoRA, eager · compiled", "≤ 0.75 · ≤ 0.85", ("gpu",), f"{GPU} rest", _p2),
     Goal(
         "P3",
-        "GenFT gelu/gelu r = 16 · none/leakyrelu r = 37, forward + backward",
-        "≤ 1.15 · ≤ 1.30 of a trainable nn.Linear; ≤ 0.5 of the released formulation",
+        "GenFT gelu/gelu r = 16 · none/leakyrelu r = 37, forward + backward against a trainable nn.Linear",
+        "≤ 1.15 · ≤ 1.30 at M ≥ 8192; ≤ 1.50 at M = 2048; and ≤ 0.90 · ≤ 0.60 of the released formulation at "
+        "M = 8192 · 2048",
         ("gpu",),
-        f"{GPU} --parts gate,ceilings,p3",
+        f"{GPU} rest",
         _p3,
     ),
-    Goal("P4", "memory of P3 beyond the frozen layer's", "≤ 5 % of N·K·2 bytes", ("gpu",), f"{GPU} --parts p3", _p4),
     Goal(
-        "P5", "memory of P1 saved for backward beyond x", "t [M, r] at most", ("gpu", "cpu"), f"{GPU} --parts p1", _p5
+        "P4",
+        "memory of P3 beyond the frozen layer's",
+        "factors, plus one workspace of ≤ 16 MiB per device",
+        ("gpu",),
+        f"{GPU} rest",
+        _p4,
+    ),
+    Goal(
+        "P5",
+        "saved for backward beyond x",
+        "low rank: t [M, r]; methods that make factors from W0: those factors, r·(N + K), and nothing with M·N, M·K or "
+        "N·K elements",
+        ("gpu", "cpu"),
+        f"{GPU} goals",
+        _p5,
     ),
     Goal(
         "P6",
-        "Llama-3-8B-shaped model, WeGeFT on q, k, v, up, down, r = 64, one training step",
-        "≤ 1.05 of the frozen model; ≥ 1.25 of peft LoRA's tokens/s; no more memory than it",
+        "Llama-3-8B-shaped model, sequence 2048, WeGeFT on q, k, v, up, down, r = 64: one training step",
+        "≤ 1.05 of the same model with every weight frozen and gradients flowing to the embedding; ≥ 1.10 of peft "
+        "LoRA's tokens/s at the same sites; peak memory ≤ peft LoRA's",
         ("gpu",),
-        f"{GPU} --parts p6",
+        f"{GPU} goals",
         _p6,
     ),
     Goal(
         "P7",
         "decode, M ∈ {1, 8, 64}, unmerged, CUDA graph",
-        "≤ 1.10 of frozen",
+        "≤ 1.10 of frozen for low rank",
         ("gpu",),
-        f"{GPU} --parts gate,p7",
+        f"{GPU} goals",
         _p7,
     ),
     Goal(
         "P8",
         "2 CPU cores, fp32, M = 2048, N = K = 1024, r = 16, forward + backward",
-        "low rank ≤ 1.10 of frozen, ≤ 0.65 of peft LoRA; PEANuT ≤ 0.555 of peft's own; GenFT gelu/gelu ≤ 1.75, "
-        "≤ 0.65 of the released formulation",
+        "WeGeFT, LoRA ≤ 1.12 of frozen and ≤ 0.85 of peft LoRA; PEANuT ≤ 0.5 of peft's; GenFT gelu/gelu ≤ 1.75 of "
+        "frozen and ≤ 0.6 of the released formulation (x ΔWᵀ apart)",
         ("cpu",),
         f"{CPU} --threads 2 --parts ceilings,p8",
         _p8,
     ),
-    Goal("P9", "Python cost of a call at M = 1", "≤ 2 of nn.Linear's", ("gpu",), f"{GPU} --parts p9", _p9),
+    Goal(
+        "P9",
+        "Python cost of a call, eager",
+        "≤ 2 of nn.Linear's on a GPU at M = 1; on a CPU at 16×16 ≤ 20 µs above F.linear without gradient, ≤ 40 µs with",
+        ("gpu", "cpu"),
+        f"{GPU} goals, {CPU} --parts p9",
+        _p9,
+    ),
     Goal(
         "P10",
         "swapping 224 layers of an 8B-shaped model; saving its adapter",
@@ -288,6 +344,14 @@ GOALS = (
         ("cpu",),
         f"{CPU} --parts p10",
         _p10,
+    ),
+    Goal(
+        "N1",
+        "bf16: gain of the output's and dX's answer to ΔW at ‖ΔW‖/‖W0‖ = 10⁻³ and 10⁻⁴",
+        "1.00 ± 0.03 for every low-rank method, reference and Triton",
+        ("gpu", "cpu"),
+        f"{GPU} goals, {CPU} --parts n1",
+        _n1,
     ),
 )
 

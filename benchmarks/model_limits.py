@@ -21,6 +21,7 @@ from genft_kernels.timing import Stats, clock_for, interleave, ratio
 from . import memory
 from .comparison import Record, Settings, wake
 from .model_step import LLM_TARGETS, Size, Trainee, build_base, variants
+from .results import Run
 from .shapes import DTYPE_NAMES
 
 # ---- what fits
@@ -56,17 +57,18 @@ def what_fits(
     most: int,
     grain: int,
     budget: int | None = None,
+    run: Run | None = None,
 ) -> list[Record]:
     """The longest sequence of one sample ("sequence") or the largest batch of the size's sequence ("batch") with which
     a variant's training step runs.
 
     On a GPU a step fits if it does not run out of memory. On a CPU, which has no such edge, it fits if it allocates no
-    more than `budget` bytes beside the weights.
+    more than `budget` bytes beside the weights. `run`: as in `comparison.compare`.
     """
     base = build_base(size, dtype, device)
     every = variants(size)
-    records = []
-    for name in names:
+    records: list[Record] = []
+    for name in names if run is None else run.paced(names):
         variant = every[name]
 
         def fits(value: int, variant: Any = variant) -> bool:
@@ -88,6 +90,8 @@ def what_fits(
         except Exception as error:
             record["withheld"] = f"{type(error).__name__}: {error}"[:300]
         records.append(record)
+        if run is not None:
+            run.put(records)
     return records
 
 

@@ -75,6 +75,8 @@ SHAPES = (
     (300, 257, 511, 64),
     (200, 1000, 1016, 37),
     (1024, 768, 768, 128),
+    (9001, 264, 520, 64),  # a program owns several row blocks: here two equal runs are the test for races
+    (20011, 520, 272, 16),
     (33, 64, 96, 144),  # past the widest rank that the kernels take
 )
 VARIANT_SHAPE = (97, 80, 144, 12)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from . import model_limits, model_step, shapes
-from .comparison import Inputs, Settings, Subject, compare
-from .contenders import CONTENDERS, METHODS, methods, names
+from genft_kernels.plan import Problem, device_facts
+
+from . import answers, model_limits, model_step, results, shapes, sweep
+from .comparison import Record, Settings, compare
+from .contenders import CONTENDERS, methods, names
+from .goals import P1_METHODS
 from .operations import checks, large_offset_check, run_check
 from .results import Run
-from .runner import add, attempt, spread
+from .runner import add, attempt, show, spread
 from .shapes import Case, Shape
 from .timing import ceilings
 
@@ -23,26 +27,36 @@ def _gpu(run: Run) -> bool:
     return run.device.type == "cuda"
 
 
-def _dtype(run: Run) -> torch.dtype:
+def dtype_of(run: Run) -> torch.dtype:
     return torch.bfloat16 if _gpu(run) else torch.float32
 
 
 def _settings(run: Run, seconds: float = 1.5, **more: Any) -> Settings:
     if run.tiny:
-        return Settings(seconds=0.0, min_rounds=2, warmup=1, **more)
+        return Settings(seconds=0.0, min_rounds=2, warmup=1, calls=2, **more)
     return Settings(seconds=seconds, **more)
 
 
 def _compare(run: Run, shape: Shape, r: int, contenders: Sequence[str], mode: str = "step", **more: Any) -> None:
     settings = more.pop("settings", None) or _settings(run)
-    case = Case(shape, r, more.pop("dtype", None) or _dtype(run), run.device)
-    add(run, compare(case, contenders, mode, settings=settings, ceilings=run.data["ceilings"], **more))
+    case = Case(shape, r, dtype_of(run), run.device)
+    show(compare(case, contenders, mode, settings=settings, ceilings=run.data["ceilings"], run=run, **more))
 
 
-def _lowrank(run: Run) -> list[str]:
-    """Ours of low rank: the modules, and where Triton runs the families on their own."""
-    found = names("genft", form="lowrank")
-    return [name for name in found if not CONTENDERS[name].missing(run.device)]
+def _compare_models(run: Run, size: model_step.Size, *arguments: Any, **more: Any) -> None:
+    show(model_step.compare_models(size, dtype_of(run), run.device, *arguments, run=run, **more))
+    if _gpu(run):
+        torch.cuda.empty_cache()
+
+
+def _modules(form: str = "") -> list[str]:
+    return [f"genft-{method.name}" for method in methods(form)]
+
+
+def _everyone(run: Run, *kinds: str, form: str = "") -> list[str]:
+    """What runs here. On a CPU the automatic choice is the library: only a dry run forces algorithms."""
+    found = [name for name in names(*kinds, form=form, compiled=False) if not CONTENDERS[name].missing(run.device)]
+    return [name for name in found if _gpu(run) or run.tiny or not CONTENDERS[name].algorithm]
 
 
 # ---- gate and ceilings
@@ -54,7 +68,7 @@ def gate(run: Run) -> None:
     if run.tiny:
         listed = listed[::10]
     elif not _gpu(run):
-        listed = [check for check in listed if check.algorithm == "auto" and check.dtype != "fp16"]
+        listed = [check for check in listed if check.algorithm == "auto" and check.dtype != "fp16" and check.m < 9000]
     state = run.data["gate"] = {"listed": len(listed), "checks": 0, "failed": [], "tightest": []}
 
     def note(result: Any, check: Any) -> None:
@@ -92,73 +106,77 @@ def ceiling(run: Run) -> None:
 
 
 def p1(run: Run) -> None:
-    """Low rank over the frozen layer and peft LoRA (P1, P5, the eager half of P2)."""
-    ours = ["peft-lora", *_lowrank(run)]
-    modules = ["peft-lora", *(f"genft-{m.name}" for m in methods("lowrank"))]
+    """Low rank over the frozen layer and peft LoRA (P1, P5, the eager half of P2): the headline shape with every
+    algorithm, the others with the methods that the goal names."""
+    everyone, named = ["peft-lora", *_everyone(run, "genft", form="lowrank")], ["peft-lora", *P1_METHODS]
     if run.tiny:
-        _compare(run, shapes.TINY[0], 4, ours)
-        return _compare(run, Shape(24, (32, 16, 16), 32), 4, modules)
-    for shape in shapes.GPU_SHAPES[:4]:
-        _compare(run, shape, 16, ours)
-    _compare(run, shapes.QKV, 16, modules)
-    for shape in shapes.GPU_SHAPES[4:]:
-        _compare(run, shape, 16, ours)
-    for shape in shapes.GPU_SHAPES:
-        _compare(run, shape, 64, modules, settings=_settings(run, 1.0, memory=False))
-    _compare(run, shapes.GATE_UP, 16, modules)
+        _compare(run, shapes.TINY[0], 4, everyone)
+        return _compare(run, Shape(24, (32, 16, 16), 32), 4, named)
+    _compare(run, shapes.LLAMA[0], 16, everyone)
+    first, others = shapes.LLAMA[:4], shapes.GPU_SHAPES[4:]
+    listed = [(shape, 16) for shape in first[1:]] + [(shape, 64) for shape in first]
+    listed += [(shape, r) for r in (16, 64) for shape in others] + [(shapes.QKV, 16), (shapes.GATE_UP, 16)]
+    for shape, r in run.paced(listed):
+        _compare(run, shape, r, named, settings=_settings(run, 1.0, memory=r == 16))
 
 
 def p2(run: Run) -> None:
-    """Low rank against peft LoRA eager and compiled, and the other peers, at M = 8192 (P2)."""
-    peers = names("peer", "naive", form="lowrank")
-    for shape in shapes.TINY[:1] if run.tiny else (*shapes.LLAMA[:4], shapes.VIT[0]):
-        _compare(run, shape, 4 if run.tiny else 16, ["trainable", *peers, *_lowrank(run)])
+    """Low rank against peft LoRA, eager and compiled, and the other peers, at M = 8192 (P2)."""
+    named = ["peft-lora", *P1_METHODS]
+    if run.tiny:
+        return _compare(run, shapes.TINY[0], 4, [*_everyone(run, "peer", form="lowrank"), *named], suite="peers")
+    for shape in run.paced(shapes.LLAMA[:4]):
+        _compare(run, shape, 16, ["peft-lora-compiled", *named], suite="peers")
+    peers = _everyone(run, "peer", "naive", form="lowrank")
+    _compare(run, shapes.VIT[0], 16, ["peft-lora-compiled", *peers, *named], suite="peers")
 
 
 def p3(run: Run) -> None:
     """The generated form over a trainable layer and the released formulation, time and memory (P3, P4)."""
-    for shape in shapes.TINY[:1] if run.tiny else shapes.GPU_SHAPES[:8]:
-        for method in (m for m in METHODS if m.form == "generated"):
-            r = 4 if run.tiny else 37 if "leaky" in method.name else 16
-            chosen = names(method=method.name, compiled=not run.tiny)
-            _compare(run, shape, r, ["trainable", *chosen], suite="generated")
+    listed = [(shape, name) for shape in shapes.LLAMA[:8] for name in ("genft-gelu", "genft-leakyrelu")]
+    for shape, name in run.paced([(shapes.TINY[0], name) for _, name in listed[:2]] if run.tiny else listed):
+        r = 4 if run.tiny else 37 if "leaky" in name else 16
+        _compare(run, shape, r, ["trainable", *names(method=name, compiled=False)], suite="generated")
+
+
+def p6core(run: Run) -> None:
+    """A training step of a Llama-3-8B-shaped model: what goal P6 compares."""
+    size = model_step.TINY if run.tiny else model_step.LLAMA3_8B
+    peers = [name for name in model_step.variants(size) if name.startswith("peft-lora-")]
+    _compare_models(run, size, ["genft-wegeft", *peers], settings=_settings(run, 15.0, max_rounds=20))
 
 
 def p6(run: Run) -> None:
-    """A whole training step of a Llama-3-8B-shaped model, and of one of its blocks (P6)."""
+    """A whole training step of a Llama-shaped model with every method, and of one of its blocks."""
     block, model = (model_step.TINY,) * 2 if run.tiny else (model_step.LLAMA3_BLOCK, model_step.LLAMA3_8B)
     if not _gpu(run) and not run.tiny:
         block, model = model_step.CPU_BLOCK, model_step.CPU_MODEL
-    settings = _settings(run, 6.0, max_rounds=20)
-    for size, suite in ((model, "model"), (block, "block")):
-        add(run, model_step.compare_models(size, _dtype(run), run.device, suite=suite, settings=settings))
-        if _gpu(run):
-            torch.cuda.empty_cache()
+    for size, suite in [(block, "block"), (model, "model")][: 1 if run.tiny else 2]:
+        _compare_models(run, size, suite=suite, settings=_settings(run, 6.0, max_rounds=20))
 
 
 def modes(run: Run) -> None:
     """The whole model's step with gradient checkpointing, compiled and captured, and its decoding, captured."""
     model = model_step.TINY if run.tiny else model_step.LLAMA3_8B if _gpu(run) else model_step.CPU_MODEL
     peers = [name for name in model_step.variants(model) if name.startswith("peft-lora-")]
-    chosen = ["frozen", *peers, *(f"genft-{m.name}" for m in methods() if m.name in _IN_MODELS), "one-block-full"]
-    for mode in ("step-graph", "step-checkpoint", "decode", "step-compile"):
-        for batch in (1, 8, 64) if mode == "decode" else (model.batch,):
-            size = replace(model, batch=batch, sequence=1) if mode == "decode" else model
-            size = replace(size, name=f"{size.name}-{batch}") if mode == "decode" else size
-            settings = _settings(run, 3.0, max_rounds=10)
-            add(run, model_step.compare_models(size, _dtype(run), run.device, chosen, mode, settings=settings))
-            if _gpu(run):
-                torch.cuda.empty_cache()
+    chosen = ["frozen", *peers, *(name for name in _modules() if name in _IN_MODELS), "one-block-full"]
+    listed = [("step-graph", model), ("step-checkpoint", model)]
+    for batch in (2,) if run.tiny else (1, 8, 64):
+        listed.append(("decode", replace(model, name=f"{model.name}-{batch}", batch=batch, sequence=1)))
+    if not run.tiny:  # the CPU's compiler takes minutes
+        listed.append(("step-compile", model))
+    for mode, size in run.paced(listed):
+        _compare_models(run, size, chosen[: 3 if run.tiny else None], mode, settings=_settings(run, 3.0, max_rounds=10))
 
 
-_IN_MODELS = ("wegeft", "gift", "genft-gelu", "lora", "grft-row", "sas")
+_IN_MODELS = ("genft-wegeft", "genft-gift", "genft-genft-gelu", "genft-lora", "genft-grft-row", "genft-sas")
 
 
 def fits(run: Run) -> None:
     """The longest sequence and the largest batch beside peft LoRA's, by bisection."""
     model = model_step.TINY if run.tiny else model_step.LLAMA3_8B if _gpu(run) else model_step.CPU_MODEL
     peer = next(name for name in model_step.variants(model) if name.startswith("peft-lora-"))
-    names = ["frozen", peer, "genft-wegeft", "genft-genft-gelu"]
+    names = ["frozen", peer, "genft-wegeft", "genft-genft-gelu"][: 2 if run.tiny else 4]
     budget = None if _gpu(run) else (1 << 18 if run.tiny else 1 << 29)
     for what, most, grain in (
         (("sequence", 1 << 17, 512), ("batch", 512, 1))
@@ -169,7 +187,7 @@ def fits(run: Run) -> None:
         )
     ):
         limits = {"most": most, "grain": grain, "budget": budget}
-        add(run, model_limits.what_fits(model, _dtype(run), run.device, names, what, **limits))
+        show(model_limits.what_fits(model, dtype_of(run), run.device, names, what, run=run, **limits))
 
 
 def mixed(run: Run) -> None:
@@ -182,31 +200,37 @@ def mixed(run: Run) -> None:
         size, counts = replace(model_step.CPU_BLOCK, batch=16, sequence=1), (1, 8, 16)
     settings = _settings(run, 4.0, max_rounds=30)
     r = 4 if run.tiny else 16
-    add(run, model_limits.mixed(size, _dtype(run), run.device, counts, r, settings))
+    add(run, model_limits.mixed(size, dtype_of(run), run.device, counts, r, settings))
 
 
 def p7(run: Run) -> None:
     """Decode, unmerged, captured (P7)."""
     listed = (Shape(1, (24,), 32),) if run.tiny else shapes.DECODE if _gpu(run) else shapes.CPU_DECODE
-    ours = [f"genft-{m.name}" for m in methods()]
-    for shape in listed:
-        _compare(run, shape, 4 if run.tiny else 16, ["peft-lora", *ours], "decode")
+    chosen = [*P1_METHODS, "genft-grft-row", "genft-genft-gelu"] if _gpu(run) else _modules()
+    for shape in run.paced(listed):
+        _compare(run, shape, 4 if run.tiny else 16, ["peft-lora", *chosen], "decode")
 
 
 def p8(run: Run) -> None:
     """Two CPU cores: every contender on goal P8's layer, the compiled peer with them (P8)."""
     shape = shapes.TINY[0] if run.tiny else shapes.CPU_GOAL
-    everyone = [*names(compiled=False), "peft-lora-compiled"]
-    everyone = [name for name in everyone if not CONTENDERS[name].missing(run.device)]
     settings = _settings(run, 60.0, min_rounds=15, max_rounds=40) if not run.tiny else None
-    _compare(run, shape, 4 if run.tiny else 16, everyone, settings=settings)
+    _compare(run, shape, 4 if run.tiny else 16, [*_everyone(run), "peft-lora-compiled"], settings=settings)
 
 
 def p9(run: Run) -> None:
-    """What Python costs in a call (P9)."""
-    shape = Shape(1, (24,), 32) if run.tiny else Shape(1, (4096,), 4096) if _gpu(run) else Shape(1, (64,), 64)
-    ours = [f"genft-{m.name}" for m in methods()]
-    _compare(run, shape, 4 if run.tiny else 16, ["peft-lora", *ours], "call")
+    """What Python costs in a call, with a gradient and without, of layers and of bare operations (P9)."""
+    shape, r = (Shape(1, (4096,), 4096), 16) if _gpu(run) else (shapes.CPU_CALL, 4)
+    bare = [name for name in names("genft") if CONTENDERS[name].algorithm == "library"]
+    for mode in ("call", "call-eval"):
+        _compare(run, shape, r, ["peft-lora", *_modules(), *bare], mode)
+
+
+def n1(run: Run) -> None:
+    """How much of a small update bf16 outputs answer to, beside peft LoRA (N1)."""
+    shape = Shape(2048, (4096,), 4096) if _gpu(run) else shapes.TINY[0] if run.tiny else Shape(1024, (1024,), 1024)
+    case = Case(shape, 4 if run.tiny else 16, torch.bfloat16, run.device)
+    show(answers.answers(case, ["peft-lora", *_everyone(run, "genft", form="lowrank")], run))
 
 
 def p10(run: Run) -> None:
@@ -217,7 +241,7 @@ def p10(run: Run) -> None:
 
 def layer(run: Run) -> None:
     """The layer's grid on this device: every contender, forward, forward and backward, decode."""
-    everyone = [n for n in names(compiled=False) if not CONTENDERS[n].missing(run.device)]
+    everyone = _everyone(run)
     listed = shapes.TINY if run.tiny else shapes.CPU_SHAPES[1:]
     settings = _settings(run, 15.0, max_rounds=30)
     for shape in listed:
@@ -228,7 +252,7 @@ def layer(run: Run) -> None:
 def scaling(run: Run) -> None:
     """Time and memory as M, N = K, r and the number of layers grow."""
     if run.tiny:
-        base, widths, rows, ranks, depths = Shape(16, (24,), 24), (16,), (8,), (2,), (1, 2)
+        base, widths, rows, ranks, depths = Shape(16, (24,), 24), (), (8,), (), (1,)
     elif _gpu(run):
         base, depths = Shape(8192, (4096,), 4096), (1, 2, 4, 8)
         widths, rows, ranks = (1024, 2048, 8192), (512, 2048, 32768), (4, 64, 128)
@@ -236,64 +260,46 @@ def scaling(run: Run) -> None:
         base, depths = Shape(1024, (768,), 768), (1, 2, 4)
         widths, rows, ranks = (256, 1536), (128, 512, 4096), (4, 64, 128)
     r = 4 if run.tiny else 16
-    contenders = ["trainable", "peft-lora", "naive-wegeft", "naive-genft-gelu", *(f"genft-{m.name}" for m in methods())]
+    contenders = ["trainable", "peft-lora", "naive-wegeft", "naive-genft-gelu", *_modules()][: 5 if run.tiny else None]
     points = [(base, r), *((replace(base, m=m), r) for m in rows)]
     points += [(replace(base, n=(width,), k=width), r) for width in widths] + [(base, rank) for rank in ranks]
-    for shape, rank in points:
+    for shape, rank in run.paced(points):
         _compare(run, shape, rank, contenders, suite="scaling", settings=_settings(run, 2.0))
     size = model_step.TINY if run.tiny else model_step.LLAMA3_BLOCK if _gpu(run) else model_step.CPU_MODEL
-    size = replace(size, batch=1)
-    for depth in depths:
-        deep = replace(size, layers=depth)
+    for deep in run.paced([replace(size, batch=1, layers=depth) for depth in depths]):
         chosen = [n for n in model_step.variants(deep) if n.startswith("genft-") or n in ("frozen", "peft-lora-r16")]
-        settings = _settings(run, 3.0, max_rounds=20)
-        add(
-            run,
-            model_step.compare_models(deep, _dtype(run), run.device, chosen, suite="scaling", settings=settings),
-        )
+        chosen = chosen[: 3 if run.tiny else None]
+        _compare_models(run, deep, chosen, suite="scaling", settings=_settings(run, 3.0, max_rounds=20))
 
 
-# ---- where the time goes
+# ---- what missed its goal
+
+# By form and mode: the time over the frozen layer from which a plan is looked for once more (P1, P3, P7).
+LOST = {("lowrank", "step"): 1.06, ("generated", "step"): 1.15 * 1.5, ("lowrank", "decode"): 1.10}
 
 
-def profile(run: Run, shape: Shape, r: int, contenders: Sequence[str]) -> None:
-    """One forward and backward, kernel by kernel (operator by operator on a CPU), beside the floor's arithmetic."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as trace
+def missed(records: Iterable[Record]) -> list[Problem]:
+    """The problems of our layers that took longer than `LOST`, the furthest from it first."""
+    found: dict[Problem, float] = {}
+    for record in records:
+        limit = LOST.get((record.get("form"), record["mode"]))
+        if limit and "ratio" in record and record.get("operation") and record["contender"] in _modules():
+            size = shapes.DTYPES[record["dtype"]].itemsize
+            for n in record["n"]:
+                problem = Problem(record["operation"], record["m"], n, record["k"], record["r"], size)
+                found[problem] = max(found.get(problem, 0.0), record["ratio"]["median"] / limit)
+    return sorted((problem for problem in found if found[problem] > 1.0), key=lambda problem: -found[problem])
 
-    dtype, gpu, steps = _dtype(run), _gpu(run), 5
-    case = Case(shape, r, dtype, run.device)
-    if not run.data["ceilings"]:
-        ceiling(run)
-    product = run.data["ceilings"]["product_tflops"][str(dtype).removeprefix("torch.")]
-    copied = run.data["ceilings"]["copy_gb_per_s"]
-    inputs = Inputs(case)
-    text = []
-    for name in contenders or ["frozen", "peft-lora", *(f"genft-{m.name}" for m in methods())]:
-        contender = CONTENDERS[name]
-        subject = Subject(contender, inputs, "step")
-        for index in range(3):
-            subject.step(index)
-        activity = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
-        with trace(activities=[activity]) as found:
-            for index in range(steps):
-                subject.step(index)
-            if gpu:
-                torch.cuda.synchronize()
-        rows = [
-            ((e.self_device_time_total if gpu else e.self_cpu_time_total) / steps, e.count / steps, e.key)
-            for e in found.key_averages()
-        ]
-        rows = sorted((row for row in rows if row[0] > 0), reverse=True)
-        total = sum(row[0] for row in rows)
-        floor = shape.operations(contender.form, "step") / product / 1e6
-        moved = shape.bytes(contender.form, "step", dtype.itemsize) / copied / 1e3
-        text.append(
-            f"{name} {case}: {total:.1f} µs in {sum(row[1] for row in rows):.0f} calls; floor {floor:.1f} µs of "
-            f"arithmetic, {moved:.1f} µs of bytes"
-        )
-        text += [f"{us:10.1f} µs {100 * us / total:5.1f} % {calls:5.1f}×  {key[:90]}" for us, calls, key in rows[:20]]
-    print("\n".join(text), flush=True)
-    if run.folder is not None:
+
+def again(run: Run) -> None:
+    """Plans once more for what missed its goal in the runs on this device so far. They are added to the package's."""
+    slug = results.slug(run.data["run"]["device"])
+    runs = [data for name, data in results.load_folder(results.FOLDER) if name == slug]
+    problems = missed(results.newest([*runs, run.data]))
+    print(f"  {len(problems)} problems", flush=True)
+    name = f"{device_facts(run.device).architecture}.json"
+    packaged = results.ROOT.parent / "genft_kernels" / "plans" / name
+    if packaged.is_file() and run.folder is not None:
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / f"profile-{shape}-r{r}.txt").write_text("\n".join(text) + "\n")
+        shutil.copy(packaged, run.folder / f"plans-{name}")
+    sweep.sweep(run, problems[:1] if run.tiny else problems)

@@ -103,7 +103,7 @@ class Device:
         self.type, self.name = last["device"]["type"], last["device"]["name"]
 
     def last(self, field: str) -> Any:
-        return next((run[field] for run in reversed(self.runs) if run[field]), None)
+        return next((run[field] for run in reversed(self.runs) if run.get(field)), None)
 
     def typical(self) -> list[Record]:
         """The comparison that stands for the device in short tables: most contenders, then goal P8's or the largest
@@ -149,6 +149,9 @@ def _environment(device: Device) -> list[str]:
         green = gate["checks"] - len(gate["failed"])
         lines += [f"Hardware gate: {green} of {gate['checks']} set-ups green ({gate['listed']} listed).", ""]
         lines += [f"- red: {f['what']}: {f.get('error', f.get('worst'))}" for f in gate["failed"]]
+    memcheck = device.last("memcheck")
+    if memcheck:
+        lines += [f"compute-sanitizer's memcheck: {memcheck['result']}.", ""]
     return lines
 
 
@@ -163,7 +166,7 @@ def _matrix(records: list[Record], what: str) -> list[str]:
         rows.update(dict.fromkeys(column))
     shown = [name for name in rows if any("ms" in column.get(name, {}) for column in columns)]
     head = [f"{_shape(group[0])} r{group[0].get('r', 0)} {group[0]['dtype']}" for group in groups.values()]
-    floor = [f"{column['frozen']['ms']['median']:.4g} ms" if "frozen" in column else "" for column in columns]
+    floor = [f"{_ms(column['frozen']).split()[0]} ms" if "ms" in column.get("frozen", {}) else "" for column in columns]
     body = [["frozen, ms", *floor]]
     body += [[name, *(_ratio(column.get(name)) for column in columns)] for name in shown if name != "frozen"]
     # A table wider than a page is split.
@@ -231,6 +234,38 @@ def _fitting(records: list[Record]) -> list[str]:
     return _table(head, rows)
 
 
+def _answers(records: list[Record]) -> list[str]:
+    """Gains of the answer to a small update."""
+    lines: list[str] = []
+    for group in _grouped(records).values():
+        at = list(group[0]["gains"])
+        lines += [f"#### {_shape(group[0])} r{group[0]['r']} {group[0]['dtype']}", ""]
+        head = ["", *(f"{what} at ‖ΔW‖/‖W0‖ = {ratio}" for ratio in at for what in ("y", "dX"))]
+        rows = [[r["contender"], *(f"{r['gains'][a][what]:.3f}" for a in at for what in ("y", "dx"))] for r in group]
+        lines += _table(head, rows)
+    return lines
+
+
+def _slow(device: Device) -> list[str]:
+    """Kernels that move their bytes too slowly, in the newest run that looked for them."""
+    slow = device.last("slow_kernels")
+    if not slow:
+        return []
+    rows = [
+        [
+            s["kernel"],
+            s["contender"],
+            f"{s['shape']} r{s['r']}",
+            f"{s['us']:.4g}",
+            _bytes(s["bytes"]),
+            f"{s['times']:g}",
+        ]
+        for s in slow
+    ]
+    head = ["kernel", "in", "M×N×K", "µs a step", "bytes", "× their time at the copy ceiling"]
+    return ["### Kernels slower than 1.5 times their bytes", "", *_table(head, rows)]
+
+
 def _sweep(device: Device) -> list[str]:
     sweep = device.last("sweep")
     if not sweep:
@@ -261,12 +296,13 @@ def _device(device: Device, charts: list[Path], docs: Path) -> list[str]:
         lines += [f"### One layer: {_shape(typical[0])}, r = {typical[0]['r']}, {typical[0]['dtype']}", ""]
         lines += ["Forward and backward; the times of one run, interleaved.", "", *_details(typical)]
     lines += ["### Time over the frozen layer", ""]
-    for suite in ("layer", "generated"):
+    for suite in ("layer", "peers", "generated"):
         for mode, words in (
             ("step", "forward and backward"),
             ("forward", "forward"),
             ("decode", "decode"),
             ("call", "host time of a call"),
+            ("call-eval", "host time of a call without gradient"),
         ):
             for r in sorted({x["r"] for x in records if x["suite"] == suite and "model" not in x}):
                 own = [x for x in records if (x["suite"], x["mode"], x.get("r")) == (suite, mode, r)]
@@ -282,7 +318,10 @@ def _device(device: Device, charts: list[Path], docs: Path) -> list[str]:
         lines += [f"### Swapping {swaps[0]['layers']} layers of a {swaps[0]['model']['name']} shape", ""]
         rows = [[r["contender"], f"{r['ms']['median']:.0f}", f"{r['save_ms']['median']:.0f}"] for r in swaps]
         lines += _table(["", "adapt, ms", "save, ms"], rows)
-    lines += _sweep(device)
+    answered = [r for r in records if "gains" in r]
+    if answered:
+        lines += ["### Gain of the answer to a small update (1 is right)", "", *_answers(answered)]
+    lines += [*_slow(device), *_sweep(device)]
     withheld = sorted({(r["contender"], r["withheld"]) for r in records if "withheld" in r})
     if withheld:
         lines += ["### Withheld", "", *(f"- {name}: {why}" for name, why in withheld), ""]
@@ -376,8 +415,9 @@ def document(
         "",
         "A time is the median of interleaved rounds with its quartiles; a ratio is taken within each round. Nothing is "
         "timed that did not pass the gate in the same run: its error against float64 at most twice that of plain torch "
-        "at the same dtype. `naive-…` builds ΔW in full, as released code does; `genft-…` is a `FusedGenLinear`, with "
-        "`-thin` or `-fused` the operations with that algorithm forced; `frozen` and `trainable` are `nn.Linear`.",
+        "at the same dtype. `naive-…` builds ΔW in full, as released code does, and `released-…` applies it in a "
+        "product of its own, as GenFT's does; `genft-…` is a `FusedGenLinear`, and with `-seeded`, `-single`, "
+        "`-fused`, `-panel` or `-library` it is told the algorithm; `frozen` and `trainable` are `nn.Linear`.",
         "",
         "## Goals",
         "",

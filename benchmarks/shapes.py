@@ -91,5 +91,6 @@ GPU_SHAPES = (*LLAMA, *VIT)
 # Two CPU cores: goal P8's layer, one with fewer rows than outputs, and decode.
 CPU_GOAL = Shape(2048, (1024,), 1024)
 CPU_SHAPES = (CPU_GOAL, Shape(512, (2048,), 1024))
+CPU_CALL = Shape(16, (16,), 16)  # no arithmetic to speak of: what a call costs
 CPU_DECODE = grid((1, 8), ((1024, 1024),))
 TINY = (Shape(48, (40,), 24), Shape(33, (24,), 56))

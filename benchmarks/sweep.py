@@ -20,10 +20,11 @@ from .runner import spread
 from .shapes import DTYPE_NAMES, DTYPES
 
 
-def sweep(run: Run) -> None:
-    """Candidate plans on the shapes of the goals; the best of each, if it is right, becomes the plan table."""
+def sweep(run: Run, problems: Sequence[Problem] | None = None) -> None:
+    """Candidate plans on the shapes of the goals, or on `problems`; the best of each, if it is right, becomes the plan
+    table."""
     dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
-    problems = _problems(run, dtype)
+    problems = _problems(run, dtype) if problems is None else problems
     compiled = _compile(run, problems, dtype)
     for problem in problems:
         entry = _sweep_one(run, problem, dtype, compiled)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import comparison, contenders, memory, operations, results
+from benchmarks import answers, comparison, contenders, memory, operations, results
 from benchmarks.comparison import Settings, compare
 from benchmarks.shapes import Case, Shape
 from benchmarks.timing import ceilings
@@ -205,6 +205,31 @@ def test_the_gate_draws_odd_layouts(name, layout):
 def test_the_gate_lists_every_operation_of_the_kernels():
     assert {check.operation for check in operations.checks(("bf16",))} == set(operations.OPERATIONS)
     assert set(truth.OPERATIONS) <= set(operations.OPERATIONS)
+
+
+# ---- small updates
+
+
+class Exact(nn.Module):
+    """y and dX of W0 + ΔW with one rounding."""
+
+    def __init__(self, linear, case):
+        super().__init__()
+        self.linear, self.delta = linear, nn.Parameter(torch.randn_like(linear.weight))
+
+    def forward(self, x):
+        return (x.double() @ (self.linear.weight.double() + self.delta.double()).t()).to(x.dtype)
+
+
+def test_the_gain_is_one_where_there_is_one_rounding(monkeypatch):
+    exact = contenders.Contender("exact", "peer", "test", "frozen", Exact)
+    monkeypatch.setitem(answers.CONTENDERS, "exact", exact)
+    case = dataclasses.replace(CASE, shape=Shape(512, (512,), 256), dtype=torch.bfloat16)
+    right, lora = answers.answers(case, ["exact", "peft-lora"], results.Run(CPU, None))
+    for ratio, within, lost in (("0.001", 0.02, 0.6), ("0.0001", 0.05, 0.1)):
+        for side in ("y", "dx"):
+            assert abs(right["gains"][ratio][side] - 1.0) < within
+            assert lora["gains"][ratio][side] < lost
 
 
 # ---- memory
