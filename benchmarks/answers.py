@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .comparison import Inputs, Record, describe, wake
+from .comparison import Inputs, Record, describe, frozen, wake
 from .contenders import CONTENDERS, Contender, trainable
 from .results import Run
 from .shapes import Case
@@ -46,7 +46,7 @@ def _gains(contender: Contender, inputs: Inputs) -> dict[str, dict[str, float]]:
     """{"0.001": {"y": gain, "dx": gain}, ...}"""
     case, linear = inputs.case, inputs.linears[0][0]
     x, dy = inputs.x[0].detach(), inputs.dy[0][0]
-    layer = contender.build(linear, case)
+    layer = contender.build(frozen(linear.weight), case)
     wake(layer, inputs.generator)
     base = linear.weight.detach()
 

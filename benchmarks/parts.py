@@ -82,8 +82,13 @@ def gate(run: Run) -> None:
             ranked = [*state["tightest"], result]
             state["tightest"] = sorted(ranked, key=lambda r: -r["error"] / r["budget"])[:5]
 
-    for check, result in spread(run_check, listed, run):
-        note(result, check)
+    waiting = dict.fromkeys(listed)
+    try:
+        for check, result in spread(run_check, listed, run):
+            waiting.pop(check, None)
+            note(result, check)
+    finally:
+        state["unfinished"] = [str(check) for check in waiting][:20]  # where the time ran out, or a kernel never ended
     if _gpu(run):
         # In this process: it wants the card's memory for itself.
         note(attempt(_large, None, run.device), "offsets past 2^31")

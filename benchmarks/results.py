@@ -154,7 +154,7 @@ class Run:
         records = list(records)
         keys = {key(record) for record in records}
         self.data["records"] = [record for record in self.records if key(record) not in keys] + records
-        self.flush()
+        self.flush(indent=None)
 
     def leave_out(self, what: str, why: str) -> None:
         """Notes what was not begun, or not finished, and why."""
@@ -174,13 +174,13 @@ class Run:
             yield item
             took = time.monotonic() - start
 
-    def flush(self) -> None:
-        """Writes what there is; a reader never sees half a file."""
+    def flush(self, indent: int | None = 1) -> None:
+        """Writes what there is; a reader never sees half a file. Without `indent` it is ten times as fast."""
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.data, indent=1) + "\n")
+        part.write_text(json.dumps(self.data, indent=indent) + "\n")
         part.replace(self.path)
 
 
