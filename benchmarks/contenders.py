@@ -18,9 +18,19 @@ from torch import Tensor, nn
 
 import genft_kernels
 import genft_modules
-from genft_kernels.plan import OPERATIONS, LaunchPlan, Problem, default_plan, device_facts, resolve, triton_can_run
+from genft_kernels.plan import (
+    ALGORITHMS_OF,
+    LIBRARY,
+    LaunchPlan,
+    Problem,
+    choose_plan,
+    device_facts,
+    resolve,
+    triton_can_run,
+)
 
 from . import naive
+from .operations import forced
 from .shapes import Case
 
 Build = Callable[[nn.Linear, Case], nn.Module]
@@ -37,9 +47,9 @@ class Method:
         config, fields: the config class's name in genft_modules, and its fields at rank r. Where genft_modules does not
             have the class yet, only the naive version runs.
         operation: the operation that makes y, for the plan that a result file names.
-        apply: y through the operations from a naive layer's tensors, taking `backend=` or `plan=`; None where only the
-            module is measured.
-        algorithms: families of `operation` that run on their own beside the automatic choice.
+        apply: y through the operations from a naive layer's tensors, taking `backend=` or `plan=`: then every algorithm
+            of `operation` runs on its own too, the library's among them; None where only the module is measured, by its
+            own choice and on the library.
         model: the layers of a language model that its paper adapts, and the rank there.
         ready: what its layer needs before it can be applied, from the layer and the naive one.
     """
@@ -51,7 +61,6 @@ class Method:
     fields: Callable[[int], dict[str, Any]]
     operation: str
     apply: Callable[..., Tensor] | None = None
-    algorithms: tuple[str, ...] = ("thin", "fused")
     model: tuple[tuple[str, ...], int] = (("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"), 64)
     ready: Callable[[nn.Module, naive.Naive], None] | None = None
 
@@ -143,7 +152,6 @@ METHODS = (
             partial(_genft, own),
             "generated_linear" if form == "generated" else "lowrank_linear",
             _apply_genft if form == "generated" else None,
-            ("panel", "fused"),
             (("q_proj", "v_proj"), 8),
         )
         for name, form, own in (
@@ -168,7 +176,7 @@ class Contender:
         twin: a plain-PyTorch module of the same function, with parameters of the same names on tensors of its own;
             in float64 it is the truth, in the case's dtype the error that is allowed. None: a deep copy of the layer.
         compiled: whether torch.compile is put around it.
-        operation, algorithm: the operation of ours that makes y, and the family it is told to use ("": its choice).
+        operation, algorithm: the operation of ours that makes y, and the algorithm it is told to use ("": its choice).
         needs: a package that has to be importable.
         kinked: an activation of the method has a kink, see `gate.judge`.
     """
@@ -189,20 +197,22 @@ class Contender:
         """Why it cannot run on `device`; empty if it can."""
         if self.needs and importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed"
-        if self.algorithm not in ("", "reference") and not triton_can_run(device):
+        if self.algorithm not in ("", *LIBRARY) and not triton_can_run(device):
             return f"{self.algorithm}: Triton does not run on {device.type}"
         return ""
 
     def plan(self, case: Case, n: int | None = None) -> LaunchPlan | None:
-        """What our operation runs for a layer of the case (its first, unless `n` says which)."""
-        if self.operation not in OPERATIONS:
+        """What our operation runs for a layer of the case (its first, unless `n` says which). None where there is no
+        such operation, or none with this algorithm."""
+        if self.operation not in ALGORITHMS_OF:
             return None
         n = case.shape.n[0] if n is None else n
-        if self.algorithm in ("", "reference"):
-            choice = self.algorithm or "auto"
-            return resolve(choice, self.operation, case.shape.m, n, case.shape.k, case.r, case.dtype, case.device)
+        if not self.algorithm:
+            return resolve("auto", self.operation, case.shape.m, n, case.shape.k, case.r, case.dtype, case.device)
         problem = Problem(self.operation, case.shape.m, n, case.shape.k, case.r, case.itemsize)
-        return replace(default_plan(problem, device_facts(case.device)), algorithm=self.algorithm)
+        facts = device_facts(case.device)
+        chosen = choose_plan(problem, facts)
+        return chosen if chosen.algorithm == self.algorithm else forced(problem, facts, self.algorithm)
 
 
 def trainable(layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -244,10 +254,13 @@ def _naive(method: Method) -> Contender:
     )
 
 
-def _module(method: Method) -> Contender:
+def _module(method: Method, algorithm: str = "") -> Contender:
+    """The layer; `algorithm`: "library" or its own choice."""
+
     def build(linear: nn.Linear, case: Case) -> nn.Module:
         config = getattr(genft_modules, method.config)(**method.fields(case.r))
-        layer = genft_modules.FusedGenLinear.from_linear(linear, config)
+        backend = "reference" if algorithm else "auto"
+        layer = genft_modules.FusedGenLinear.from_linear(linear, config, backend=backend)
         if method.ready is not None:
             method.ready(layer, method.naive(linear, case.r))
         return layer.to(case.dtype)
@@ -256,20 +269,24 @@ def _module(method: Method) -> Contender:
         return _copied(trainable(layer), method.naive(linear, case.r))
 
     return Contender(
-        f"genft-{method.name}",
+        f"genft-{method.name}" + f"-{algorithm}" * bool(algorithm),
         "genft",
         method.name,
         method.form,
         build,
         twin,
         operation=method.operation,
+        algorithm=algorithm,
         kinked=method.naive.kinked,
     )
 
 
 def _kernel(method: Method, algorithm: str) -> Contender:
     def build(linear: nn.Linear, case: Case) -> nn.Module:
-        return Kernel(method.naive(linear, case.r), method.apply, contender.plan(case, linear.out_features))
+        plan = contender.plan(case, linear.out_features)
+        if plan is None:
+            raise ValueError(f"{algorithm}: there are no blocks for {case}")
+        return Kernel(method.naive(linear, case.r), method.apply, plan)
 
     def twin(layer: nn.Module, linear: nn.Linear, case: Case) -> nn.Module:
         own = {name.removeprefix("own."): p for name, p in trainable(layer).items()}
@@ -289,14 +306,36 @@ def _kernel(method: Method, algorithm: str) -> Contender:
     return contender
 
 
+class Released(nn.Module):
+    """A naive layer as GenFT's released code applies it: x ΔWᵀ is a product of its own, added to that with W0."""
+
+    def __init__(self, own: naive.Naive) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.own.weight, self.own.bias) + nn.functional.linear(x, self.own.delta())
+
+
+def _released(method: Method) -> Contender:
+    return replace(
+        _naive(method),
+        name=f"released-{method.name}",
+        build=lambda linear, case: Released(method.naive(linear, case.r)),
+    )
+
+
 def _ours(method: Method) -> list[Contender]:
     found = [_naive(method)]
-    if method.form == "generated":  # the released formulation under torch.compile is a peer of its own
-        found.append(replace(_naive(method), name=f"naive-{method.name}-compiled", compiled=True))
+    if method.form == "generated":  # with ΔW in one product, under torch.compile too, and in a product of its own
+        compiled = replace(_naive(method), name=f"naive-{method.name}-compiled", compiled=True)
+        found += [compiled, _released(method)]
     if hasattr(genft_modules, method.config):
         found.append(_module(method))
     if method.apply is not None:
-        found.extend(_kernel(method, algorithm) for algorithm in method.algorithms)
+        found += [_kernel(method, algorithm) for algorithm in (*ALGORITHMS_OF[method.operation], "library")]
+    elif hasattr(genft_modules, method.config):
+        found.append(_module(method, "library"))
     return found
 
 

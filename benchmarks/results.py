@@ -31,6 +31,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from genft_kernels.plan import user_tables
+
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent
 FOLDER = ROOT / "results"
@@ -84,13 +86,13 @@ def slug(device: dict[str, Any]) -> str:
 
 def commit(given: str = "") -> str:
     """The commit that is measured, with "-dirty" where the code that is measured, plan files included, differs from it:
-    what was changed, and what git does not know yet."""
+    what was changed, what git does not know yet, and plans of the user's own, which come before the package's."""
     found = _command("git", "rev-parse", "--short=10", "HEAD") or given or os.environ.get("GENFT_COMMIT", "")
     if not found:
         return "unknown"
     code = ("../genft_kernels", "../genft_modules", ".", ":!results")
     changed = _command("git", "status", "--porcelain", "--untracked-files=all", "--", *code)
-    return f"{found}-dirty" if changed else found
+    return f"{found}-dirty" if changed or any(user_tables().glob("*.json")) else found
 
 
 class Run:
