@@ -289,7 +289,7 @@ GOALS = (
     Goal(
         "P4",
         "memory of P3 beyond the frozen layer's",
-        "factors, plus one workspace of ≤ 16 MiB per device",
+        "factors, plus one workspace of ≤ 16 MiB per device whatever the model",
         ("gpu",),
         f"{GPU} rest",
         _p4,

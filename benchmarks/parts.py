@@ -226,7 +226,7 @@ def p8(run: Run) -> None:
 def p9(run: Run) -> None:
     """What Python costs in a call, with a gradient and without, of layers and of bare operations (P9)."""
     shape, r = (Shape(1, (4096,), 4096), 16) if _gpu(run) else (shapes.CPU_CALL, 4)
-    bare = [name for name in names("genft") if CONTENDERS[name].algorithm == "library"]
+    bare = [f"genft-{method.name}-library" for method in methods() if method.apply is not None]
     for mode in ("call", "call-eval"):
         _compare(run, shape, r, ["peft-lora", *_modules(), *bare], mode)
 
