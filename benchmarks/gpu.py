@@ -77,13 +77,13 @@ def commit_plans(run: Run, arguments: argparse.Namespace) -> str:
     """The commands that make the sweep's plans those of the package."""
     if run.folder is None or not run.data["sweep"]:
         return ""
-    (path,) = run.folder.glob("plans-*.json")
-    target = f"genft_kernels/plans/{path.name.removeprefix('plans-')}"
     log = run.data["run"]
+    architecture = log["device"].get("architecture", "cpu")
+    target = f"genft_kernels/plans/{architecture}.json"
     return "\n".join(
         (
             "before the next stage:",
-            f"  cp {path} {target}",
+            f"  cp {run.folder / f'plans-{architecture}.json'} {target}",
             f"  git add {target} benchmarks/results",
             f'  git commit -m "Plans of {log["device"]["name"]}, measured at {log["commit"]}"',
         )

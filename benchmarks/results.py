@@ -166,14 +166,14 @@ class Run:
     def paced(self, items: Iterable[Item], reserve: float = 0.0) -> Iterator[Item]:
         """The items, as long as the time left, less `reserve` seconds for what follows them, is no less than what the
         last one took. The others are noted as left out."""
-        took = 0.0
-        for item in items:
+        waiting, took = list(items), 0.0
+        while waiting:
             left = self.left() - reserve
             if left < took or left <= 0:
-                self.leave_out(f"{self.part}: {item}", f"{max(0.0, left):.0f} s left, the one before took {took:.0f} s")
-                continue
+                what = f"{self.part}: {waiting[0]}" + f" and {len(waiting) - 1} more" * (len(waiting) > 1)
+                return self.leave_out(what, f"{max(0.0, left):.0f} s left, the one before took {took:.0f} s")
             start = time.monotonic()
-            yield item
+            yield waiting.pop(0)
             took = time.monotonic() - start
 
     def flush(self, indent: int | None = 1) -> None:

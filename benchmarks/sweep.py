@@ -26,7 +26,7 @@ def sweep(run: Run, problems: Sequence[Problem] | None = None) -> None:
     dtype = torch.bfloat16 if run.device.type == "cuda" else torch.float32
     problems = _problems(run, dtype) if problems is None else problems
     compiled = _compile(run, problems, dtype)
-    for problem in problems:
+    for problem in run.paced(problems):
         entry = _sweep_one(run, problem, dtype, compiled)
         run.data["sweep"].append(entry)
         best = entry["best"]
