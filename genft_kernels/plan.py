@@ -445,7 +445,7 @@ def default_candidates(problem: Problem, facts: DeviceFacts) -> list[LaunchPlan]
             if product.descriptors == descriptors
             and (problem.m <= product.m <= FEW_ROWS or (descriptors and FEW_ROWS <= product.m < problem.m))
         ]
-    if not facts.descriptors and problem.itemsize == 2 and 32 < problem.r:
+    if not facts.descriptors and problem.itemsize == 2 and problem.r > 32:
         # Cards before sm_90 copy tiles by registers, which a wider block of this rank would spill.
         found = [replace(plan, skinny=replace(plan.skinny, columns=32)) for plan in found]
     return [*(with_stages(plan, facts) for plan in found), LaunchPlan("library")]
