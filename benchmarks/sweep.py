@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -57,7 +56,7 @@ def _compile(run: Run, problems: Sequence[Problem], dtype: torch.dtype) -> dict[
     items: dict[Kernels, tuple[Problem, str, str]] = {}
     for problem in problems:
         for plan in candidates(problem, device_facts(run.device)):
-            items.setdefault(_kernels(problem, plan), (problem, DTYPE_NAMES[dtype], str(plan)))
+            items.setdefault(_kernels(problem, plan), (problem, DTYPE_NAMES[_dtype_of(problem, dtype)], str(plan)))
     names = {item: kernels for kernels, item in items.items()}
     until = time.monotonic() + 0.45 * min(run.left(), 400)
     done: dict[Kernels, str] = {}
@@ -70,25 +69,31 @@ def _compile(run: Run, problems: Sequence[Problem], dtype: torch.dtype) -> dict[
 
 
 def _problems(run: Run, dtype: torch.dtype) -> list[Problem]:
-    """Most wanted first. Batches are given by M; decode's 64 rows have an entry of their own."""
+    """Most wanted first: what P1, P6 and P7 measure, 8192 rows before the rest; then the generated form; then what is
+    left of the low-rank one. Batches are given by M."""
     size = dtype.itemsize
     if run.tiny:
         return [Problem(name, 24, 32, 32, 4, size) for name in ("lowrank_linear", "generated_linear")]
-    linear = ("input_edit_linear", "lowrank_linear")
-    found = []
-    for r, rows in ((16, (8192, 2048, 16384, 64)), (64, (8192, 2048))):
-        for m in rows:
-            found += [Problem(op, m, n, k, r, size) for n, k in shapes.LLAMA_WEIGHTS for op in linear]
-        found += [Problem(op, 12608, n, k, r, size) for n, k in shapes.VIT_WEIGHTS for op in linear]
-        found += [Problem("weight_features", n, n, k, r, size) for n, k in shapes.LLAMA_WEIGHTS]
-    generated = []
-    for r, rows in ((16, (8192, 2048, 64)), (37, (8192, 2048))):
-        for m in rows:
-            generated += [Problem("generated_linear", m, n, k, r, size) for n, k in shapes.LLAMA_WEIGHTS]
-        generated += [Problem("generated_features", 0, n, k, r, size) for n, k in shapes.LLAMA_WEIGHTS]
-    # One of each in turn: whatever is cut off, both forms have their first shapes.
-    pairs = itertools.zip_longest(found, generated)
-    return [problem for pair in pairs for problem in pair if problem is not None]
+
+    def low_rank(m: int, r: int, weights: Sequence[tuple[int, int]]) -> list[Problem]:
+        linear = ("input_edit_linear", "lowrank_linear")
+        return [Problem(op, m, n, k, r, size) for n, k in weights for op in linear]
+
+    llama, decode = shapes.LLAMA_WEIGHTS, tuple((shape.n[0], shape.k) for shape in shapes.DECODE[:2])
+    found = low_rank(8192, 16, llama) + low_rank(2048, 64, llama)
+    found += [problem for m in (64, 8, 1) for problem in low_rank(m, 16, decode)]
+    for r in (16, 37):
+        found += [Problem("generated_linear", m, n, k, r, size) for m in (8192, 2048) for n, k in llama]
+        # Made from factors, which are float32 beside 16-bit activations.
+        found += [Problem("generated_features", 0, n, k, r, torch.float32.itemsize) for n, k in llama]
+    found += low_rank(2048, 16, llama) + low_rank(16384, 16, llama) + low_rank(8192, 64, llama)
+    found += low_rank(12608, 16, shapes.VIT_WEIGHTS) + low_rank(12608, 64, shapes.VIT_WEIGHTS)
+    found += [Problem("weight_features", n, n, k, r, size) for r in (16, 64) for n, k in llama]
+    return found + [Problem("generated_linear", 64, n, k, 16, size) for n, k in llama]
+
+
+def _dtype_of(problem: Problem, dtype: torch.dtype) -> torch.dtype:
+    return dtype if problem.itemsize == dtype.itemsize else torch.float32
 
 
 def _warm(item: tuple[Problem, str, str], device: torch.device) -> None:
@@ -101,6 +106,7 @@ def _warm(item: tuple[Problem, str, str], device: torch.device) -> None:
 
 
 def _sweep_one(run: Run, problem: Problem, dtype: torch.dtype, compiled: dict[Kernels, str] | None) -> dict[str, Any]:
+    dtype = _dtype_of(problem, dtype)
     plans = candidates(problem, device_facts(run.device))
     default, library = plans[0], LaunchPlan("library")
     if run.tiny:
