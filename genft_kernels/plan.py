@@ -9,7 +9,8 @@ Algorithms:
   backend's.
 - "seeded" (low rank, slices): a pass writes the update, and the library's product is added to it in its own float32
   accumulator: one rounding, so that an update below the rounding of y is not lost.
-- "single" (low rank): one persistent Triton product that makes t = x P on the way.
+- "single" (low rank): one persistent Triton product that makes t = x P on the way. With dropout on x, and with many
+  rows on AMD's cards, it is "seeded".
 - "thin" (an edit alone, features of a weight, mixed batches): one Triton pass for each stretch of skinny work.
 - "fused": one Triton product; low rank and slices: its accumulator starts from the update; generated: the tiles of ΔW
   are made inside it; squared gradients: its tiles are reduced, not stored.
@@ -164,8 +165,15 @@ class DeviceFacts:
 
     @property
     def descriptors(self) -> bool:
-        """Whether the card copies tiles by tensor descriptors."""
-        return self.architecture.startswith("sm_") and int(self.architecture[3:]) >= 90
+        """Whether the card copies tiles by tensor descriptors, into the shared memory that their plans are made for
+        (sm_120 has less than half of it)."""
+        return self.architecture in ("sm_90", "sm_100", "sm_103")
+
+    @property
+    def flags(self) -> bool:
+        """Whether programs may wait for each other. Before AMD's barrier, stores of other waves may still be on their
+        way."""
+        return not self.architecture.startswith("gfx")
 
 
 @dataclass(frozen=True)
@@ -221,9 +229,10 @@ def product_splits(plan: ProductPlan, rows: int, columns: int, depth: int, items
 
 
 def contraction_bytes(n: int, k: int, depth: int, itemsize: int) -> int:
-    """What a contraction over a generated matrix [n, k] cannot but move: G = Lᵀ R of `depth` rows made and read, or its
-    tiles made anew, which takes longer than reading them."""
-    return itemsize * (2 * n * k + depth * (n + k))
+    """What the partial sums of a contraction over a generated matrix [n, k] may move: what the pass itself cannot but
+    move (G = Lᵀ R of `depth` rows made and read, or its tiles made anew, which takes longer), and never more than a
+    second workspace holds, written and read."""
+    return min(itemsize * (2 * n * k + depth * (n + k)), 2 * PANEL_BYTES)
 
 
 def contraction_grid(plan: ContractPlan, n: int, k: int, r: int, moved: int) -> tuple[int, int]:

@@ -165,9 +165,10 @@ def _edited(source: Tensor, left: Tensor, factor: Tensor, *, overwrite: bool = F
     """source + left @ factor: [M,C] + [M,r] @ [r,C], in source's memory if it may; 16 bits keep the sum's mean."""
     if not narrow(source):
         return source.addmm_(left, factor) if overwrite else torch.addmm(source, left, factor)
-    out = source if overwrite else torch.empty_like(source)
+    out = source if overwrite else source.new_empty(source.shape)
     for rows in _parts(source):
-        add_dithered(source[rows], left[rows] @ factor, range(source.shape[1]), out[rows])
+        # In float32: the update may be below what float16 can hold.
+        add_dithered(source[rows], left[rows].float() @ factor.float(), range(source.shape[1]), out[rows])
     return out
 
 
@@ -400,7 +401,10 @@ class Generated:
         """W0 + s T of a part, in W0's dtype; in `memory` where the dtypes agree. 16 bits keep the sum's mean."""
         t, part = self.value(rows, columns, memory), weight[rows, columns]
         if narrow(weight):
-            return add_dithered(part, t.float().mul_(scale), range(columns.start, columns.stop), torch.empty_like(part))
+            out = weight.new_empty(part.shape)
+            for some in _parts(part):
+                add_dithered(part[some], t[some] * scale, range(columns.start, columns.stop), out[some])
+            return out
         t = t.to(weight.dtype)
         return torch.add(part, t, alpha=scale, out=t)
 

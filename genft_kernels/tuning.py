@@ -162,7 +162,7 @@ def _persistent(problem: Problem, facts: DeviceFacts, like: LaunchPlan) -> list[
             ),
         )
         for m, n, k, warps, stages in dict.fromkeys((*blocks, *PRODUCTS))
-        if (m >= FEW_ROWS if problem.m > FEW_ROWS else problem.m <= m <= FEW_ROWS)
+        if (m >= FEW_ROWS and facts.flags if problem.m > FEW_ROWS else problem.m <= m <= FEW_ROWS)
         for group in (GROUPS if problem.m > m // half else (8,))  # one row of tiles has nothing to share
         for descriptors in ((True, False) if descriptors_fit(problem, facts) else (False,))
     ]  # fmt: skip

@@ -41,6 +41,12 @@ __all__ = [
 Gradients = tuple[Tensor | None, ...]
 
 
+def _single(a: Tensor, seed: Tensor | None, plan: LaunchPlan) -> bool:
+    """Whether a plan's single pass serves this call; else the seeded algorithm does."""
+    waits = a.shape[0] > plan.product.m
+    return plan.algorithm == "single" and seed is None and not (waits and torch.version.hip is not None)
+
+
 def lowrank_linear_forward(
     x: Tensor,
     weight: Tensor,
@@ -52,7 +58,7 @@ def lowrank_linear_forward(
     seed: Tensor | None,
     plan: LaunchPlan,
 ) -> tuple[Tensor, Tensor]:
-    if plan.algorithm == "single" and seed is None:
+    if _single(x, seed, plan):
         return launch_single(x, weight.t(), p, q.t(), plan.product, bias=bias, scale=scale)
     t = launch_project(x, p, plan.skinny, scale=scale, dropout=dropout, seed=seed)
     if plan.algorithm == "fused":
@@ -75,7 +81,7 @@ def lowrank_linear_backward(
 ) -> Gradients:
     need_x, need_p, need_q, need_bias = needs
     u = dq = dx = dp = None
-    if need_x and plan.algorithm == "single" and seed is None:
+    if need_x and _single(dy, seed, plan):
         dx, u = launch_single(dy, weight, q, p.t(), plan.product, scale=scale)
     elif need_x or need_p:
         u = launch_project(dy, q, plan.skinny, scale=scale)

@@ -56,11 +56,20 @@ def keep_mask(p_seed, threshold, o_row, o_col):
 def dither(total, source, o_col):
     """`genft_kernels.dither.add_dithered` for a tile: float32 total, its 16-bit source, and its columns as [1, C] (or
     [C, 1], where the tile lies transposed). What comes back has only bits that the source's dtype has."""
-    LOW: tl.constexpr = 0xFFFF if source.dtype == tl.bfloat16 else 0x1FFF
+    HALF: tl.constexpr = source.dtype == tl.float16
+    LOW: tl.constexpr = 0x1FFF if HALF else 0xFFFF
+    LARGEST: tl.constexpr = 65504.0 if HALF else 3.3895313892515355e38
+    LIMIT: tl.constexpr = 65520.0 if HALF else 3.3961775292304957e38
     element = source.to(tl.uint16, bitcast=True).to(tl.uint32) * _ELEMENT
     noise = _mix(element ^ (o_col.to(tl.uint32) * _COLUMN)) & LOW
     bits = (total.to(tl.uint32, bitcast=True) + noise) & (0xFFFFFFFF ^ LOW)
-    return tl.where(tl.abs(total) < float("inf"), bits.to(tl.float32, bitcast=True), total)
+    rounded = bits.to(tl.float32, bitcast=True)
+    size = tl.abs(total)
+    if HALF:  # below its smallest normal number, places have one size
+        places = tl.floor(size * 16777216.0 + noise.to(tl.float32) * 0.0001220703125) * 5.960464477539063e-08
+        rounded = tl.where(size < 6.103515625e-05, tl.where(total < 0.0, -places, places), rounded)
+    rounded = tl.minimum(tl.maximum(rounded, -LARGEST), LARGEST)
+    return tl.where(size < LIMIT, rounded, total)
 
 
 @triton.jit

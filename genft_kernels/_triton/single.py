@@ -228,7 +228,7 @@ def launch_single(
     desc = plan.descriptors and describable(a) and describable(b_in_memory) and (few or describable(out))
     f_in_memory, f_t = _stored(f)
     if desc and not (f.dtype == a.dtype and describable(f_in_memory)):
-        f_in_memory, f_t = f.t().to(a.dtype).contiguous(), True
+        f_in_memory, f_t = a.new_empty(r, depth).copy_(f.t()), True
         desc = describable(f_in_memory)
     m, n, k, br = plan.m, plan.n, plan.k, rank_block(r)
     halves = n >= 256
@@ -238,7 +238,7 @@ def launch_single(
             TensorDescriptor.from_tensor(a, [m, k]),
             TensorDescriptor.from_tensor(b_in_memory, [n, k] if b_t else [k, n]),
             TensorDescriptor.from_tensor(f_in_memory, [br, k] if f_t else [k, br]),
-            TensorDescriptor.from_tensor(out, [m, n // 2 if halves else n]),
+            out if few else TensorDescriptor.from_tensor(out, [m, n // 2 if halves else n]),
         ]
     f = f_in_memory.t() if f_t else f_in_memory
     flags: dict[str, Any] = {

@@ -21,7 +21,7 @@ from .truth import ALGORITHMS, OPERATIONS, WITH_DROPOUT, Case, assert_close_to_t
 
 # Small blocks, so that small shapes have several row blocks in a group, several groups and ragged edges.
 SKINNY = SkinnyPlan(rows=16, columns=32, groups=3, warps=4, stages=2)
-PRODUCT = ProductPlan(m=32, n=32, k=32, group=2, warps=4, stages=2, programs=3)
+PRODUCT = ProductPlan(m=32, n=32, k=32, group=2, warps=4, stages=2, programs=3, descriptors=True)
 CONTRACT = ContractPlan(n=16, k=32, depth=16, groups=4, warps=4, stages=2, panel=1)
 PLANS = {name: LaunchPlan(name, SKINNY, PRODUCT, CONTRACT) for name in plans.ALGORITHMS}
 PAIRS = [(name, algorithm) for name, algorithms in ALGORITHMS.items() for algorithm in algorithms]
@@ -80,6 +80,22 @@ class TestAgainstTruth:
         case = make_case(name, 100, 40, 50, 7, torch.float32, device)
         first, second = (run(case.operation, case, plan=PLANS[algorithm]) for _ in range(2))
         assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("r", [1, 5, 40])
+@pytest.mark.parametrize(("m", "n", "k"), [(100, 264, 136), (9, 520, 264), (9, 45, 264), (7, 40, 45)], ids=str)
+def test_the_single_pass_with_wide_tiles_and_descriptors(m, n, k, r, device, poisoned):
+    """Tiles stored by halves past the end of y; few rows with a split contraction; y, or W0, without aligned rows."""
+    plan = LaunchPlan("single", SKINNY, ProductPlan(16 if m < 16 else 32, 256, 32, 2, programs=8, descriptors=True))
+    case = make_case("lowrank_linear", m, n, k, r, torch.float16, device)
+    assert_close_to_truth(case, torch.float16, plan=plan)
+
+
+def test_a_transposed_input_is_edited_as_the_compiler_was_told(device):
+    x = torch.randn(24, 10, device=device).bfloat16().t().requires_grad_()
+    psi, phi = torch.randn(3, 24, device=device).bfloat16(), torch.randn(3, 24, device=device).bfloat16()
+    for algorithm in ALGORITHMS["input_edit"]:
+        torch.library.opcheck(ops._input_edit.overload, (x, psi, phi, 0.5, str(PLANS[algorithm])))
 
 
 @pytest.mark.parametrize(("name", "algorithm"), [pair for pair in PAIRS if pair[0] in WITH_DROPOUT])

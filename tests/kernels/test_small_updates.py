@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import genft_kernels as gk
 from genft_kernels.dither import add_dithered
 from genft_kernels.plan import ProductPlan, SkinnyPlan
 
@@ -99,8 +100,29 @@ def test_dithered_rounding(dtype):
     assert ((added.float() - source.float()).abs() <= step * 1.001).all()
     gain = float(((added.double() - source.double()) * update).sum() / update.double().square().sum())
     assert abs(gain - 1) < 0.2
+    ends = torch.full((1, 512), torch.finfo(dtype).max).to(dtype)
+    assert (
+        add_dithered(ends, ends.float() * torch.finfo(dtype).eps / 5, columns, torch.empty_like(ends)).isfinite().all()
+    )
     odd = torch.tensor([[torch.nan, torch.inf, -torch.inf, 0.0, -0.0]], dtype=dtype)
     same = add_dithered(odd, torch.zeros(()), range(5), torch.empty_like(odd))
     assert torch.equal(same.nan_to_num(7.0), odd.nan_to_num(7.0))
     halves = add_dithered(source[:, 256:], update[:, 256:], range(256, 512), torch.empty(64, 256, dtype=dtype))
     assert torch.equal(halves, added[:, 256:]), "a part is rounded as the whole is"
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS["input_edit"])
+def test_float16_below_its_normal_numbers(algorithm, device):
+    """Gradients of 2·10⁻⁵, where places have one size: an update of 10⁻³ is a thousandth of one."""
+    torch.manual_seed(0)
+    x, g = torch.randn(512, 512, device=device), 2e-5 * torch.randn(512, 512, device=device)
+    psi, phi = (torch.randn(4, 512, device=device) for _ in range(2))
+
+    def dx(scale: float) -> torch.Tensor:
+        leaf = x.half().requires_grad_()
+        y = gk.input_edit(leaf, psi, phi, scale=scale, plan=PLANS[algorithm])
+        return torch.autograd.grad(y, leaf, g.half())[0].double()
+
+    true = 2e-5 * (g.half().double() @ phi.double().t()) @ psi.double()
+    gain = float(((dx(2e-5) - dx(0.0)) * true).sum() / true.square().sum())
+    assert abs(gain - 1) < 0.1, gain
