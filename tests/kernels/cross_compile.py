@@ -147,8 +147,10 @@ def low_rank_calls(r: int, dtype: torch.dtype, plan: LaunchPlan, *, rows: int = 
     bias = torch.empty(N, dtype=dtype)
     seed = torch.zeros(1, dtype=torch.int64) if dropout else None
     drop = (dropout, seed)
+    # Beside its product, the single pass has the reductions of the seeded algorithm.
+    needs = (True, False, False, False) if plan.algorithm == "single" else (True,) * 4
     yield "forward", lambda: run.lowrank_linear_forward(x, weight, p, q, bias, 1.5, *drop, plan)
-    yield "backward", lambda: run.lowrank_linear_backward(dy, x, weight, p, q, t, 1.5, *drop, (True,) * 4, plan)
+    yield "backward", lambda: run.lowrank_linear_backward(dy, x, weight, p, q, t, 1.5, *drop, needs, plan)
 
 
 def edit_calls(r: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:

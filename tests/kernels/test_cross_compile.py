@@ -29,7 +29,11 @@ def test_every_plan_compiles_within_limits(target):
     lines = done.stdout.splitlines()
     assert done.returncode == 0, "\n".join([*(line for line in lines if line.startswith("BAD")), done.stderr[-2000:]])
     kernels = (
-        "_skinny",
+        "_project",
+        "_reduce",
+        "_update",
+        "_sum",
+        "_single_few",
         "_product",
         "_grouped",
         "_grouped_reduce",
@@ -41,7 +45,10 @@ def test_every_plan_compiles_within_limits(target):
     for kernel in kernels:
         assert any(f" {kernel}_kernel " in line for line in lines), f"nothing compiled {kernel}_kernel"
     if target == "sm_90":
-        products = [line for line in lines if "_product_kernel " in line and "torch.bfloat16" in line]
+        assert any(" _single_kernel " in line for line in lines)
+        products = [
+            line for line in lines if ("_product_kernel " in line or "_single_kernel" in line) and "bfloat16" in line
+        ]
         assert products
         assert all(" wgmma " in line for line in products), products
 
