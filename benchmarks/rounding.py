@@ -97,27 +97,28 @@ def train(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rounding", description=__doc__)
+    parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a JSON file (benchmarks/results/<device>/rounding/short.json)")
     arguments = parser.parse_args(argv)
+    device = results.describe(torch.device("cpu"))
+    out = arguments.out or results.FOLDER / results.slug(device) / "rounding" / "short.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    data = {"commit": results.commit(), "device": device, "torch": torch.__version__, "steps": arguments.steps}
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         cache = demo.default_cache()
         cache.mkdir(parents=True, exist_ok=True)
         base, _ = demo.pretrained_base(demo.Demo(), cache)
         texts = demo.write_texts(demo.Demo(), Path(folder))
-        for subject, rates in RATES.items():
-            for lr, (dtype, rule) in itertools.product(rates, RUNS[subject]):
+        for subject in arguments.subjects:
+            for lr, (dtype, rule) in itertools.product(RATES[subject], RUNS[subject]):
                 how = (subject, base, texts, dtype, rule, lr)
-                bits = [train(*how, seed, arguments.steps) for seed in range(arguments.seeds)]
+                bits = [round(train(*how, seed, arguments.steps), 6) for seed in range(arguments.seeds)]
                 found.append({"subject": subject, "lr": lr, "dtype": dtype, "rounding": rule, "bits_per_byte": bits})
                 print(f"{subject:16} lr {lr:g} {dtype:9}{rule:9}{statistics.fmean(bits):.4f}  {bits}", flush=True)
-    device = results.describe(torch.device("cpu"))
-    out = arguments.out or results.FOLDER / results.slug(device) / "rounding" / "short.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    data = {"commit": results.commit(), "device": device, "torch": torch.__version__, "steps": arguments.steps}
-    out.write_text(json.dumps({**data, "runs": found}, indent=1) + "\n")
+                out.write_text(json.dumps({**data, "runs": found}, indent=1) + "\n")  # what is measured is kept
     return 0
 
 

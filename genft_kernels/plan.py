@@ -415,7 +415,7 @@ GENERATED_DEFAULTS: dict[int, tuple[tuple[int, ProductPlan, ContractPlan], ...]]
     ),
     4: (
         (16, ProductPlan(64, 32, 16, warps=8, stages=2), ContractPlan(32, 32, 16, warps=8)),
-        (64, ProductPlan(64, 32, 16, warps=8, stages=2), ContractPlan(32, 16, 16, warps=8)),
+        (64, ProductPlan(64, 32, 16, warps=8, stages=2), ContractPlan(16, 16, 16, warps=4)),
     ),
 }
 
