@@ -409,13 +409,13 @@ PRODUCT_DEFAULTS = {2: ProductPlan(), 4: ProductPlan(64, 64, 32, warps=4, stages
 # By element size: (widest rank served, blocks of the product on few rows, of the passes over the generated matrix).
 GENERATED_DEFAULTS: dict[int, tuple[tuple[int, ProductPlan, ContractPlan], ...]] = {
     2: (
-        (32, ProductPlan(64, 64, 32, warps=4, stages=2), ContractPlan(64, 64, 32, warps=4)),
-        (64, ProductPlan(64, 64, 32, warps=4, stages=2), ContractPlan(64, 32, 32, warps=4)),
-        (128, ProductPlan(64, 64, 32, warps=4, stages=2), ContractPlan(64, 32, 32, warps=8)),
+        (32, ProductPlan(64, 64, 32, warps=8, stages=2), ContractPlan(64, 64, 32, warps=4)),
+        (64, ProductPlan(64, 64, 32, warps=8, stages=2), ContractPlan(64, 32, 32, warps=4)),
+        (128, ProductPlan(64, 64, 32, warps=8, stages=2), ContractPlan(64, 32, 32, warps=8)),
     ),
     4: (
         (16, ProductPlan(64, 32, 16, warps=8, stages=2), ContractPlan(32, 32, 16, warps=8)),
-        (64, ProductPlan(64, 32, 16, warps=8, stages=2), ContractPlan(16, 16, 16, warps=4)),
+        (64, ProductPlan(32, 32, 16, warps=4, stages=2), ContractPlan(16, 16, 16, warps=4)),
     ),
 }
 
