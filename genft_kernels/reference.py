@@ -4,7 +4,7 @@ Notation: x [M,K] rows of activations, weight W0 [N,K] frozen, P [K,r], Q [N,r],
 N·K elements is allocated: dropout goes panel by panel, everything else is products whose results are [M,N], [M,K] or
 have a side of r. The derivations are in docs/mathematics.md.
 
-An update is never added to a result that is rounded already, for in 16 bits the sum would lose it: it is written first,
+In 16 bits an update is never added to a result that is rounded already, which would lose it: it is written first,
 and the library adds its product with W0 to it in float32 (`add_base_`).
 
 Factors may be in a wider dtype than the activations: products run in the activations' dtype (a library product
@@ -95,12 +95,30 @@ def _outer(left: Tensor, source: Tensor, dropout: float = 0.0, seed: Tensor | No
     return out
 
 
-def _update(left: Tensor, factor: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """drop(left @ factor): [M,r] @ [r,C] -> [M,C], for a base product to be added to."""
-    out = left @ factor
-    if seed is not None:
-        for rows in _parts(out):
-            out[rows] = _dropped(out[rows], rows, dropout, seed)
+def add_update(
+    source: Tensor,
+    weight: Tensor,
+    left: Tensor,
+    factor: Tensor,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """source @ weight + drop(left @ factor) + bias: [M,K] @ [K,N] and [M,r] @ [r,N] -> [M,N].
+
+    In 16 bits the update is written first (`add_base_`); wider, an update of rank r is the cheaper product to add.
+    """
+    if narrow(source):
+        out = left @ factor
+        if seed is not None:
+            for rows in _parts(out):
+                out[rows] = _dropped(out[rows], rows, dropout, seed)
+        return add_base_(out, source, weight, bias)
+    out = F.linear(source, weight.t(), bias)
+    if seed is None:
+        return out.addmm_(left, factor)
+    for rows in _parts(out):
+        out[rows] += _dropped(left[rows] @ factor, rows, dropout, seed)
     return out
 
 
@@ -129,7 +147,7 @@ def lowrank_linear_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns y [M,N] and t = s drop(x) P [M,r], which the backward wants."""
     t = _project(x, p.to(x.dtype) * scale, dropout, seed)
-    return add_base_(_update(t, q.to(x.dtype).t()), x, weight.t(), bias), t
+    return add_update(x, weight.t(), t, q.to(x.dtype).t(), bias), t
 
 
 def lowrank_linear_backward(
@@ -147,14 +165,15 @@ def lowrank_linear_backward(
     """u = s dY Q; dX = dY W0 + drop(u Pᵀ), dP = drop(x)ᵀ u, dQ = dYᵀ t, db = Σ dY."""
     need_x, need_p, need_q, need_bias = needs
     dx = dp = dq = None
-    if need_x or need_p:
-        u = dy @ (q.to(dy.dtype) * scale)
-        if need_x:
-            dx = add_base_(_update(u, p.to(dy.dtype).t(), dropout, seed), dy, weight)
-        if need_p:
-            dp = _outer(u, x, dropout, seed).t().to(p.dtype)
+    # What reads dY and x comes first, while they are in the cache; the large product pushes them out.
     if need_q:
         dq = _outer(t, dy).t().to(q.dtype)
+    if need_x or need_p:
+        u = dy @ (q.to(dy.dtype) * scale)
+        if need_p:
+            dp = _outer(u, x, dropout, seed).t().to(p.dtype)
+        if need_x:
+            dx = add_update(dy, weight, u, p.to(dy.dtype).t(), None, dropout, seed)
     return dx, dp, dq, dy.sum(0) if need_bias else None
 
 
@@ -583,7 +602,7 @@ def sliced_linear_forward(
     """Returns y [M,N]; V is [k,K] for rows, [N,k] for columns. Nothing is kept: both directions gather again."""
     v_t = values.to(x.dtype).t()
     if columns:
-        return add_base_((x.index_select(1, indices) * scale) @ v_t, x, weight.t(), bias)
+        return add_update(x, weight.t(), x.index_select(1, indices) * scale, v_t, bias)
     return _add_some(F.linear(x, weight, bias), indices, (x @ v_t).mul_(scale), x, weight.t(), bias)
 
 
@@ -612,7 +631,7 @@ def sliced_linear_backward(
     elif need_x or need_values:
         u = dy.index_select(1, indices) * scale
         if need_x:
-            dx = add_base_(u @ v, dy, weight)
+            dx = add_update(dy, weight, u, v)
         if need_values:
             dv = u.t() @ x
     return dx, None if dv is None else dv.to(values.dtype), dy.sum(0) if need_bias else None
