@@ -28,8 +28,8 @@ import transformers
 from peft import get_peft_model
 from torch import Tensor
 
-from genft_kernels import reference
 from genft_kernels.dither import add_dithered
+from genft_kernels.reference import edit, generated
 from genft_modules import FusedGenLinear, GenFTConfig, WeGeFTConfig, demo
 
 from . import results
@@ -86,7 +86,8 @@ def train(
             layer.base_layer.register_forward_hook(lambda *_: None)  # a hooked layer makes its own product
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    with patch.object(reference, "add_dithered", add_dithered if rule == "dithered" else nearest):
+    add = add_dithered if rule == "dithered" else nearest
+    with patch.object(edit, "add_dithered", add), patch.object(generated, "add_dithered", add):
         for step in range(steps):
             batch = windows[order[step * task.batch_size % len(windows) :][: task.batch_size]]
             model(input_ids=batch, labels=batch).loss.backward()

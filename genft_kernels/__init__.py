@@ -4,9 +4,11 @@ Importing this package imports no Triton and touches no GPU.
 """
 
 from .dropout import draw_seed
+from .edit import input_edit, input_edit_linear
+from .features import weight_features
 from .generated import generated_features, generated_linear
 from .grouped import grouped_lowrank_linear
-from .ops import input_edit, input_edit_linear, lowrank_linear, weight_features
+from .lowrank import lowrank_linear
 from .plan import ContractPlan, DeviceFacts, LaunchPlan, Problem, ProductPlan, SkinnyPlan, choose_plan, device_facts
 from .rows import RowGroups, group_rows
 from .sliced import sliced_linear, squared_gradient_sums

@@ -13,11 +13,12 @@ from .plan import BACKENDS, LaunchPlan
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def choice_of(backend: str, plan: LaunchPlan | None) -> str:
+def choice_of(backend: str, plan: LaunchPlan | None) -> LaunchPlan | str:
+    """What decides what runs: the plan, else the backend."""
     if plan is not None:
         if not isinstance(plan, LaunchPlan):
             raise TypeError(f"plan: got {type(plan).__name__}, expected a LaunchPlan")
-        return str(plan)
+        return plan
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {BACKENDS}")
     return backend

@@ -1,115 +1,30 @@
-"""The door to the operations on a generated matrix T = drop(σ(H Bᵀ + row + column)), which never exists as a whole.
-
-The same arrangement as `genft_kernels.ops`: checks, a `genft::` operator on matrices, its backward as an operator.
-"""
+"""Operations on a generated matrix T = drop(σ(H Bᵀ + row + column)), which never exists as a whole."""
 
 from __future__ import annotations
-
-from types import ModuleType
-from typing import Any
 
 from torch import Tensor
 
 from .activations import activation as activation_named
 from .checks import FLOATS, autocast, check_dropout, check_factor, check_linear, choice_of
-from .operator import operator
-from .ops import launcher, present, wanted
-from .plan import LIBRARY, LaunchPlan, resolve
-from .reference import Generated
+from .operation import Operation
+from .plan import LaunchPlan
+from .reference import generated as reference
 
-_Extra = tuple[LaunchPlan, ...]
-
-
-def _resolve(
-    choice: str, operation: str, m: int, made: Generated, like: Tensor, r2: int = 1
-) -> tuple[ModuleType, _Extra]:
+_generated_linear = Operation(
+    "generated_linear",
+    reference,
+    sizes=lambda x, h, b: (x.shape[0], h.shape[0], *b.shape),
+    outputs={"y": lambda x, weight: x.new_empty(x.shape[0], weight.shape[0])},
+    gradients=("x", "h", "b", "row", "column"),
+)
+_generated_features = Operation(
+    "generated_features",
+    reference,
     # A kernel holds the whole of either rank in a block: the wider one decides.
-    n, k, r = made.h.shape[0], made.b.shape[0], max(made.h.shape[1], r2)
-    plan = resolve(choice, operation, m, n, k, r, like.dtype, like.device)
-    return launcher(plan), (() if plan.algorithm in LIBRARY else (plan,))
-
-
-def _empties(likes: list[Tensor | None], needs: list[bool]) -> list[Tensor]:
-    """The fake of a backward: one tensor for each input, empty where no gradient is asked for."""
-    anchor = next(like for like in likes if like is not None)
-    return [
-        like.new_empty(like.shape) if need and like is not None else anchor.new_empty(0)
-        for like, need in zip(likes, needs, strict=True)
-    ]
-
-
-# ---- generated_linear
-
-
-@operator("generated_linear")
-def _generated_linear(
-    x: Tensor,
-    weight: Tensor,
-    h: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    row: Tensor | None,
-    column: Tensor | None,
-    scale: float,
-    activation: str,
-    dropout: float,
-    seed: Tensor | None,
-    plan: str,
-) -> Tensor:
-    made = Generated(h, b, row, column, activation, dropout, seed)
-    run, extra = _resolve(plan, "generated_linear", x.shape[0], made, x)
-    y: Tensor = run.generated_linear_forward(x, weight, made, bias, scale, *extra)
-    return y
-
-
-@_generated_linear.register_fake
-def _(x, weight, h, b, bias, row, column, scale, activation, dropout, seed, plan):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-@operator("generated_linear_backward")
-def _generated_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    h: Tensor,
-    b: Tensor,
-    row: Tensor | None,
-    column: Tensor | None,
-    scale: float,
-    activation: str,
-    dropout: float,
-    seed: Tensor | None,
-    plan: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    made = Generated(h, b, row, column, activation, dropout, seed)
-    run, extra = _resolve(plan, "generated_linear", x.shape[0], made, x)
-    return present(run.generated_linear_backward(dy, x, weight, made, scale, tuple(needs), *extra), dy)
-
-
-@_generated_linear_backward.register_fake
-def _(dy, x, weight, h, b, row, column, scale, activation, dropout, seed, plan, needs):  # type: ignore[no-untyped-def]
-    return _empties([x, h, b, dy.new_empty(dy.shape[1]), row, column], needs)
-
-
-def _generated_linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, h, b, _, row, column, ctx.scale, ctx.activation, ctx.dropout, seed, ctx.plan = inputs
-    ctx.save_for_backward(x, weight, h, b, row, column, seed)
-
-
-def _generated_linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, h, b, row, column, seed = ctx.saved_tensors
-    wants = ctx.needs_input_grad
-    needs = [wants[0], *wants[2:7]]
-    gradients = _generated_linear_backward(
-        dy, x, weight, h, b, row, column, ctx.scale, ctx.activation, ctx.dropout, seed, ctx.plan, needs
-    )
-    dx, *others = wanted(gradients, needs)
-    return dx, None, *others, None, None, None, None, None
-
-
-_generated_linear.register_autograd(_generated_linear_autograd, setup_context=_generated_linear_context)
+    sizes=lambda h, b, a: (0, h.shape[0], b.shape[0], max(h.shape[1], a.shape[0])),
+    outputs={"z": lambda b, a: b.new_empty(b.shape[0], a.shape[0])},
+    gradients=("h", "b", "a", "column"),
+)
 
 
 def generated_linear(
@@ -160,7 +75,7 @@ def generated_linear(
     _check_companions(h, b=b, row_bias=(row_bias, weight.shape[0]), column_bias=(column_bias, weight.shape[1]))
     seed = check_dropout(dropout, seed, x)
     x, weight, bias = autocast(x, weight, bias)
-    y: Tensor = _generated_linear(
+    y = _generated_linear(
         x.reshape(-1, x.shape[-1]),
         weight,
         h,
@@ -175,73 +90,6 @@ def generated_linear(
         choice_of(backend, plan),
     )
     return y.view(*x.shape[:-1], weight.shape[0])
-
-
-# ---- generated_features
-
-
-@operator("generated_features")
-def _generated_features(
-    h: Tensor,
-    b: Tensor,
-    a: Tensor,
-    bias: Tensor | None,
-    column: Tensor | None,
-    activation: str,
-    dropout: float,
-    seed: Tensor | None,
-    plan: str,
-) -> Tensor:
-    made = Generated(h, b, None, column, activation, dropout, seed)
-    run, extra = _resolve(plan, "generated_features", 0, made, h, a.shape[0])
-    z: Tensor = run.generated_features_forward(made, a, bias, *extra)
-    return z
-
-
-@_generated_features.register_fake
-def _(h, b, a, bias, column, activation, dropout, seed, plan):  # type: ignore[no-untyped-def]
-    return b.new_empty(b.shape[0], a.shape[0])
-
-
-@operator("generated_features_backward")
-def _generated_features_backward(
-    dz: Tensor,
-    h: Tensor,
-    b: Tensor,
-    a: Tensor,
-    column: Tensor | None,
-    activation: str,
-    dropout: float,
-    seed: Tensor | None,
-    plan: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    made = Generated(h, b, None, column, activation, dropout, seed)
-    run, extra = _resolve(plan, "generated_features", 0, made, h, a.shape[0])
-    return present(run.generated_features_backward(dz, made, a, tuple(needs), *extra), h)
-
-
-@_generated_features_backward.register_fake
-def _(dz, h, b, a, column, activation, dropout, seed, plan, needs):  # type: ignore[no-untyped-def]
-    return _empties([h, b, a, column], needs)
-
-
-def _generated_features_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    h, b, a, _, column, ctx.activation, ctx.dropout, seed, ctx.plan = inputs
-    ctx.save_for_backward(h, b, a, column, seed)
-
-
-def _generated_features_autograd(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-    h, b, a, column, seed = ctx.saved_tensors
-    wants = ctx.needs_input_grad
-    needs = [*wants[:3], wants[4]]
-    dh, db, da, dcolumn = wanted(
-        _generated_features_backward(dz, h, b, a, column, ctx.activation, ctx.dropout, seed, ctx.plan, needs), needs
-    )
-    return dh, db, da, dz.sum(0) if wants[3] else None, dcolumn, None, None, None, None
-
-
-_generated_features.register_autograd(_generated_features_autograd, setup_context=_generated_features_context)
 
 
 def generated_features(
@@ -306,6 +154,3 @@ def _check_companions(h: Tensor, **others: Tensor | tuple[Tensor | None, int]) -
             check_factor(name, tensor, h, (size,))
         if tensor.dtype != h.dtype:
             raise TypeError(f"{name}: dtype {tensor.dtype}, expected that of h, {h.dtype}")
-
-
-__all__ = ["generated_features", "generated_linear"]

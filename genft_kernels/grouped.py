@@ -7,85 +7,24 @@ through.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from .checks import autocast, check_activations, check_factor, check_linear, choice_of
-from .operator import operator
-from .ops import _resolve, present, wanted
+from .operation import Operation
 from .plan import LaunchPlan
+from .reference import grouped as reference
 from .rows import RowGroups
 
-
-@operator("grouped_lowrank_linear")
-def _grouped_lowrank_linear(
-    x: Tensor,
-    weight: Tensor | None,
-    p: Tensor,
-    q: Tensor,
-    index: Tensor,
-    order: Tensor,
-    bounds: Tensor,
-    bias: Tensor | None,
-    plan: str,
-) -> tuple[Tensor, Tensor]:
-    run, extra = _resolve(plan, "grouped_lowrank_linear", x, q.shape[1], p.shape[2])
-    rows = RowGroups(index, order, bounds)
-    return run.grouped_lowrank_linear_forward(x, weight, p, q, rows, bias, *extra)  # type: ignore[no-any-return]
-
-
-@_grouped_lowrank_linear.register_fake
-def _(x, weight, p, q, index, order, bounds, bias, plan):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], q.shape[1]), x.new_empty(x.shape[0], p.shape[2])
-
-
-@operator("grouped_lowrank_linear_backward")
-def _grouped_lowrank_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    p: Tensor,
-    q: Tensor,
-    t: Tensor,
-    index: Tensor,
-    order: Tensor,
-    bounds: Tensor,
-    plan: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    run, extra = _resolve(plan, "grouped_lowrank_linear", x, q.shape[1], p.shape[2])
-    rows = RowGroups(index, order, bounds)
-    return present(run.grouped_lowrank_linear_backward(dy, x, weight, p, q, t, rows, tuple(needs), *extra), dy)
-
-
-@_grouped_lowrank_linear_backward.register_fake
-def _(dy, x, weight, p, q, t, index, order, bounds, plan, needs):  # type: ignore[no-untyped-def]
-    shapes = (x.shape, p.shape, q.shape, (q.shape[1],))
-    dtypes = (dy.dtype, p.dtype, q.dtype, dy.dtype)
-    return [
-        dy.new_empty(s if need else (0,), dtype=d if need else dy.dtype)
-        for s, d, need in zip(shapes, dtypes, needs, strict=True)
-    ]
-
-
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, p, q, index, order, bounds, _, ctx.plan = inputs
-    ctx.save_for_backward(x, weight, p, q, output[1], index, order, bounds)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 9
-    wants = ctx.needs_input_grad
-    needs = [wants[0], wants[2], wants[3], wants[7]]
-    dx, dp, dq, db = wanted(_grouped_lowrank_linear_backward(dy, *ctx.saved_tensors, ctx.plan, needs), needs)
-    return dx, None, dp, dq, None, None, None, db, None
-
-
-_grouped_lowrank_linear.register_autograd(_autograd, setup_context=_context)
+_grouped_lowrank_linear = Operation(
+    "grouped_lowrank_linear",
+    reference,
+    sizes=lambda x, q, p: (x.shape[0], q.shape[1], x.shape[1], p.shape[2]),
+    outputs={
+        "y": lambda x, q: x.new_empty(x.shape[0], q.shape[1]),
+        "t": lambda x, p: x.new_empty(x.shape[0], p.shape[2]),
+    },
+    gradients=("x", "p", "q"),
+)
 
 
 def grouped_lowrank_linear(
@@ -140,10 +79,5 @@ def grouped_lowrank_linear(
     n = q.shape[1] if weight is None else weight.shape[0]
     check_factor("q", q, x, (rows.groups, n, r))
     x, weight, bias = autocast(x, weight, bias)
-    y: Tensor = _grouped_lowrank_linear(
-        x.reshape(-1, x.shape[-1]), weight, p, q, *rows, bias, choice_of(backend, plan)
-    )[0]
+    y = _grouped_lowrank_linear(x.reshape(-1, x.shape[-1]), weight, p, q, *rows, bias, choice_of(backend, plan))
     return y.view(*x.shape[:-1], n)
-
-
-__all__ = ["grouped_lowrank_linear"]

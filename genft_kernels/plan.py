@@ -572,11 +572,11 @@ def triton_can_run(device: torch.device) -> bool:
 
 @lru_cache(maxsize=4096)
 def resolve(
-    choice: str, operation: str, m: int, n: int, k: int, r: int, dtype: torch.dtype, device: torch.device
+    choice: LaunchPlan | str, operation: str, m: int, n: int, k: int, r: int, dtype: torch.dtype, device: torch.device
 ) -> LaunchPlan:
-    """The plan for a call whose `plan`/`backend` argument is `choice`: a backend name or a printed plan."""
+    """The plan for a call whose `plan`/`backend` argument is `choice`: a plan, maybe a printed one, or a backend."""
     if choice not in BACKENDS:
-        plan = LaunchPlan.parse(choice)
+        plan = choice if isinstance(choice, LaunchPlan) else LaunchPlan.parse(choice)
         if plan.algorithm not in (*LIBRARY, *ALGORITHMS_OF[operation]):
             listed = ("library", *ALGORITHMS_OF[operation])
             raise ValueError(f"plan: {operation} has no algorithm {plan.algorithm!r}, expected one of {listed}")

@@ -1,13 +1,6 @@
-"""The door to the operations on a few rows or columns of a weight: the product with them added, and the measure by
-which they are chosen.
-
-The same arrangement as `genft_kernels.ops`: checks, a `genft::` operator on matrices, its backward as an operator.
-"""
+"""Operations on a few rows or columns of a weight: the product with them, and the measure by which they are chosen."""
 
 from __future__ import annotations
-
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,82 +14,23 @@ from .checks import (
     check_orientation,
     choice_of,
 )
-from .operator import operator
-from .ops import launcher, present, wanted
-from .plan import LIBRARY, SQUARES, LaunchPlan, resolve
+from .operation import Operation
+from .plan import SQUARES, LaunchPlan
+from .reference import sliced as reference
 
-_Extra = tuple[LaunchPlan, ...]
-
-
-def _resolve(choice: str, operation: str, x: Tensor, n: int, r: int) -> tuple[ModuleType, _Extra]:
-    plan = resolve(choice, operation, x.shape[0], n, x.shape[1], r, x.dtype, x.device)
-    return launcher(plan), (() if plan.algorithm in LIBRARY else (plan,))
-
-
-# ---- sliced_linear
-
-
-@operator("sliced_linear")
-def _sliced_linear(
-    x: Tensor,
-    weight: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-    columns: bool,
-    scale: float,
-    plan: str,
-) -> Tensor:
-    run, extra = _resolve(plan, "sliced_linear", x, weight.shape[0], indices.shape[0])
-    return run.sliced_linear_forward(x, weight, values, indices, bias, columns, scale, *extra)  # type: ignore[no-any-return]
-
-
-@_sliced_linear.register_fake
-def _(x, weight, values, indices, bias, columns, scale, plan):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-@operator("sliced_linear_backward")
-def _sliced_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    columns: bool,
-    scale: float,
-    plan: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    run, extra = _resolve(plan, "sliced_linear", x, weight.shape[0], indices.shape[0])
-    return present(run.sliced_linear_backward(dy, x, weight, values, indices, columns, scale, tuple(needs), *extra), dy)
-
-
-@_sliced_linear_backward.register_fake
-def _(dy, x, weight, values, indices, columns, scale, plan, needs):  # type: ignore[no-untyped-def]
-    shapes = (x.shape, values.shape, (weight.shape[0],))
-    dtypes = (dy.dtype, values.dtype, dy.dtype)
-    return [
-        dy.new_empty(s if need else (0,), dtype=d if need else dy.dtype)
-        for s, d, need in zip(shapes, dtypes, needs, strict=True)
-    ]
-
-
-def _sliced_linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, values, indices, _, ctx.columns, ctx.scale, ctx.plan = inputs
-    ctx.save_for_backward(x, weight, values, indices)
-
-
-def _sliced_linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, values, indices = ctx.saved_tensors
-    wants = ctx.needs_input_grad
-    needs = [wants[0], wants[2], wants[4]]
-    gradients = _sliced_linear_backward(dy, x, weight, values, indices, ctx.columns, ctx.scale, ctx.plan, needs)
-    dx, dv, db = wanted(gradients, needs)
-    return dx, None, dv, None, db, None, None, None
-
-
-_sliced_linear.register_autograd(_sliced_linear_autograd, setup_context=_sliced_linear_context)
+_sliced_linear = Operation(
+    "sliced_linear",
+    reference,
+    sizes=lambda x, weight, indices: (x.shape[0], *weight.shape, indices.shape[0]),
+    outputs={"y": lambda x, weight: x.new_empty(x.shape[0], weight.shape[0])},
+    gradients=("x", "values"),
+)
+_squared_gradient_sums = Operation(
+    SQUARES,
+    reference,
+    sizes=lambda dy, x: (x.shape[0], dy.shape[1], x.shape[1], 1),
+    outputs={"sums": lambda dy: dy.new_empty(dy.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32))},
+)
 
 
 def sliced_linear(
@@ -141,24 +75,8 @@ def sliced_linear(
     count = check_factor("values", values, x, (n, None) if columns else (None, k))
     check_indices(indices, count, k if columns else n, x)
     x, weight, bias = autocast(x, weight, bias)
-    y: Tensor = _sliced_linear(
-        x.reshape(-1, k), weight, values, indices, bias, columns, float(scale), choice_of(backend, plan)
-    )
+    y = _sliced_linear(x.reshape(-1, k), weight, values, indices, bias, columns, float(scale), choice_of(backend, plan))
     return y.view(*x.shape[:-1], n)
-
-
-# ---- squared_gradient_sums
-
-
-@operator("squared_gradient_sums")
-def _squared_gradient_sums(left: Tensor, right: Tensor, plan: str) -> Tensor:
-    run, extra = _resolve(plan, SQUARES, right, left.shape[1], 1)
-    return run.squared_gradient_sums(left, right, *extra)  # type: ignore[no-any-return]
-
-
-@_squared_gradient_sums.register_fake
-def _(left, right, plan):  # type: ignore[no-untyped-def]
-    return left.new_empty(left.shape[1], dtype=torch.promote_types(left.dtype, torch.float32))
 
 
 def squared_gradient_sums(
@@ -197,8 +115,4 @@ def squared_gradient_sums(
     if dy.device != x.device:
         raise ValueError(f"dy: on {dy.device}, expected the device of x, {x.device}")
     left, right = (tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in ((x, dy) if columns else (dy, x)))
-    sums: Tensor = _squared_gradient_sums(left, right, choice_of(backend, plan))
-    return sums
-
-
-__all__ = ["sliced_linear", "squared_gradient_sums"]
+    return _squared_gradient_sums(left, right, choice_of(backend, plan))

@@ -49,6 +49,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
 
     base_layer: Any  # nn.Linear, Conv1D or a quantised one
     original_weight: Tensor | None
+    original_parameter: nn.Parameter  # the base layer's while adapters are merged
     active_adapters: Any  # peft's, untyped
     set_adapter: Any
 
@@ -285,7 +286,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"safe_merge: the weight merged with {names} has elements that are not finite")
         if not self.merged_adapters:
             # A parameter of its own: another layer may share W0's (embeddings tied to a head) and is not to be merged.
-            self.__dict__["original_parameter"] = base.weight
+            object.__setattr__(self, "original_parameter", base.weight)
             base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
         else:
             base.weight.data = merged
@@ -297,7 +298,8 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        parameter = self.__dict__.pop("original_parameter")
+        parameter: Any = self.original_parameter
+        del self.original_parameter
         parameter.data = self.original_weight
         self.base_layer.weight = parameter
         self.original_weight = None

@@ -103,7 +103,8 @@ class QuantisedWeight:
 
     def _with(self, **changed: int) -> QuantisedWeight:
         other = copy(self)
-        other.__dict__.update(changed)
+        for name, value in changed.items():
+            setattr(other, name, value)
         return other
 
     def dequantised(self) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = ["tests", "benchmarks", "genft_modules", "genft_kernels"]
 
 
-def imports_of(path: Path) -> set[str]:
+def imports_of(path: Path, modules: Iterable[str] = ()) -> set[str]:
+    """What a file imports; `from package import name` is package.name where that is one of `modules`."""
     found = set()
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
@@ -22,7 +25,8 @@ def imports_of(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
-            found.add(".".join((*base, node.module or "")).strip("."))
+            source = ".".join((*base, node.module or "")).strip(".")
+            found |= {name if (name := f"{source}.{alias.name}") in modules else source for alias in node.names}
     return found
 
 
@@ -37,7 +41,32 @@ def test_imports_run_one_way(package):
 def test_modules_use_public_names_of_the_kernels():
     for path in (ROOT / "genft_modules").rglob("*.py"):
         for name in imports_of(path):
-            assert not name.startswith(("genft_kernels._", "genft_kernels.ops")), f"{path.name} imports {name}"
+            assert not name.startswith("genft_kernels._"), f"{path.name} imports {name}"
+
+
+def test_the_kernels_import_without_a_circle():
+    modules = {path: path.relative_to(ROOT).with_suffix("") for path in (ROOT / "genft_kernels").rglob("*.py")}
+    names = {".".join(parts.parts).removesuffix(".__init__"): path for path, parts in modules.items()}
+    # What a package's __init__ offers is imported from the module that has it.
+    graph = {name: imports_of(path, names) & names.keys() - {name} for name, path in names.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("family", ["lowrank", "edit", "features", "generated", "grouped", "sliced"])
+def test_a_family_has_its_files(family):
+    """The door, the reference and the algorithms; and the last two have the same functions."""
+    door, reference, triton = (
+        ast.parse((ROOT / "genft_kernels" / part / f"{family}.py").read_text()) for part in ("", "reference", "_triton")
+    )
+    functions = [
+        {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.endswith("ward")}
+        for tree in (reference, triton)
+    ]
+    assert functions[0] == functions[1] != set()
+    declared = {
+        node.args[0] for node in ast.walk(door) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Operation"
+    }
+    assert len(declared) == sum(name.endswith("_forward") for name in functions[0])
 
 
 def test_the_reference_never_imports_triton():

@@ -1,422 +1,148 @@
-"""Kernels on a generated matrix T = drop(σ(Z)), Z = H Bᵀ + row + column, [N,K], of which no more than a tile (or, in
-the panel algorithm, a bounded panel of W0 + s T) exists.
-
-product    O = A (W + s T)   or with both transposed      y = x (W0 + s T)ᵀ + b,  dX = dY (W0 + s T)
-contract   E = s drop(G)·σ'(Z), G = Lᵀ R or given         dH = E B, dB = Eᵀ H, drow = E 1, dcolumn = Eᵀ 1
-fold       O = T V   or   Tᵀ V                            z = Tᵀ Aᵀ,  dA = (T dz)ᵀ
-panel      W0 + s T, a few rows or columns of it
-
-A tile of Z costs r/BM of the product it feeds and is made again for every BM rows of activations: cheaper than the
-N·K elements that keeping it would move and hold (docs/mathematics.md has the counts). The tile is the left operand and
-the accumulator holds the transposed output: on Hopper wgmma takes such an operand from registers.
-
-Along "out" lies the index that the kernel's grid owns, along "loop" the one it runs through. T's own indices are
-(n, k); SWAPPED says that out is k.
-"""
+"""y = x (W0 + s T)ᵀ + b with T = drop(σ(H Bᵀ + row + column)), by panels or tile by tile; and z = Tᵀ Aᵀ + bias."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ..dropout import threshold
-from ..plan import ContractPlan, ProductPlan, contraction_bytes, contraction_grid
-from ..reference import Generated
-from .activations import twins
-from .common import INTERPRETING, dither, dot, grouped_tile, keep_mask, precision, rank_block, strides, unit, vector
+from ..plan import LaunchPlan, stretches
+from ..reference.generated import Generated
+from .kernels.generated import launch_contract, launch_fold, launch_generated_product, launch_panel
 
 
-@triton.jit
-def _pre(f_out, f_loop_t, p_out_add, p_loop_add, o_out, o_loop, m_out, m_loop,
-         OUT_ADD: tl.constexpr, LOOP_ADD: tl.constexpr, BO: tl.constexpr, BL: tl.constexpr,
-         PRECISION: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
-    """A tile of Z (or Zᵀ) [BO, BL] from f_out [BO, BR] and f_loop_t [BR, BL]."""
-    z = dot(f_out, f_loop_t, tl.zeros((BO, BL), tl.float32), PRECISION, INTERPRET)
-    if OUT_ADD:
-        z += tl.load(p_out_add + o_out, mask=m_out, other=0.0).to(tl.float32)[:, None]
-    if LOOP_ADD:
-        z += tl.load(p_loop_add + o_loop, mask=m_loop, other=0.0).to(tl.float32)[None, :]
-    return z
-
-
-@triton.jit
-def _keep(p_seed, dropout_threshold, o_out, o_loop, SWAPPED: tl.constexpr):
-    """The mask of T on a tile that may lie transposed."""
-    if SWAPPED:
-        keep = tl.trans(keep_mask(p_seed, dropout_threshold, o_loop, o_out))
-    else:
-        keep = keep_mask(p_seed, dropout_threshold, o_out, o_loop)
-    return keep
-
-
-@triton.jit
-def _added(w, t, o_out, o_loop, DITHER: tl.constexpr, SWAPPED: tl.constexpr):
-    """W + s T, in 16 bits rounded by the columns of T, which lie along loop unless SWAPPED."""
-    total = w.to(tl.float32) + t
-    if DITHER:
-        if SWAPPED:
-            total = dither(total, w, o_out[:, None])
-        else:
-            total = dither(total, w, o_loop[None, :])
-    return total
-
-
-@triton.jit
-def _generated_product_kernel(
-    p_a, p_w, p_fo, p_fl, p_out_add, p_loop_add, p_bias, p_o, p_seed,
-    M, N, C, R,
-    s_am, s_ac, s_wn, s_wc, s_fon, s_for, s_flc, s_flr, s_om, s_on,
-    scale, dropout_threshold, dropout_scale,
-    SIGMA: tl.constexpr, OUT_ADD: tl.constexpr, LOOP_ADD: tl.constexpr, BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, DITHER: tl.constexpr, SWAPPED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BM, BN, GROUP)
-    dtype = p_a.dtype.element_ty
-    o_m = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)
-    o_n = (tile_n * BN + tl.arange(0, BN)).to(tl.int64)
-    o_r = tl.arange(0, BR)
-    m_m = o_m < M
-    m_n = o_n < N
-    m_r = o_r < R
-    f_out = tl.load(p_fo + o_n[:, None] * s_fon + o_r[None, :] * s_for, mask=m_n[:, None] & m_r[None, :], other=0.0)
-    f_out = f_out.to(dtype)  # [BN, BR]
-
-    acc = tl.zeros((BN, BM), tl.float32)
-    for start in range(0, C, BC):
-        o_c = (start + tl.arange(0, BC)).to(tl.int64)
-        m_c = o_c < C
-        f_loop_t = tl.load(
-            p_fl + o_r[:, None] * s_flr + o_c[None, :] * s_flc, mask=m_r[:, None] & m_c[None, :], other=0.0
-        )  # [BR, BC]
-        z = _pre(
-            f_out, f_loop_t.to(dtype), p_out_add, p_loop_add, o_n, o_c, m_n, m_c, OUT_ADD, LOOP_ADD, BN, BC,
-            PRECISION, INTERPRET,
-        )  # fmt: skip
-        t = SIGMA(z) * scale
-        if DROPOUT:
-            t = tl.where(_keep(p_seed, dropout_threshold, o_n, o_c, SWAPPED), t * dropout_scale, 0.0)
-        w = tl.load(
-            p_w + o_n[:, None] * s_wn + o_c[None, :] * s_wc, mask=m_n[:, None] & m_c[None, :], other=0.0
-        )  # [BN, BC]
-        # Past the end of C, σ(0) may not be 0: there it meets zeros of A.
-        a_t = tl.load(
-            p_a + o_c[:, None] * s_ac + o_m[None, :] * s_am, mask=m_c[:, None] & m_m[None, :], other=0.0
-        )  # [BC, BM]
-        acc = dot(_added(w, t, o_n, o_c, DITHER, SWAPPED).to(dtype), a_t, acc, PRECISION, INTERPRET)
-    if BIAS:
-        acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
-    tl.store(
-        p_o + o_n[:, None] * s_on + o_m[None, :] * s_om,
-        acc.to(p_o.dtype.element_ty),
-        mask=m_n[:, None] & m_m[None, :],
-    )
-
-
-@triton.jit
-def _contract_kernel(
-    p_l, p_r, p_given, p_h, p_b, p_row, p_column, p_dh, p_db, p_drow, p_dcolumn, p_seed,
-    D, N, K, R, first_n,
-    s_ld, s_ln, s_rd, s_rk, s_gn, s_gk, s_hn, s_hr, s_bk, s_br,
-    s_dhg, s_dhn, s_dhr, s_dbg, s_dbk, s_dbr, s_drg, s_dcg,
-    scale, dropout_threshold, dropout_scale, tiles_per_n, tiles_per_k,
-    SIGMA_GRAD: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, DROPOUT: tl.constexpr, GIVEN: tl.constexpr,
-    DROW: tl.constexpr, DCOLUMN: tl.constexpr, ATOMIC: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """Program (i, j) owns a stretch of row tiles and one of column tiles: dH is summed in registers along its columns,
-    dB in its slab along its rows, both in order."""
-    group_n = tl.program_id(0)
-    group_k = tl.program_id(1)
-    dtype = p_r.dtype.element_ty
-    o_r = tl.arange(0, BR)
-    m_r = o_r < R
-    last_n = tl.minimum((group_n + 1) * tiles_per_n, tl.cdiv(N, BN))
-    last_k = tl.minimum((group_k + 1) * tiles_per_k, tl.cdiv(K, BK))
-    for tile_n in tl.range(group_n * tiles_per_n, last_n, num_stages=1, disable_licm=True):
-        later = tile_n > group_n * tiles_per_n
-        o_n = (tile_n * BN + tl.arange(0, BN)).to(tl.int64)
-        m_n = o_n < N
-        h = tl.load(p_h + o_n[:, None] * s_hn + o_r[None, :] * s_hr, mask=m_n[:, None] & m_r[None, :], other=0.0)
-        h = h.to(dtype)  # [BN, BR]
-        dh = tl.zeros((BN, BR), tl.float32)
-        drow = tl.zeros((BN,), tl.float32)
-        for tile_k in tl.range(group_k * tiles_per_k, last_k, num_stages=1, disable_licm=True):
-            o_k = (tile_k * BK + tl.arange(0, BK)).to(tl.int64)
-            m_k = o_k < K
-            m_tile = m_n[:, None] & m_k[None, :]
-            if GIVEN:
-                g = tl.load(p_given + o_n[:, None] * s_gn + o_k[None, :] * s_gk, mask=m_tile, other=0.0).to(tl.float32)
-            else:
-                g = tl.zeros((BN, BK), tl.float32)
-                for start in range(0, D, BD):
-                    o_d = (start + tl.arange(0, BD)).to(tl.int64)
-                    m_d = o_d < D
-                    left_t = tl.load(
-                        p_l + o_n[:, None] * s_ln + o_d[None, :] * s_ld, mask=m_n[:, None] & m_d[None, :], other=0.0
-                    )  # [BN, BD]
-                    right = tl.load(
-                        p_r + o_d[:, None] * s_rd + o_k[None, :] * s_rk, mask=m_d[:, None] & m_k[None, :], other=0.0
-                    )  # [BD, BK]
-                    g = dot(left_t.to(dtype), right, g, PRECISION, INTERPRET)
-            b = tl.load(p_b + o_k[:, None] * s_bk + o_r[None, :] * s_br, mask=m_k[:, None] & m_r[None, :], other=0.0)
-            b = b.to(dtype)  # [BK, BR]
-            z = _pre(h, tl.trans(b), p_row, p_column, o_n, o_k, m_n, m_k, ROW, COLUMN, BN, BK, PRECISION, INTERPRET)
-            e = g * SIGMA_GRAD(z) * scale
-            if DROPOUT:
-                # first_n: where a panel of T starts, for the mask is that of the whole.
-                keep = keep_mask(p_seed, dropout_threshold, o_n + first_n, o_k)
-                e = tl.where(keep, e * dropout_scale, 0.0)
-            e = tl.where(m_tile, e, 0.0)
-            e_low = e.to(dtype)
-            dh = dot(e_low, b, dh, PRECISION, INTERPRET)
-            if DROW:
-                drow += tl.sum(e, axis=1)
-
-            m_db = m_k[:, None] & m_r[None, :]
-            if ATOMIC:
-                db = dot(tl.trans(e_low), h, tl.zeros((BK, BR), tl.float32), PRECISION, INTERPRET)
-                tl.atomic_add(p_db + o_k[:, None] * s_dbk + o_r[None, :] * s_dbr, db, mask=m_db, sem="relaxed")
-                if DCOLUMN:
-                    tl.atomic_add(p_dcolumn + o_k, tl.sum(e, axis=0), mask=m_k, sem="relaxed")
-            else:
-                p_slab = p_db + group_n.to(tl.int64) * s_dbg + o_k[:, None] * s_dbk + o_r[None, :] * s_dbr
-                slab = tl.load(p_slab, mask=m_db & later, other=0.0)
-                tl.store(p_slab, dot(tl.trans(e_low), h, slab, PRECISION, INTERPRET), mask=m_db)
-                if DCOLUMN:
-                    p_slab = p_dcolumn + group_n.to(tl.int64) * s_dcg + o_k
-                    tl.store(p_slab, tl.load(p_slab, mask=m_k & later, other=0.0) + tl.sum(e, axis=0), mask=m_k)
-        m_dh = m_n[:, None] & m_r[None, :]
-        if ATOMIC:
-            tl.atomic_add(p_dh + o_n[:, None] * s_dhn + o_r[None, :] * s_dhr, dh, mask=m_dh, sem="relaxed")
-            if DROW:
-                tl.atomic_add(p_drow + o_n, drow, mask=m_n, sem="relaxed")
-        else:
-            tl.store(p_dh + group_k.to(tl.int64) * s_dhg + o_n[:, None] * s_dhn + o_r[None, :] * s_dhr, dh, mask=m_dh)
-            if DROW:
-                tl.store(p_drow + group_k.to(tl.int64) * s_drg + o_n, drow, mask=m_n)
-            # The next row tile may read a slab element in another thread than the one that wrote it.
-            tl.debug_barrier()
-
-
-@triton.jit
-def _fold_kernel(
-    p_fo, p_fl, p_out_add, p_loop_add, p_v, p_o, p_seed,
-    N, C, R, V,
-    s_fon, s_for, s_flc, s_flr, s_vc, s_vv, s_og, s_on, s_ov,
-    dropout_threshold, dropout_scale, tiles_per_group,
-    SIGMA: tl.constexpr, OUT_ADD: tl.constexpr, LOOP_ADD: tl.constexpr, DROPOUT: tl.constexpr, SWAPPED: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    tile_n = tl.program_id(0)
-    group = tl.program_id(1)
-    dtype = p_v.dtype.element_ty
-    o_n = (tile_n * BN + tl.arange(0, BN)).to(tl.int64)
-    o_r = tl.arange(0, BR)
-    o_v = tl.arange(0, BV)
-    m_n = o_n < N
-    m_r = o_r < R
-    m_v = o_v < V
-    f_out = tl.load(p_fo + o_n[:, None] * s_fon + o_r[None, :] * s_for, mask=m_n[:, None] & m_r[None, :], other=0.0)
-    f_out = f_out.to(dtype)  # [BN, BR]
-    acc = tl.zeros((BN, BV), tl.float32)
-    last = tl.minimum((group + 1) * tiles_per_group, tl.cdiv(C, BC))
-    for tile_c in range(group * tiles_per_group, last):
-        o_c = (tile_c * BC + tl.arange(0, BC)).to(tl.int64)
-        m_c = o_c < C
-        f_loop_t = tl.load(
-            p_fl + o_r[:, None] * s_flr + o_c[None, :] * s_flc, mask=m_r[:, None] & m_c[None, :], other=0.0
-        )  # [BR, BC]
-        t = SIGMA(
-            _pre(
-                f_out, f_loop_t.to(dtype), p_out_add, p_loop_add, o_n, o_c, m_n, m_c, OUT_ADD, LOOP_ADD, BN, BC,
-                PRECISION, INTERPRET,
-            )
-        )  # fmt: skip
-        if DROPOUT:
-            t = tl.where(_keep(p_seed, dropout_threshold, o_n, o_c, SWAPPED), t * dropout_scale, 0.0)
-        # Past the end of C, σ(0) may not be 0: there it meets zeros of V.
-        v = tl.load(p_v + o_c[:, None] * s_vc + o_v[None, :] * s_vv, mask=m_c[:, None] & m_v[None, :], other=0.0)
-        acc = dot(t.to(dtype), v, acc, PRECISION, INTERPRET)
-    tl.store(
-        p_o + group.to(tl.int64) * s_og + o_n[:, None] * s_on + o_v[None, :] * s_ov,
-        acc,
-        mask=m_n[:, None] & m_v[None, :],
-    )
-
-
-@triton.jit
-def _panel_kernel(
-    p_w, p_h, p_b, p_row, p_column, p_o, p_seed,
-    N, K, R, first_n, first_k,
-    s_wn, s_wk, s_hn, s_hr, s_bk, s_br, s_on, s_ok,
-    scale, dropout_threshold, dropout_scale,
-    SIGMA: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, DROPOUT: tl.constexpr, DITHER: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    dtype = p_w.dtype.element_ty
-    o_n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
-    o_k = (tl.program_id(1) * BK + tl.arange(0, BK)).to(tl.int64)
-    o_r = tl.arange(0, BR)
-    m_n = o_n < N
-    m_k = o_k < K
-    m_r = o_r < R
-    m_tile = m_n[:, None] & m_k[None, :]
-    h = tl.load(p_h + o_n[:, None] * s_hn + o_r[None, :] * s_hr, mask=m_n[:, None] & m_r[None, :], other=0.0)
-    b_t = tl.load(p_b + o_r[:, None] * s_br + o_k[None, :] * s_bk, mask=m_r[:, None] & m_k[None, :], other=0.0)
-    z = _pre(h.to(dtype), b_t.to(dtype), p_row, p_column, o_n, o_k, m_n, m_k, ROW, COLUMN, BN, BK, PRECISION, INTERPRET)
-    t = SIGMA(z) * scale
-    if DROPOUT:
-        keep = keep_mask(p_seed, dropout_threshold, o_n + first_n, o_k + first_k)
-        t = tl.where(keep, t * dropout_scale, 0.0)
-    w = tl.load(p_w + o_n[:, None] * s_wn + o_k[None, :] * s_wk, mask=m_tile, other=0.0)
-    total = _added(w, t, o_n, o_k + first_k, DITHER, False)
-    tl.store(p_o + o_n[:, None] * s_on + o_k[None, :] * s_ok, total.to(dtype), mask=m_tile)
-
-
-def _drop(made: Generated) -> tuple[int, float]:
-    return threshold(made.dropout), 1.0 / (1.0 - made.dropout)
-
-
-def launch_generated_product(
-    a: Tensor,
+def generated_linear_forward(
+    x: Tensor,
     weight: Tensor,
-    made: Generated,
+    h: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    row: Tensor | None,
+    column: Tensor | None,
     scale: float,
-    plan: ProductPlan,
-    *,
-    bias: Tensor | None = None,
-    swapped: bool = False,
-) -> Tensor:
-    """a [M,K] @ (W0 + s T)ᵀ + bias -> [M,N]; swapped: a [M,N] @ (W0 + s T) -> [M,K]."""
-    w, out_side, loop_side = weight, (made.h, made.row), (made.b, made.column)
-    if swapped:
-        w, out_side, loop_side = weight.t(), loop_side, out_side
-    (f_out, out_add), (f_loop, loop_add) = out_side, loop_side
-    rows, depth = a.shape
-    columns, r = w.shape[0], f_out.shape[1]
-    out = torch.empty((rows, columns), dtype=a.dtype, device=a.device)
-    if rows:
-        _generated_product_kernel[(triton.cdiv(rows, plan.m) * triton.cdiv(columns, plan.n),)](
-            a, w, f_out, f_loop, vector(out_add, a), vector(loop_add, a), vector(bias, a), out, unit(made.seed, a),
-            rows, columns, depth, r,
-            *a.stride(), *w.stride(), *f_out.stride(), *f_loop.stride(), *out.stride(),
-            scale, *_drop(made),
-            SIGMA=twins(made.activation)[0], OUT_ADD=out_add is not None, LOOP_ADD=loop_add is not None,
-            BIAS=bias is not None, DROPOUT=made.seed is not None, DITHER=weight.itemsize == 2, SWAPPED=swapped,
-            BM=plan.m, BN=plan.n, BC=plan.k, BR=rank_block(r), GROUP=plan.group,
-            PRECISION=precision(a.dtype), INTERPRET=INTERPRETING,
-            num_warps=plan.warps, num_stages=plan.stages,
-        )  # fmt: skip
-    return out
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+    plan: LaunchPlan,
+) -> tuple[Tensor]:
+    made = Generated(h, b, row, column, activation, dropout, seed)
+    if plan.algorithm == "fused":
+        return (launch_generated_product(x, weight, made, scale, plan.product, bias=bias),)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    workspace = None
+    for rows in stretches(*weight.shape, plan.contract.panel):
+        part = weight[rows]
+        workspace = torch.empty(part.shape, dtype=x.dtype, device=x.device) if workspace is None else workspace
+        panel = workspace[: part.shape[0]]
+        launch_panel(part, made.part(rows=rows), scale, plan.contract, panel, first_n=rows.start)
+        if bias is None:
+            torch.mm(x, panel.t(), out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x, panel.t(), out=y[:, rows])
+    return (y,)
 
 
-def launch_contract(
-    made: Generated,
-    plan: ContractPlan,
-    *,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    given: Tensor | None = None,
-    scale: float = 1.0,
-    first_n: int = 0,
-    depth: int = 0,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """From G = leftᵀ right ([D,N], [D,K]) or G = given [N,K]: fp32 (dH [N,r], dB [K,r], drow [N], dcolumn [K]), the
-    last two where T has such a term. `first_n`: the row of T that row 0 of `made` is; `depth`: the D of a given G."""
-    n, r = made.h.shape
-    k = made.b.shape[0]
-    anchor = given if given is not None else right
-    assert anchor is not None
-    moved = contraction_bytes(n, k, depth if left is None else left.shape[0], anchor.itemsize)
-    tiles_per_n, tiles_per_k = contraction_grid(plan, n, k, r, moved)
-    groups_n, groups_k = triton.cdiv(n, plan.n * tiles_per_n), triton.cdiv(k, plan.k * tiles_per_k)
-    slabs_h, slabs_b = (1, 1) if plan.atomic else (groups_k, groups_n)
-
-    def slab(*shape: int) -> Tensor:
-        make = torch.zeros if plan.atomic else torch.empty
-        return make(shape, dtype=torch.float32, device=made.h.device)
-
-    dh, db = slab(slabs_h, n, r), slab(slabs_b, k, r)
-    drow = None if made.row is None else slab(slabs_h, n)
-    dcolumn = None if made.column is None else slab(slabs_b, k)
-    _contract_kernel[(groups_n, groups_k)](
-        unit(left, anchor), anchor, unit(given, anchor), made.h, made.b,
-        vector(made.row, anchor), vector(made.column, anchor), dh, db, unit(drow, dh), unit(dcolumn, dh),
-        unit(made.seed, anchor),
-        0 if left is None else left.shape[0], n, k, r, first_n,
-        *strides(left), *strides(right), *strides(given), *made.h.stride(), *made.b.stride(),
-        *dh.stride(), *db.stride(), n, k,
-        scale, *_drop(made), tiles_per_n, tiles_per_k,
-        SIGMA_GRAD=twins(made.activation)[1], ROW=made.row is not None, COLUMN=made.column is not None,
-        DROPOUT=made.seed is not None, GIVEN=given is not None, DROW=drow is not None, DCOLUMN=dcolumn is not None,
-        ATOMIC=plan.atomic,
-        BN=plan.n, BK=plan.k, BD=plan.depth, BR=rank_block(r),
-        PRECISION=precision(anchor.dtype), INTERPRET=INTERPRETING,
-        num_warps=plan.warps, num_stages=plan.stages,
-    )  # fmt: skip
-    return dh.sum(0), db.sum(0), None if drow is None else drow.sum(0), None if dcolumn is None else dcolumn.sum(0)
+def generated_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    b: Tensor,
+    row: Tensor | None,
+    column: Tensor | None,
+    scale: float,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+    needs: list[bool],
+    plan: LaunchPlan,
+) -> tuple[Tensor | None, ...]:
+    made = Generated(h, b, row, column, activation, dropout, seed)
+    dx = _input_gradient(dy, weight, made, scale, plan) if needs[0] else None
+    factors: tuple[Tensor | None, ...] = (None,) * 4
+    if any(needs[1:]):
+        factors = _factor_gradients(dy, x, made, scale, plan)
+    return dx, *(gradient if need else None for gradient, need in zip(factors, needs[1:], strict=True))
 
 
-def launch_fold(made: Generated, v: Tensor, plan: ContractPlan, *, swapped: bool) -> Tensor:
-    """fp32 T v ([K,c] -> [N,c]); swapped: Tᵀ v ([N,c] -> [K,c])."""
-    f_out, out_add, f_loop, loop_add = made.h, made.row, made.b, made.column
-    if swapped:
-        f_out, out_add, f_loop, loop_add = f_loop, loop_add, f_out, out_add
-    rows, r = f_out.shape
-    depth = f_loop.shape[0]
-    block_n, block_c = (plan.k, plan.n) if swapped else (plan.n, plan.k)
-    tiles = triton.cdiv(rows, block_n)
-    tiles_c = triton.cdiv(depth, block_c)
-    groups = max(1, min(tiles_c, plan.groups // tiles))
-    tiles_per_group = triton.cdiv(tiles_c, groups)
-    groups = triton.cdiv(tiles_c, tiles_per_group)
-    out = torch.empty((groups, rows, v.shape[1]), dtype=torch.float32, device=v.device)
-    _fold_kernel[(tiles, groups)](
-        f_out, f_loop, vector(out_add, v), vector(loop_add, v), v, out, unit(made.seed, v),
-        rows, depth, r, v.shape[1],
-        *f_out.stride(), *f_loop.stride(), *v.stride(), *out.stride(),
-        *_drop(made), tiles_per_group,
-        SIGMA=twins(made.activation)[0], OUT_ADD=out_add is not None, LOOP_ADD=loop_add is not None,
-        DROPOUT=made.seed is not None, SWAPPED=swapped,
-        BN=block_n, BC=block_c, BR=rank_block(r), BV=rank_block(v.shape[1]),
-        PRECISION=precision(v.dtype), INTERPRET=INTERPRETING,
-        num_warps=plan.warps, num_stages=plan.stages,
-    )  # fmt: skip
-    return out.sum(0)
+def _input_gradient(dy: Tensor, weight: Tensor, made: Generated, scale: float, plan: LaunchPlan) -> Tensor:
+    """dX = dY (W0 + s T). Panels lie along K, so that their results are disjoint."""
+    if plan.algorithm == "fused":
+        return launch_generated_product(dy, weight, made, scale, plan.product, swapped=True)
+    dx = dy.new_empty(dy.shape[0], weight.shape[1])
+    workspace = None
+    for columns in stretches(weight.shape[1], weight.shape[0], plan.contract.panel):
+        part = weight[:, columns]
+        workspace = torch.empty(part.shape, dtype=dy.dtype, device=dy.device) if workspace is None else workspace
+        panel = workspace[:, : part.shape[1]]
+        launch_panel(part, made.part(columns=columns), scale, plan.contract, panel, first_k=columns.start)
+        torch.mm(dy, panel, out=dx[:, columns])
+    return dx
 
 
-def launch_panel(
-    weight: Tensor, made: Generated, scale: float, plan: ContractPlan, out: Tensor, first_n: int = 0, first_k: int = 0
-) -> Tensor:
-    """W0 + s T of the stretch that `weight` and `made` hold, which starts at (first_n, first_k), into `out`."""
-    n, k = weight.shape
-    r = made.h.shape[1]
-    arguments: tuple[Any, ...] = (
-        weight, made.h, made.b, vector(made.row, weight), vector(made.column, weight), out, unit(made.seed, weight),
-        n, k, r, first_n, first_k,
-        *weight.stride(), *made.h.stride(), *made.b.stride(), *out.stride(), scale, *_drop(made),
-    )  # fmt: skip
-    _panel_kernel[(triton.cdiv(n, plan.n), triton.cdiv(k, plan.k))](
-        *arguments,
-        SIGMA=twins(made.activation)[0],
-        ROW=made.row is not None,
-        COLUMN=made.column is not None,
-        DROPOUT=made.seed is not None,
-        DITHER=weight.itemsize == 2,
-        BN=plan.n,
-        BK=plan.k,
-        BR=rank_block(r),
-        PRECISION=precision(weight.dtype),
-        INTERPRET=INTERPRETING,
-        num_warps=plan.warps,
-        num_stages=1,
-    )
-    return out
+def _factor_gradients(
+    dy: Tensor, x: Tensor, made: Generated, scale: float, plan: LaunchPlan
+) -> tuple[Tensor | None, ...]:
+    """dH, dB, drow, dcolumn, in the dtype of the factors."""
+    dtype = made.h.dtype
+    if plan.algorithm == "fused":
+        found = launch_contract(made, plan.contract, left=dy, right=x, scale=scale)
+        return tuple(None if g is None else g.to(dtype) for g in found)
+    n, k, r = made.h.shape[0], made.b.shape[0], made.h.shape[1]
+    dh = made.h.new_empty(n, r)
+    drow = None if made.row is None else torch.empty_like(made.row)
+    db = torch.zeros(k, r, dtype=torch.float32, device=x.device)
+    dcolumn = None if made.column is None else torch.zeros(k, dtype=torch.float32, device=x.device)
+    workspace = None
+    for rows in stretches(n, k, plan.contract.panel):
+        height = rows.stop - rows.start
+        workspace = torch.empty(height, k, dtype=x.dtype, device=x.device) if workspace is None else workspace
+        g = torch.mm(dy[:, rows].t(), x, out=workspace[:height])
+        part_h, part_b, part_row, part_column = launch_contract(
+            made.part(rows=rows), plan.contract, given=g, scale=scale, first_n=rows.start, depth=x.shape[0]
+        )
+        dh[rows] = part_h
+        db += part_b
+        if drow is not None:
+            drow[rows] = part_row
+        if dcolumn is not None:
+            dcolumn += part_column
+    return dh, db.to(dtype), drow, None if dcolumn is None else dcolumn.to(dtype)
+
+
+def generated_features_forward(
+    h: Tensor,
+    b: Tensor,
+    a: Tensor,
+    bias: Tensor | None,
+    column: Tensor | None,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+    plan: LaunchPlan,
+) -> tuple[Tensor]:
+    made = Generated(h, b, None, column, activation, dropout, seed)
+    z = launch_fold(made, a.t(), plan.contract, swapped=True)
+    return ((z if bias is None else z + bias).to(h.dtype),)
+
+
+def generated_features_backward(
+    dz: Tensor,
+    h: Tensor,
+    b: Tensor,
+    a: Tensor,
+    column: Tensor | None,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+    needs: list[bool],
+    plan: LaunchPlan,
+) -> tuple[Tensor | None, ...]:
+    made = Generated(h, b, None, column, activation, dropout, seed)
+    need_h, need_b, need_a, need_column = needs
+    da = launch_fold(made, dz, plan.contract, swapped=False).t() if need_a else None
+    dh = db = dcolumn = None
+    if need_h or need_b or need_column:
+        # dT = Aᵀ dzᵀ is the product of a "batch" of r2 rows.
+        dh, db, _, dcolumn = launch_contract(made, plan.contract, left=a, right=dz.t())
+    found = zip((dh, db, da, dcolumn), needs, strict=True)
+    return tuple(one.to(h.dtype) if need and one is not None else None for one, need in found)

@@ -147,7 +147,7 @@ class Generator(nn.Module):
         if own:
             self.add_module(name, factors)
         else:
-            self.__dict__[name] = factors
+            object.__setattr__(self, name, factors)  # which nn.Module's own would register
             self.shared = (*self.shared, factors)
 
     def form(self, weight: Tensor, *, dropout: bool = True) -> Form:

@@ -140,7 +140,7 @@ GROUPS = 4  # updates in one batch
 
 def low_rank_calls(r: int, dtype: torch.dtype, plan: LaunchPlan, *, rows: int = M, dropout: float = 0.0) -> Calls:
     """One call for each launcher of the low-rank family."""
-    from genft_kernels import _triton as run
+    from genft_kernels._triton import lowrank as run
 
     x, dy, weight = torch.empty(rows, K, dtype=dtype), torch.empty(rows, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
     p, q, t = torch.empty(K, r), torch.empty(N, r), torch.empty(rows, r, dtype=dtype)
@@ -148,66 +148,67 @@ def low_rank_calls(r: int, dtype: torch.dtype, plan: LaunchPlan, *, rows: int = 
     seed = torch.zeros(1, dtype=torch.int64) if dropout else None
     drop = (dropout, seed)
     # Beside its product, the single pass has the reductions of the seeded algorithm.
-    needs = (True, False, False, False) if plan.algorithm == "single" else (True,) * 4
+    needs = [True, False, False] if plan.algorithm == "single" else [True] * 3
     yield "forward", lambda: run.lowrank_linear_forward(x, weight, p, q, bias, 1.5, *drop, plan)
     yield "backward", lambda: run.lowrank_linear_backward(dy, x, weight, p, q, t, 1.5, *drop, needs, plan)
 
 
 def edit_calls(r: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:
     """One call for each launcher of an edit alone, and of the features of a weight with dropout."""
-    from genft_kernels import _triton as run
+    from genft_kernels._triton import edit, features
 
     x, weight, t = torch.empty(M, K, dtype=dtype), torch.empty(N, K, dtype=dtype), torch.empty(M, r, dtype=dtype)
     psi, phi, dz, seed = torch.empty(r, K), torch.empty(r, K), torch.empty(N, r), torch.zeros(1, dtype=torch.int64)
-    yield "edit_forward", lambda: run.input_edit_forward(x, psi, phi, 1.5, plan)
-    yield "edit_backward", lambda: run.input_edit_backward(x, x, psi, phi, t, 1.5, (True,) * 3, plan)
-    yield "features_forward", lambda: run.weight_features_forward(weight, psi, None, 1.5, 0.1, seed, plan)
-    yield "features_backward", lambda: run.weight_features_backward(dz, weight, 1.5, 0.1, seed, plan)
+    yield "edit_forward", lambda: edit.input_edit_forward(x, psi, phi, 1.5, plan)
+    yield "edit_backward", lambda: edit.input_edit_backward(x, x, psi, phi, t, 1.5, [True] * 3, plan)
+    yield "features_forward", lambda: features.weight_features_forward(weight, psi, None, 1.5, 0.1, seed, plan)
+    yield "features_backward", lambda: features.weight_features_backward(dz, weight, psi, 1.5, 0.1, seed, [True], plan)
 
 
 def grouped_calls(r: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:
     """The backward of the grouped operation, which launches what the forward does and more."""
-    from genft_kernels import _triton as run
+    from genft_kernels._triton import grouped as run
 
     x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
     p, q, t = torch.empty(GROUPS, K, r), torch.empty(GROUPS, N, r), torch.empty(M, r, dtype=dtype)
     index, bounds = torch.zeros(M // 16, dtype=torch.int32), torch.zeros(GROUPS + 1, dtype=torch.int32)
     rows = RowGroups(index, index, bounds)
-    needs = (True, True, False, False)  # dQ is made as dP is
-    yield "grouped", lambda: run.grouped_lowrank_linear_backward(dy, x, weight, p, q, t, rows, needs, plan)
+    needs = [True, True, False]  # dQ is made as dP is
+    yield "grouped", lambda: run.grouped_lowrank_linear_backward(dy, x, weight, p, q, t, *rows, needs, plan)
 
 
 def generated_calls(
     r: int, dtype: torch.dtype, plan: LaunchPlan, *, activation: str = "gelu", dropout: float = 0.0
 ) -> Calls:
     """One call for each launcher on a generated matrix, with a bias along either side."""
-    from genft_kernels import _triton as run
-    from genft_kernels.reference import Generated
+    from genft_kernels._triton import generated as run
 
     x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
     bias, a, dz = torch.empty(N, dtype=dtype), torch.empty(r, N), torch.empty(K, r)
     seed = torch.zeros(1, dtype=torch.int64) if dropout else None
-    made = Generated(torch.empty(N, r), torch.empty(K, r), torch.empty(N), torch.empty(K), activation, dropout, seed)
-    yield "forward", lambda: run.generated_linear_forward(x, weight, made, bias, 1.5, plan)
-    yield "backward", lambda: run.generated_linear_backward(dy, x, weight, made, 1.5, (True,) * 6, plan)
+    h, b, row, column = torch.empty(N, r), torch.empty(K, r), torch.empty(N), torch.empty(K)
+    rest = (row, column, 1.5, activation, dropout, seed)
+    yield "forward", lambda: run.generated_linear_forward(x, weight, h, b, bias, *rest, plan)
+    yield "backward", lambda: run.generated_linear_backward(dy, x, weight, h, b, *rest, [True] * 5, plan)
     if plan.algorithm == "fused":
-        low = Generated(made.h.to(dtype), made.b.to(dtype), None, None, activation, dropout, seed)
-        yield "features_forward", lambda: run.generated_features_forward(low, a.to(dtype), None, plan)
+        h16, b16, a16, dz16 = (tensor.to(dtype) for tensor in (h, b, a, dz))
+        rest16 = (None, activation, dropout, seed)
+        yield "features_forward", lambda: run.generated_features_forward(h16, b16, a16, None, *rest16, plan)
         yield (
             "features_backward",
-            lambda: run.generated_features_backward(dz.to(dtype), low, a.to(dtype), (True,) * 4, plan),
+            lambda: run.generated_features_backward(dz16, h16, b16, a16, *rest16, [True] * 4, plan),
         )
 
 
 def sliced_product_calls(k: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:
     """What slices ask of the fused product: unit vectors for a right factor, sums of squares."""
-    from genft_kernels import _triton as run
-    from genft_kernels._triton.product import launch_product
+    from genft_kernels._triton import sliced
+    from genft_kernels._triton.kernels.product import launch_product
 
     x, dy, weight = torch.empty(M, K, dtype=dtype), torch.empty(M, N, dtype=dtype), torch.empty(N, K, dtype=dtype)
     t, pick = torch.empty(M, k, dtype=dtype), torch.arange(k)
     yield "unit", lambda: launch_product(x, weight.t(), t, None, plan.product, pick=pick)
-    yield "squared_gradient_sums", lambda: run.squared_gradient_sums(dy, x, plan)
+    yield "squared_gradient_sums", lambda: sliced.squared_gradient_sums_forward(dy, x, plan)
 
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import genft_kernels as gk
-from genft_kernels import DeviceFacts, LaunchPlan, Problem, SkinnyPlan, grouped
+from genft_kernels import DeviceFacts, LaunchPlan, Problem, SkinnyPlan
 
 from .test_operations import Inside
 from .truth import GROUPS, Case, assert_close_to_truth, make_case, run
@@ -131,13 +131,13 @@ def test_opcheck(algorithm, device):
     x = x.detach().reshape(6, 10).requires_grad_()
     rows, plan = case.options["rows"], str(PLANS[algorithm])
     weight, bias = (weight, bias) if algorithm == "thin" else (None, None)
-    torch.library.opcheck(grouped._grouped_lowrank_linear.overload, (x, weight, p, q, *rows, bias, plan))
+    torch.library.opcheck(torch.ops.genft.grouped_lowrank_linear.default, (x, weight, p, q, *rows, bias, plan))
     with torch.no_grad():
         x, p, q = x.detach(), p.detach(), q.detach()
         t, dy = torch.randn(6, 3, device=device), torch.randn(6, 9, device=device)
         needs = [algorithm == "thin", True, False, True]
         torch.library.opcheck(
-            grouped._grouped_lowrank_linear_backward.overload, (dy, x, weight, p, q, t, *rows, plan, needs)
+            torch.ops.genft.grouped_lowrank_linear_backward.default, (dy, x, weight, p, q, t, *rows, needs, plan)
         )
 
 

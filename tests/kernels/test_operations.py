@@ -12,10 +12,21 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import genft_kernels as gk
-from genft_kernels import ContractPlan, LaunchPlan, ProductPlan, SkinnyPlan, generated, grouped, ops, sliced
+from genft_kernels import (
+    ContractPlan,
+    LaunchPlan,
+    ProductPlan,
+    SkinnyPlan,
+    edit,
+    features,
+    generated,
+    grouped,
+    lowrank,
+    sliced,
+)
 from genft_kernels import plan as plans
 from genft_kernels.activations import ACTIVATIONS
-from genft_kernels.operator import Operator
+from genft_kernels.operation import Operation
 
 from .truth import ALGORITHMS, OPERATIONS, WITH_DROPOUT, Case, assert_close_to_truth, make_case, run
 
@@ -95,7 +106,7 @@ def test_a_transposed_input_is_edited_as_the_compiler_was_told(device):
     x = torch.randn(24, 10, device=device).bfloat16().t().requires_grad_()
     psi, phi = torch.randn(3, 24, device=device).bfloat16(), torch.randn(3, 24, device=device).bfloat16()
     for algorithm in ALGORITHMS["input_edit"]:
-        torch.library.opcheck(ops._input_edit.overload, (x, psi, phi, 0.5, str(PLANS[algorithm])))
+        torch.library.opcheck(torch.ops.genft.input_edit.default, (x, psi, phi, 0.5, str(PLANS[algorithm])))
 
 
 @pytest.mark.parametrize(("name", "algorithm"), [pair for pair in PAIRS if pair[0] in WITH_DROPOUT])
@@ -195,23 +206,24 @@ def test_opcheck_generated(algorithm, device):
     case = make_case("generated_linear", 12, 9, 10, 3, torch.float32, device)
     x, weight, h, b, bias, row, column = case.tensors.values()
     rest = (0.5, "gelu", 0.2, seed, plan)
-    features = str(PLANS["reference" if algorithm == "reference" else "fused"])
+    features_plan = str(PLANS["reference" if algorithm == "reference" else "fused"])
     a, rank_bias = torch.randn(4, 9, device=device, requires_grad=True), torch.randn(4, device=device)
-    torch.library.opcheck(generated._generated_linear.overload, (x, weight, h, b, bias, row, column, *rest))
-    torch.library.opcheck(generated._generated_linear.overload, (x, weight, h, b, None, None, None, *rest))
+    torch.library.opcheck(torch.ops.genft.generated_linear.default, (x, weight, h, b, bias, row, column, *rest))
+    torch.library.opcheck(torch.ops.genft.generated_linear.default, (x, weight, h, b, None, None, None, *rest))
     torch.library.opcheck(
-        generated._generated_features.overload, (h, b, a, rank_bias, column, "tanh", 0.2, seed, features)
+        torch.ops.genft.generated_features.default, (h, b, a, rank_bias, column, "tanh", 0.2, seed, features_plan)
     )
     with torch.no_grad():
         x, h, b, row, column, a = (v.detach() for v in (x, h, b, row, column, a))
         dy, dz = torch.randn(12, 9, device=device), torch.randn(10, 4, device=device)
         for needs in ([True] * 6, [True, False, True, True, False, True]):
             torch.library.opcheck(
-                generated._generated_linear_backward.overload, (dy, x, weight, h, b, row, column, *rest, needs)
+                torch.ops.genft.generated_linear_backward.default,
+                (dy, x, weight, h, b, row, column, *rest[:-1], needs, plan),
             )
         torch.library.opcheck(
-            generated._generated_features_backward.overload,
-            (dz, h, b, a, column, "tanh", 0.2, seed, features, [True, False, True, True]),
+            torch.ops.genft.generated_features_backward.default,
+            (dz, h, b, a, column, "tanh", 0.2, seed, [True, False, True, True, True], features_plan),
         )
 
 
@@ -220,10 +232,11 @@ class Inside(TorchDispatchMode):
     body is called here, with the mode on."""
 
     BODIES: ClassVar = {
-        value.overload: value.body
-        for module in (ops, generated, grouped, sliced)
+        overload: body
+        for module in (lowrank, edit, features, generated, grouped, sliced)
         for value in vars(module).values()
-        if isinstance(value, Operator)
+        if isinstance(value, Operation)
+        for overload, body in value.operators.items()
     }
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -291,38 +304,50 @@ def test_gradcheck(name, device):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS["lowrank_linear"])
 def test_opcheck(algorithm, device):
-    plan, edit = str(PLANS[algorithm]), str(PLANS["reference" if algorithm == "reference" else "thin"])
+    plan, edit_plan = str(PLANS[algorithm]), str(PLANS["reference" if algorithm == "reference" else "thin"])
     seed = gk.draw_seed(device)
     x, weight, p, q, bias = _tensors(device, grads={"x", "p", "q", "bias"}).values()
     psi, phi = p.detach().t().contiguous().requires_grad_(), torch.randn(3, 10, device=device, requires_grad=True)
     t, dy = torch.randn(12, 3, device=device), torch.randn(12, 9, device=device)
     samples = [
-        (ops._lowrank_linear, (x, weight, p, q, bias, 0.5, 0.2, seed, plan)),
-        (ops._lowrank_linear, (x, weight, p, q, None, 0.5, 0.0, None, plan)),
-        (ops._input_edit_linear, (x, weight, psi, phi, bias, 0.5, plan)),
-        (ops._input_edit_linear, (*(v.detach().half() for v in (x, weight, psi, phi)), None, 0.5, plan)),
-        (ops._input_edit, (x, psi, phi, 0.5, edit)),
-        (ops._weight_features, (weight, psi, phi[:, 0].detach().requires_grad_(), 0.5, 0.2, seed, edit)),
+        (torch.ops.genft.lowrank_linear.default, (x, weight, p, q, bias, 0.5, 0.2, seed, plan)),
+        (torch.ops.genft.lowrank_linear.default, (x, weight, p, q, None, 0.5, 0.0, None, plan)),
+        (torch.ops.genft.input_edit_linear.default, (x, weight, psi, phi, bias, 0.5, plan)),
+        (
+            torch.ops.genft.input_edit_linear.default,
+            (*(v.detach().half() for v in (x, weight, psi, phi)), None, 0.5, plan),
+        ),
+        (torch.ops.genft.input_edit.default, (x, psi, phi, 0.5, edit_plan)),
+        (
+            torch.ops.genft.weight_features.default,
+            (weight, psi, phi[:, 0].detach().requires_grad_(), 0.5, 0.2, seed, edit_plan),
+        ),
     ]
     for operator, arguments in samples:
-        torch.library.opcheck(operator.overload, arguments)
+        torch.library.opcheck(operator, arguments)
     with torch.no_grad():
         x, p, q, psi, phi = (v.detach() for v in (x, p, q, psi, phi))
         backward = [
             (
-                ops._lowrank_linear_backward,
-                (dy, x, weight, p, q, t, 0.5, 0.2, seed, plan, [True, True, False, True]),
+                torch.ops.genft.lowrank_linear_backward.default,
+                (dy, x, weight, p, q, t, 0.5, 0.2, seed, [True, True, False, True], plan),
             ),
-            (ops._input_edit_linear_backward, (dy, x, weight, psi, phi, t, torch.empty(0), 0.5, plan, [True] * 4)),
             (
-                ops._input_edit_linear_backward,
-                (*(v.half() for v in (dy, x, weight, psi, phi, t, q)), 0.5, plan, [True] * 4),
+                torch.ops.genft.input_edit_linear_backward.default,
+                (dy, x, weight, psi, phi, t, torch.empty(0), 0.5, [True] * 4, plan),
             ),
-            (ops._input_edit_backward, (x, x, psi, phi, t, 0.5, edit, [True, False, True])),
-            (ops._weight_features_backward, (q, weight, 0.5, 0.2, seed, edit)),
+            (
+                torch.ops.genft.input_edit_linear_backward.default,
+                (*(v.half() for v in (dy, x, weight, psi, phi, t, q)), 0.5, [True] * 4, plan),
+            ),
+            (torch.ops.genft.input_edit_backward.default, (x, x, psi, phi, t, 0.5, [True, False, True], edit_plan)),
+            (
+                torch.ops.genft.weight_features_backward.default,
+                (q, weight, psi, 0.5, 0.2, seed, [True, True], edit_plan),
+            ),
         ]
         for operator, arguments in backward:
-            torch.library.opcheck(operator.overload, arguments)
+            torch.library.opcheck(operator, arguments)
 
 
 # ---- memory

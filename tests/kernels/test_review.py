@@ -11,9 +11,8 @@ import torch
 
 import genft_kernels as gk
 from genft_kernels import DeviceFacts, LaunchPlan, Problem, choose_plan
-from genft_kernels import generated as generated_ops
 from genft_kernels.activations import ACTIVATIONS
-from genft_kernels.plan import ALGORITHMS_OF
+from genft_kernels.plan import ALGORITHMS_OF, resolve
 
 from .truth import assert_close_to_truth, error, make_case, run
 
@@ -74,7 +73,8 @@ def test_tensors_on_another_than_the_current_gpu(name):
 )
 def test_either_way_to_ask_for_tf32_is_followed(setting, expected):
     code = (
-        f"import torch\n{setting}\nfrom genft_kernels._triton.common import precision\nprint(precision(torch.float32))"
+        f"import torch\n{setting}\n"
+        "from genft_kernels._triton.kernels.common import precision\nprint(precision(torch.float32))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ)
     assert done.stdout.strip() == expected, done.stderr
@@ -94,9 +94,9 @@ def test_the_wider_rank_of_generated_features_decides(device, monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr("genft_kernels.plan.choose_plan", choose)
-    generated_ops.resolve.cache_clear()
+    resolve.cache_clear()
     torch.testing.assert_close(gk.generated_features(h, b, a, backend="triton"), b @ h.t() @ a.t())
-    generated_ops.resolve.cache_clear()
+    resolve.cache_clear()
     assert [plan.algorithm for plan in seen] == ["library"]
 
 

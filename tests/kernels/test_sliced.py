@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import genft_kernels as gk
-from genft_kernels import LaunchPlan, sliced
+from genft_kernels import LaunchPlan
 
 from .test_operations import DTYPES, PLANS, Allocations, Products, short
 from .truth import EPSILON, error, make_case
@@ -52,14 +52,14 @@ def test_opcheck(orientation, algorithm, device):
     case = make_case(f"sliced_linear_{orientation}", 12, 9, 10, 3, torch.float32, device)
     x, weight, values, indices, bias = case.tensors.values()
     columns = orientation == "column"
-    torch.library.opcheck(sliced._sliced_linear.overload, (x, weight, values, indices, bias, columns, 0.5, plan))
+    torch.library.opcheck(torch.ops.genft.sliced_linear.default, (x, weight, values, indices, bias, columns, 0.5, plan))
     x, values = x.detach(), values.detach()
     dy = torch.randn(12, 9, device=device)
     for needs in ([True, True, True], [False, True, False]):
-        arguments = (dy, x, weight, values, indices, columns, 0.5, plan, needs)
-        torch.library.opcheck(sliced._sliced_linear_backward.overload, arguments)
+        arguments = (dy, x, weight, values, indices, columns, 0.5, needs, plan)
+        torch.library.opcheck(torch.ops.genft.sliced_linear_backward.default, arguments)
     if algorithm != "seeded":
-        torch.library.opcheck(sliced._squared_gradient_sums.overload, (dy, x, plan))
+        torch.library.opcheck(torch.ops.genft.squared_gradient_sums.default, (dy, x, plan))
 
 
 def test_an_update_that_was_there_stays(device):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from genft_kernels import reference
+from genft_kernels.reference import edit, features, generated, grouped, lowrank, sliced
 from genft_modules import FusedGenLinear
 
 from .cases import CASES, DEVICE, LAYERS, REPRESENTATIVES, randomize
@@ -116,9 +116,10 @@ def looked_into(monkeypatch):
 
             return run
 
-        for name, body in list(vars(reference).items()):
-            if name.endswith(("_forward", "_backward")):
-                monkeypatch.setattr(reference, name, within(name, body))
+        for module in (lowrank, edit, features, generated, grouped, sliced):
+            for name, body in list(vars(module).items()):
+                if name.endswith(("_forward", "_backward")) and body.__module__ == module.__name__:
+                    monkeypatch.setattr(module, name, within(name, body))
         return ran
 
     return look

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dropout import threshold
-from ..plan import SkinnyPlan, projection_splits, reduction_splits
+from ...dropout import threshold
+from ...plan import SkinnyPlan, projection_splits, reduction_splits
 from .common import INTERPRETING, dither, dot, keep_mask, precision, rank_block, strides, unit, vector
 
 

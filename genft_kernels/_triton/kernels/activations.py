@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..activations import LEAKY_SLOPE
+from ...activations import LEAKY_SLOPE
 
 _LEAKY_SLOPE = tl.constexpr(LEAKY_SLOPE)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -83,6 +83,11 @@ def sigmoid_grad(z):
     return y * (1.0 - y)
 
 
-def twins(name: str) -> tuple[Any, Any]:
-    """(σ, σ') as compile-time functions for a kernel."""
-    return globals()[name], globals()[f"{name}_grad"]
+TWINS: dict[str, tuple[Any, Any]] = {
+    "none": (none, none_grad),
+    "relu": (relu, relu_grad),
+    "leakyrelu": (leakyrelu, leakyrelu_grad),
+    "gelu": (gelu, gelu_grad),
+    "tanh": (tanh, tanh_grad),
+    "sigmoid": (sigmoid, sigmoid_grad),
+}

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..plan import ProductPlan, product_splits
+from ...plan import ProductPlan, product_splits
 from .common import INTERPRETING, dot, grouped_tile, precision, rank_block, vector
 from .skinny import add_up, partial_sums
 

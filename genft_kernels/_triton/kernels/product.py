@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dropout import threshold
-from ..plan import ProductPlan
+from ...dropout import threshold
+from ...plan import ProductPlan
 from .common import INTERPRETING, dot, grouped_tile, keep_mask, precision, rank_block, strides, unit, vector
 
 

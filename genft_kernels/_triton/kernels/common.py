@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dither import ELEMENT
-from ..dropout import COLUMN, MIX_1, MIX_2, SEED_HIGH
-from ..plan import triton_can_run
+from ...dither import ELEMENT
+from ...dropout import COLUMN, MIX_1, MIX_2, SEED_HIGH
+from ...plan import triton_can_run
 
 INTERPRETING = triton_can_run(torch.device("cpu"))
 

@@ -1,0 +1,1 @@
+"""Kernels and what launches them: matrices and blocks in, matrices out."""

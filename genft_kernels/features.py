@@ -1,0 +1,67 @@
+"""Features of a frozen weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import sharded
+from .activations import activation as activation_named
+from .checks import check_dropout, check_factor, check_weight, choice_of
+from .operation import Operation
+from .plan import LaunchPlan
+from .reference import features as reference
+from .sharded import is_sharded
+
+_weight_features = Operation(
+    "weight_features",
+    reference,
+    sizes=lambda weight, a: (weight.shape[0], *weight.shape, a.shape[0]),
+    outputs={"z": lambda weight, a: a.new_empty(weight.shape[0], a.shape[0])},
+    gradients=("a",),
+)
+
+
+def weight_features(
+    weight: Tensor,
+    a: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ratio: float = 1.0,
+    activation: str = "none",
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+    plan: LaunchPlan | None = None,
+) -> Tensor:
+    """Features of a frozen weight: h = σ(ratio·drop(W0) Aᵀ + bias), in one pass over W0.
+
+    Args:
+        weight: frozen W0 [N, K], any strides; or a DTensor cut along one dimension: then only [N, r] is reduced.
+        a: A [r, K], the dtype of W0 or float32.
+        bias: [r] in the dtype of A, or None.
+        ratio: ρ.
+        activation: σ, a name of `genft_kernels.activations.ACTIVATIONS`.
+        dropout: the share of elements of W0 that are dropped, 0 <= dropout < 1; the mask is never stored.
+        seed: int64 [1] from `draw_seed`, required when dropout > 0.
+        backend, plan: as in `lowrank_linear`.
+
+    Returns:
+        h [N, r] in the dtype of A. Differentiable once in a and bias.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what fits.
+
+    Source: the first stage of GIFT (arXiv 2312.00700) and GenFT (arXiv 2506.11042); docs/mathematics.md.
+    """
+    sigma = activation_named(activation)
+    check_weight(weight)
+    r = check_factor("a", a, weight, (None, weight.shape[1]))
+    if bias is not None:
+        check_factor("bias", bias, a, (r,))
+    if is_sharded(weight):
+        options = {"ratio": ratio, "dropout": dropout, "backend": backend, "plan": plan}
+        return sharded.weight_features(weight_features, weight, a, bias, sigma.forward, seed, **options)
+    seed = check_dropout(dropout, seed, weight)
+    z = _weight_features(weight, a, bias, float(ratio), float(dropout), seed, choice_of(backend, plan))
+    # σ acts on [N, r]: torch's own function, fused by torch.compile, costs less than a kernel of ours would save.
+    return sigma.forward(z)

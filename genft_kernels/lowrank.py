@@ -1,0 +1,67 @@
+"""A frozen linear layer with a low-rank update."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .checks import autocast, check_dropout, check_factor, check_linear, choice_of
+from .operation import Operation
+from .plan import LaunchPlan
+from .reference import lowrank as reference
+
+_lowrank_linear = Operation(
+    "lowrank_linear",
+    reference,
+    sizes=lambda x, weight, p: (x.shape[0], *weight.shape, p.shape[1]),
+    outputs={
+        "y": lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]),
+        "t": lambda x, p: x.new_empty(x.shape[0], p.shape[1]),
+    },
+    gradients=("x", "p", "q"),
+)
+
+
+def lowrank_linear(
+    x: Tensor,
+    weight: Tensor,
+    p: Tensor,
+    q: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+    plan: LaunchPlan | None = None,
+) -> Tensor:
+    """A frozen linear layer with a low-rank update: y = x W0ᵀ + scale·(drop(x) P) Qᵀ + b.
+
+    Args:
+        x: activations [..., K].
+        weight: frozen W0 [N, K], any strides, the dtype of x.
+        p: factor [K, r], the dtype of x or float32.
+        q: factor [N, r], likewise. ΔW = scale·Q Pᵀ.
+        bias: [N] or None, the dtype of x.
+        scale: s.
+        dropout: the share of elements of x that the low-rank path does not see, 0 <= dropout < 1.
+        seed: int64 [1] from `draw_seed`, required when dropout > 0; decides the mask.
+        backend: "auto" (Triton on a GPU, else the reference), "triton" or "reference".
+        plan: a `LaunchPlan` that overrides the choice.
+
+    Returns:
+        y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable once in x, p, q and bias.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what fits.
+
+    Source: docs/mathematics.md derives the form, which LoRA, GIFT, PEANuT, SaS and GenFT with a linear outer
+    activation have.
+    """
+    check_linear(x, weight, bias)
+    r = check_factor("p", p, x, (weight.shape[1], None))
+    check_factor("q", q, x, (weight.shape[0], r))
+    seed = check_dropout(dropout, seed, x)
+    x, weight, bias = autocast(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    y = _lowrank_linear(rows, weight, p, q, bias, float(scale), float(dropout), seed, choice_of(backend, plan))
+    return y.view(*x.shape[:-1], weight.shape[0])

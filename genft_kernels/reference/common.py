@@ -1,0 +1,114 @@
+"""Products with a side of r, with dropout where a seed is given, and the sum of one with a product with W0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..dropout import keep_mask
+
+PANEL_ELEMENTS = 1 << 16  # a panel and its mask stay in a core's L2 ...
+GPU_PANEL_ELEMENTS = 1 << 23  # ... or keep a whole GPU busy
+_TILE = 16
+
+
+def panels(rows: int, columns: int, elements: int = PANEL_ELEMENTS) -> Iterator[slice]:
+    """Stretches of rows that make panels of at most `elements`, whole register tiles of a product if they are many."""
+    height = max(1, elements // max(columns, 1))
+    if height > _TILE:
+        height -= height % _TILE
+    for start in range(0, rows, height):
+        yield slice(start, min(start + height, rows))
+
+
+def parts(source: Tensor) -> Iterator[slice]:
+    """The panels of a matrix that element-wise work goes through, of a size for its device."""
+    rows, columns = source.shape
+    return panels(rows, columns, PANEL_ELEMENTS if source.device.type == "cpu" else GPU_PANEL_ELEMENTS)
+
+
+def dropped(panel: Tensor, rows: slice, dropout: float, seed: Tensor) -> Tensor:
+    """`panel`, rows of a larger matrix, with dropped elements zero and survivors scaled by 1/(1-p)."""
+    keep = keep_mask(seed, dropout, range(rows.start, rows.stop), range(panel.shape[1]))
+    return torch.where(keep, panel / (1.0 - dropout), 0.0)
+
+
+def total(like: Tensor, *shape: int) -> Tensor:
+    """Zeros to sum panels in: float32 where the half precision of `like` would be rounded to at every panel."""
+    return like.new_zeros(shape, dtype=torch.float32 if narrow(like) else like.dtype)
+
+
+def narrow(tensor: Tensor) -> bool:
+    """Whether a tensor has 16 bits, in which an update may be smaller than the rounding of what it is added to."""
+    return tensor.dtype.itemsize == 2
+
+
+def add_product_(sum_: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """sum_ += left @ right."""
+    return sum_.addmm_(left, right) if sum_.dtype == left.dtype else sum_.add_(left @ right)
+
+
+def project(source: Tensor, factor: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """drop(source) @ factor: [M,C] @ [C,r] -> [M,r]."""
+    if seed is None:
+        return source @ factor
+    out = source.new_empty(source.shape[0], factor.shape[1])
+    for rows in parts(source):
+        torch.mm(dropped(source[rows], rows, dropout, seed), factor, out=out[rows])
+    return out
+
+
+def outer(left: Tensor, source: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """leftᵀ @ drop(source): [r,M] @ [M,C] -> [r,C]."""
+    if seed is None:
+        return left.t() @ source
+    out = total(source, left.shape[1], source.shape[1])
+    for rows in parts(source):
+        add_product_(out, left[rows].t(), dropped(source[rows], rows, dropout, seed))
+    return out
+
+
+def add_update(
+    source: Tensor,
+    weight: Tensor,
+    left: Tensor,
+    factor: Tensor,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """source @ weight + drop(left @ factor) + bias: [M,K] @ [K,N] and [M,r] @ [r,N] -> [M,N].
+
+    In 16 bits the update is written first (`add_base_`); wider, an update of rank r is the cheaper product to add.
+    """
+    if narrow(source):
+        out = left @ factor
+        if seed is not None:
+            for rows in parts(out):
+                out[rows] = dropped(out[rows], rows, dropout, seed)
+        return add_base_(out, source, weight, bias)
+    out = F.linear(source, weight.t(), bias)
+    if seed is None:
+        return out.addmm_(left, factor)
+    for rows in parts(out):
+        out[rows] += dropped(left[rows] @ factor, rows, dropout, seed)
+    return out
+
+
+def add_base_(update: Tensor, source: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """update + source @ weight + bias, in the memory of `update` [M,N]: source [M,K], weight [K,N].
+
+    The product is added in float32 and the sum rounded once. A bias comes last: in the update it would set the place
+    that the update is rounded to.
+    """
+    update.addmm_(source, weight)
+    return update if bias is None else update.add_(bias)
+
+
+def scaled(factor: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """scale · factor in `dtype`."""
+    factor = factor.to(dtype)
+    return factor if scale == 1.0 else factor * scale

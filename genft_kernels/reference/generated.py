@@ -1,0 +1,272 @@
+"""The generated matrix T = drop(σ(H Bᵀ + row + column)) [N,K], of which only a panel exists at a time:
+y = x (W0 + s T)ᵀ + b, and the features z = Tᵀ Aᵀ + bias that a next stage starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..activations import activation as activation_named
+from ..dither import add_dithered
+from ..dropout import keep_mask
+from .common import GPU_PANEL_ELEMENTS, PANEL_ELEMENTS, add_product_, narrow, panels, parts, total
+
+_GENERATED_ELEMENTS = 1 << 19  # a panel of a generated matrix meets products, which want it larger ...
+_GENERATED_SHARE = 48  # ... and of a large matrix, this part of it
+_LARGE = 1 << 23
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What T is made from: H [N,r], B [K,r], row [N] or None, column [K] or None, σ, p and the seed of drop."""
+
+    h: Tensor
+    b: Tensor
+    row: Tensor | None
+    column: Tensor | None
+    activation: str
+    dropout: float
+    seed: Tensor | None
+
+    def part(self, rows: slice | None = None, columns: slice | None = None) -> Generated:
+        """What a stretch of rows or columns of T is made from (but for the mask, which is that of the whole)."""
+        rows, columns = rows or slice(None), columns or slice(None)
+        return replace(
+            self,
+            h=self.h[rows],
+            b=self.b[columns],
+            row=None if self.row is None else self.row[rows],
+            column=None if self.column is None else self.column[columns],
+        )
+
+    def with_biases_inside(self) -> Generated:
+        """The same T with each bias as one more rank, [H row 1] [B 1 column]ᵀ: no pass of its own over a panel, and its
+        gradient falls out of the products for H and B."""
+        h, b = [self.h], [self.b]
+        if self.row is not None:
+            h.append(self.row[:, None])
+            b.append(self.b.new_ones(self.b.shape[0], 1))
+        if self.column is not None:
+            h.append(self.h.new_ones(self.h.shape[0], 1))
+            b.append(self.column[:, None])
+        return self if len(h) == 1 else replace(self, h=torch.cat(h, 1), b=torch.cat(b, 1), row=None, column=None)
+
+    def preactivation(self, rows: slice, columns: slice, memory: Tensor) -> Tensor:
+        """Z of a part of T, in the flat `memory`. The biases have to be inside."""
+        h, b = self.h[rows], self.b[columns]
+        return torch.mm(h, b.t(), out=memory[: h.shape[0] * b.shape[0]].view(h.shape[0], b.shape[0]))
+
+    def value(self, rows: slice, columns: slice, memory: Tensor) -> Tensor:
+        """T of a part, in `memory`."""
+        t = activation_named(self.activation).forward_(self.preactivation(rows, columns, memory))
+        return self.drop_(t, rows, columns)
+
+    def drop_(self, t: Tensor, rows: slice, columns: slice) -> Tensor:
+        """drop of a part of T, in place."""
+        if self.seed is not None:
+            for part in parts(t):
+                here = range(rows.start + part.start, rows.start + part.stop)
+                keep = keep_mask(self.seed, self.dropout, here, range(columns.start, columns.stop))
+                t[part].div_(1.0 - self.dropout).masked_fill_(keep.logical_not_(), 0.0)
+        return t
+
+    def added_to(self, weight: Tensor, scale: float, rows: slice, columns: slice, memory: Tensor) -> Tensor:
+        """W0 + s T of a part, in W0's dtype; in `memory` where the dtypes agree. 16 bits keep the sum's mean."""
+        t, part = self.value(rows, columns, memory), weight[rows, columns]
+        if narrow(weight):
+            out = weight.new_empty(part.shape)
+            for some in parts(part):
+                add_dithered(part[some], t[some] * scale, range(columns.start, columns.stop), out[some])
+            return out
+        t = t.to(weight.dtype)
+        return torch.add(part, t, alpha=scale, out=t)
+
+    def backward_(self, dt: Tensor, rows: slice, memory: Tensor) -> Tensor:
+        """dL/dZ of rows of T, from dL/dT and in its place; Z passes through `memory`, as many rows as it holds."""
+        columns = slice(0, dt.shape[1])
+        self.drop_(dt, rows, columns)
+        for part in panels(dt.shape[0], dt.shape[1], memory.numel()):
+            z = self.preactivation(slice(rows.start + part.start, rows.start + part.stop), columns, memory)
+            activation_named(self.activation).backward_(dt[part], z)
+        return dt
+
+
+class GeneratedGradients:
+    """Sums dL/dH, dL/dB, dL/drow and dL/dcolumn over panels of E = dL/dZ, which may lack a constant `scale`. `needs`
+    follows that order."""
+
+    def __init__(self, made: Generated, needs: tuple[bool, bool, bool, bool], scale: float = 1.0) -> None:
+        self.inside = made.with_biases_inside()
+        self.scale = scale
+        self.r = made.h.shape[1]
+        self.needs = (needs[0], needs[1], needs[2] and made.row is not None, needs[3] and made.column is not None)
+        # Biases among the ranks. The second as [r,K]: a library makes such wide rows in half the time.
+        self.h = torch.empty_like(self.inside.h) if self.needs[0] or self.needs[2] else None
+        self.b_t = total(self.inside.b, *self.inside.b.t().shape) if self.needs[1] or self.needs[3] else None
+
+    def add(self, e: Tensor, rows: slice) -> None:
+        """Takes E of a panel, in the dtype of the factors."""
+        if self.h is not None:
+            torch.mm(e, self.inside.b, out=self.h[rows])
+        if self.b_t is not None:
+            add_product_(self.b_t, self.inside.h[rows].t(), e)
+
+    def results(self) -> tuple[Tensor | None, ...]:
+        """Of the columns, the first r are the factor's, the next is the row bias, the last the column bias."""
+        b = None if self.b_t is None else self.b_t.t()
+        found = (self.h, b, self.h, b)
+        columns: tuple[slice | int, ...] = (slice(0, self.r), slice(0, self.r), self.r, -1)
+        return tuple(
+            g[:, at].mul(self.scale).to(self.inside.h.dtype) if need and g is not None else None
+            for g, at, need in zip(found, columns, self.needs, strict=True)
+        )
+
+
+def _panel_memory(made: Generated) -> Tensor:
+    """Memory for a panel of T [N,K], rows or columns: half of T at most, unless T is as small as panels elsewhere. All
+    panels of an operation use it in turn: new memory costs more than what is done in it."""
+    n, k = made.h.shape[0], made.b.shape[0]
+    return made.h.new_empty(_panel_elements(n, k, made.h.device))
+
+
+def _panel_elements(n: int, k: int, device: torch.device) -> int:
+    elements = n * k
+    if elements <= PANEL_ELEMENTS:
+        return elements
+    if device.type != "cpu":
+        return max(min(elements // 2, GPU_PANEL_ELEMENTS // 2), n, k)
+    return max(elements // _GENERATED_SHARE if elements > _LARGE else min(_GENERATED_ELEMENTS, elements // 2), n, k)
+
+
+def _memory_for_z(memory: Tensor, elements: int, k: int) -> Tensor:
+    """For the Z of a panel in `memory`, beside dL/dT of it: all of it, of a large T an eighth at a time."""
+    return torch.empty_like(memory) if elements <= _LARGE else memory.new_empty(max(memory.numel() // 8, k))
+
+
+def generated_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    row: Tensor | None,
+    column: Tensor | None,
+    scale: float,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor]:
+    """y [M,N]. Nothing is kept: the backward generates the panels again."""
+    made = Generated(h, b, row, column, activation, dropout, seed)
+    n, k = weight.shape
+    y = x.new_empty(x.shape[0], n)
+    inside = made.with_biases_inside()
+    memory = _panel_memory(inside)
+    for rows in panels(n, k, memory.numel()):
+        panel = inside.added_to(weight, scale, rows, slice(0, k), memory)
+        if bias is None:
+            torch.mm(x, panel.t(), out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x, panel.t(), out=y[:, rows])
+    return (y,)
+
+
+def generated_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    b: Tensor,
+    row: Tensor | None,
+    column: Tensor | None,
+    scale: float,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """dX = dY (W0 + s T); E = s drop(dYᵀ x)·σ'(Z); dH = E B, dB = Eᵀ H, drow = E 1, dcolumn = Eᵀ 1.
+
+    dX goes by panels of columns and the factors by panels of rows: either way the results are disjoint, so nothing is
+    summed in a low-precision tensor.
+    """
+    made = Generated(h, b, row, column, activation, dropout, seed)
+    need_x, need_h, need_b, need_row, need_column = needs
+    n, k = weight.shape
+    gradients = GeneratedGradients(made, (need_h, need_b, need_row, need_column), scale)
+    inside = gradients.inside
+    memory = _panel_memory(inside)
+    dx = None
+    if need_x:
+        dx = torch.empty_like(x)
+        for columns in panels(k, n, memory.numel()):
+            torch.mm(dy, inside.added_to(weight, scale, slice(0, n), columns, memory), out=dx[:, columns])
+    if any(gradients.needs):
+        for_z = _memory_for_z(memory, n * k, k)
+        for rows in panels(n, k, memory.numel()):
+            dt = _product(dy[:, rows].t(), x, memory)
+            gradients.add(inside.backward_(dt, rows, for_z), rows)
+    return dx, *gradients.results()
+
+
+def _product(left: Tensor, right: Tensor, memory: Tensor) -> Tensor:
+    """left @ right in the dtype of `memory`, and there if the product is made in it."""
+    if left.dtype != memory.dtype:
+        return (left @ right).to(memory.dtype)
+    return torch.mm(left, right, out=memory[: left.shape[0] * right.shape[1]].view(left.shape[0], right.shape[1]))
+
+
+def generated_features_forward(
+    h: Tensor,
+    b: Tensor,
+    a: Tensor,
+    bias: Tensor | None,
+    column: Tensor | None,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor]:
+    """z [K,r2] from A [r2,N], reduced over N panel by panel."""
+    made = Generated(h, b, None, column, activation, dropout, seed)
+    z2_t = total(made.b, a.shape[0], made.b.shape[0])
+    if bias is not None:
+        z2_t += bias[:, None]
+    inside = made.with_biases_inside()
+    n, k = made.h.shape[0], made.b.shape[0]
+    memory = _panel_memory(inside)
+    for rows in panels(n, k, memory.numel()):
+        t = inside.value(rows, slice(0, k), memory)
+        add_product_(z2_t, a[:, rows], t)
+    return (z2_t.t().to(made.b.dtype).contiguous(),)
+
+
+def generated_features_backward(
+    dz: Tensor,
+    h: Tensor,
+    b: Tensor,
+    a: Tensor,
+    column: Tensor | None,
+    activation: str,
+    dropout: float,
+    seed: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """dT = Aᵀ dzᵀ [N,K]; dA = (T dz)ᵀ, and from E = drop(dT)·σ'(Z): dH, dB, dcolumn."""
+    made = Generated(h, b, None, column, activation, dropout, seed)
+    need_h, need_b, need_a, need_column = needs
+    da = torch.empty_like(a) if need_a else None
+    gradients = GeneratedGradients(made, (need_h, need_b, False, need_column))
+    inside = gradients.inside
+    n, k = made.h.shape[0], made.b.shape[0]
+    memory = _panel_memory(inside)
+    for_z = _memory_for_z(memory, n * k, k)
+    for rows in panels(n, k, memory.numel()):
+        if da is not None:
+            da[:, rows] = (inside.value(rows, slice(0, k), memory) @ dz).t()
+        if any(gradients.needs):
+            dt = _product(a[:, rows].t(), dz.t(), memory)
+            gradients.add(inside.backward_(dt, rows, for_z), rows)
+    dh, db, _, dcolumn = gradients.results()
+    return dh, db, da, dcolumn

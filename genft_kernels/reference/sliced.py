@@ -1,0 +1,83 @@
+"""y = x W0ᵀ + b, and a few of its outputs or inputs with more: y[:,I] += s x Vᵀ, or y += s x[:,J] Vᵀ; and how large the
+rows of a weight's gradient are."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .common import add_base_, add_update, narrow, panels, total
+
+_PANEL_ELEMENTS = 1 << 19  # of a weight's gradient
+
+
+def sliced_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    columns: bool,
+    scale: float,
+) -> tuple[Tensor]:
+    """y [M,N]; V is [k,K] for rows, [N,k] for columns. Nothing is kept: both directions gather again."""
+    v_t = values.to(x.dtype).t()
+    if columns:
+        return (add_update(x, weight.t(), x.index_select(1, indices) * scale, v_t, bias),)
+    return (_add_some(F.linear(x, weight, bias), indices, (x @ v_t).mul_(scale), x, weight.t(), bias),)
+
+
+def sliced_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    columns: bool,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """Rows: u = s dY[:,I]; dX = dY W0 + u V, dV = uᵀ x. Columns: dX = dY W0, dX[:,J] += s dY V; dV = s dYᵀ x[:,J]."""
+    need_x, need_values = needs
+    dx = dv = None
+    v = values.to(dy.dtype)
+    if columns:
+        if need_x:
+            dx = _add_some(dy @ weight, indices, (dy @ v).mul_(scale), dy, weight)
+        if need_values:
+            dv = dy.t() @ (x.index_select(1, indices) * scale)
+    elif need_x or need_values:
+        u = dy.index_select(1, indices) * scale
+        if need_x:
+            dx = add_update(dy, weight, u, v)
+        if need_values:
+            dv = u.t() @ x
+    return dx, None if dv is None else dv.to(values.dtype)
+
+
+def _add_some(
+    result: Tensor, indices: Tensor, update: Tensor, source: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`result` [M,N] = source @ weight + bias, with `update` [M,k] added to the columns `indices`. In 16 bits those
+    columns are made once more, from the update: k/N of a product."""
+    if not narrow(result):
+        return result.index_add_(1, indices, update)
+    part_bias = None if bias is None else bias.index_select(0, indices)
+    return result.index_copy_(1, indices, add_base_(update, source, weight.index_select(1, indices), part_bias))
+
+
+def squared_gradient_sums_forward(dy: Tensor, x: Tensor) -> tuple[Tensor]:
+    """Sums over k of G[n,k]², G = dYᵀ x [N,K], of which only a panel of rows exists at a time; float32 or wider [N].
+
+    A panel is summed over M in float32, with a bounded stretch of 16-bit rows made wider at a time: rounded to float16
+    it could overflow.
+    """
+    n, k = dy.shape[1], x.shape[1]
+    sums = total(dy, n)
+    for rows in panels(n, k, _PANEL_ELEMENTS):
+        panel = total(dy, rows.stop - rows.start, k)
+        stretches = [slice(None)] if panel.dtype == dy.dtype else panels(x.shape[0], k, _PANEL_ELEMENTS)
+        for part in stretches:
+            panel.addmm_(dy[part, rows].t().to(panel.dtype), x[part].to(panel.dtype))
+        sums[rows] = panel.square_().sum(1)
+    return (sums,)
