@@ -26,9 +26,9 @@ from .timing import cache_bytes, captured
 MODES = {
     "forward": "forward pass in training",
     "step": "forward and backward",
-    "decode": "forward pass without gradient, captured on a GPU",
+    "decode": "forward pass in eval mode without gradient, captured on a GPU",
     "call": "host time of one call, device not waited for",
-    "call-eval": "the same without gradient",
+    "call-eval": "the same in eval mode without gradient",
 }
 Record = dict[str, Any]
 
@@ -92,7 +92,7 @@ class Subject:
                 # A peer may freeze or register what it is given: it gets a layer of its own on the same weight.
                 layers = Layers(contender.build(frozen(linear.weight), self.case) for linear in linears)
             wake(layers, inputs.generator)
-            self.replicas.append(layers)
+            self.replicas.append(layers.train(mode not in ("decode", "call-eval")))
         self.layers = self.replicas[0]
         self.parameters = [p for layer in self.layers.layers for p in trainable(layer).values()]
         self.call: Callable[[Tensor], tuple[Tensor, ...]] = self.layers

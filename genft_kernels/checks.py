@@ -71,19 +71,26 @@ def check_factor(name: str, factor: Tensor, like: Tensor, shape: tuple[int | Non
     """Checks a factor against `shape` (None: the rank, any size of at least 1). Returns the rank, or the last size."""
     if not isinstance(factor, Tensor):
         raise TypeError(f"{name}: got {type(factor).__name__}, expected a tensor")
-    if factor.dim() != len(shape) or any(
-        size != want for size, want in zip(factor.shape, shape, strict=True) if want is not None
-    ):
+    sizes = factor.shape
+    fits, rank = len(sizes) == len(shape), 0
+    if fits:
+        rank = sizes[-1]
+        for size, want in zip(sizes, shape, strict=True):
+            if want is None:
+                rank = size
+            elif size != want:
+                fits = False
+    if not fits:
         expected = ", ".join("r" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name}: shape {tuple(factor.shape)}, expected [{expected}]")
-    rank = next((size for size, want in zip(factor.shape, shape, strict=True) if want is None), factor.shape[-1])
+        raise ValueError(f"{name}: shape {tuple(sizes)}, expected [{expected}]")
     if rank < 1:
         raise ValueError(f"{name}: rank {rank}, expected r >= 1")
     if factor.device != like.device:
         raise ValueError(f"{name}: on {factor.device}, expected {like.device}")
-    if factor.dtype not in (like.dtype, torch.float32) and not (autocasting(like) and factor.dtype in FLOATS):
-        fits = " or ".join(str(dtype) for dtype in dict.fromkeys((like.dtype, torch.float32)))
-        raise TypeError(f"{name}: dtype {factor.dtype}, expected {fits}")
+    dtype = factor.dtype
+    if dtype != torch.float32 and dtype != like.dtype and not (autocasting(like) and dtype in FLOATS):
+        fits_too = " or ".join(str(kind) for kind in dict.fromkeys((like.dtype, torch.float32)))
+        raise TypeError(f"{name}: dtype {dtype}, expected {fits_too}")
     return rank
 
 
@@ -130,8 +137,20 @@ def check_dropout(dropout: float, seed: Tensor | None, like: Tensor) -> Tensor |
 
 def autocasting(x: Tensor) -> bool:
     """Autocast is on for the device of x."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return False  # without looking at the device, which takes Python ten times as long
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., K] as a matrix."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def like_rows(y: Tensor, x: Tensor) -> Tensor:
+    """y, which was made from `as_rows(x)`, with the leading dimensions of x."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

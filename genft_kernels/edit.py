@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import autocast, check_activations, check_factor, check_linear, choice_of
+from .checks import as_rows, autocast, check_activations, check_factor, check_linear, choice_of, like_rows
 from .operation import Operation
 from .plan import LaunchPlan
 from .reference import edit as reference
@@ -62,7 +62,7 @@ def input_edit(
     r = check_factor("psi", psi, x, (None, x.shape[-1]))
     check_factor("phi", phi, x, (r, x.shape[-1]))
     (x,) = autocast(x)
-    return _input_edit(x.reshape(-1, x.shape[-1]), psi, phi, float(scale), choice_of(backend, plan)).view(x.shape)
+    return like_rows(_input_edit(as_rows(x), psi, phi, float(scale), choice_of(backend, plan)), x)
 
 
 def input_edit_linear(
@@ -98,6 +98,5 @@ def input_edit_linear(
     r = check_factor("psi", psi, x, (None, weight.shape[1]))
     check_factor("phi", phi, x, (r, weight.shape[1]))
     x, weight, bias = autocast(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    y = _input_edit_linear(rows, weight, psi, phi, bias, float(scale), choice_of(backend, plan))
-    return y.view(*x.shape[:-1], weight.shape[0])
+    y = _input_edit_linear(as_rows(x), weight, psi, phi, bias, float(scale), choice_of(backend, plan))
+    return like_rows(y, x)

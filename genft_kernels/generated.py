@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .activations import activation as activation_named
-from .checks import FLOATS, autocast, check_dropout, check_factor, check_linear, choice_of
+from .checks import FLOATS, as_rows, autocast, check_dropout, check_factor, check_linear, choice_of, like_rows
 from .operation import Operation
 from .plan import LaunchPlan
 from .reference import generated as reference
@@ -76,7 +76,7 @@ def generated_linear(
     seed = check_dropout(dropout, seed, x)
     x, weight, bias = autocast(x, weight, bias)
     y = _generated_linear(
-        x.reshape(-1, x.shape[-1]),
+        as_rows(x),
         weight,
         h,
         b,
@@ -89,7 +89,7 @@ def generated_linear(
         seed,
         choice_of(backend, plan),
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return like_rows(y, x)
 
 
 def generated_features(

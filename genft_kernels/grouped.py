@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import autocast, check_activations, check_factor, check_linear, choice_of
+from .checks import as_rows, autocast, check_activations, check_factor, check_linear, choice_of, like_rows
 from .operation import Operation
 from .plan import LaunchPlan
 from .reference import grouped as reference
@@ -79,5 +79,5 @@ def grouped_lowrank_linear(
     n = q.shape[1] if weight is None else weight.shape[0]
     check_factor("q", q, x, (rows.groups, n, r))
     x, weight, bias = autocast(x, weight, bias)
-    y = _grouped_lowrank_linear(x.reshape(-1, x.shape[-1]), weight, p, q, *rows, bias, choice_of(backend, plan))
-    return y.view(*x.shape[:-1], n)
+    y = _grouped_lowrank_linear(as_rows(x), weight, p, q, *rows, bias, choice_of(backend, plan))
+    return like_rows(y, x)

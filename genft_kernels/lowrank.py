@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import autocast, check_dropout, check_factor, check_linear, choice_of
+from .checks import as_rows, autocast, check_dropout, check_factor, check_linear, choice_of, like_rows
 from .operation import Operation
 from .plan import LaunchPlan
 from .reference import lowrank as reference
@@ -62,6 +62,5 @@ def lowrank_linear(
     check_factor("q", q, x, (weight.shape[0], r))
     seed = check_dropout(dropout, seed, x)
     x, weight, bias = autocast(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    y = _lowrank_linear(rows, weight, p, q, bias, float(scale), float(dropout), seed, choice_of(backend, plan))
-    return y.view(*x.shape[:-1], weight.shape[0])
+    y = _lowrank_linear(as_rows(x), weight, p, q, bias, float(scale), float(dropout), seed, choice_of(backend, plan))
+    return like_rows(y, x)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from .checks import autocasting
@@ -74,7 +74,8 @@ class Operation:
         result = "Tensor" if len(outputs) == 1 else f"({', '.join(['Tensor'] * len(outputs))})"
         self.overload = _define(name, self._forward, result, self.body, self._fake)
         self.operators: dict[Any, Callable[..., Any]] = {self.overload: self.body}  # what torch knows of it
-        self._eager = self._dispatched = _without_gradient(self.overload)
+        self._eager: Any = None
+        dispatched = _without_gradient(self.overload)
         if gradients:
             self._backward = _Pass(name, f"{name}_backward", reference, sizes, like=names[0])
             self._made = list(gradients)
@@ -91,25 +92,20 @@ class Operation:
             known = [*names, *outputs]
             self._tensors, self._others = ([known.index(name) for name in kind] for kind in (tensors, others))
             self._order = [[*tensors, *others].index(name) for name in saved]
-            self._eager = self._differentiable(self._run, self._backward_now)
-            self._dispatched = self._differentiable(_below_autograd(self.overload), self.backward_overload)
-        _register(name, self._dispatched, self.overload)
+            self._eager = self._differentiable(self._forward, self._backward_now)
+            dispatched = self._differentiable(_below_autograd(self.overload), self.backward_overload)
+        _register(name, dispatched, self.overload)
 
     def __call__(self, *arguments: Any) -> Tensor:
-        *given, plan = arguments
         if not eager(*arguments):
-            found = self.overload(*given, str(plan))
-        elif torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in given):
+            found = self.overload(*arguments[:-1], str(arguments[-1]))
+        elif self._eager is not None and torch.is_grad_enabled():
             found = self._eager.apply(*arguments)
         else:
-            found = self._run(*arguments)
-        result: Tensor = found if isinstance(found, Tensor) else found[0]
-        return result
+            found = self._forward(*arguments)
+        return found if isinstance(found, Tensor) else found[0]
 
-    # What runs. `arguments` are followed by a plan.
-
-    def _run(self, *arguments: Any) -> tuple[Tensor | None, ...]:
-        return self._forward(arguments[:-1], arguments[-1])
+    # What runs. The last of `arguments` is a plan.
 
     def _run_backward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
         """The gradients, None where `needs` is False."""
@@ -117,7 +113,7 @@ class Operation:
         asked = needs[: len(self._made)]
         found: tuple[Tensor | None, ...] = (None,) * len(asked)
         if any(asked):
-            found = self._backward((*given, asked), plan)
+            found = self._backward(*given, asked, plan)
         return (*found, given[0].sum(0) if needs[-1] else None) if self._biased else found
 
     def _backward_now(self, *arguments: Any) -> Sequence[Tensor | None]:
@@ -131,7 +127,7 @@ class Operation:
     # The operators return tensors only, in the layout that their fakes promise: an empty one stands for None.
 
     def body(self, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
-        return _only([arguments[0].new_empty(0) if one is None else one for one in self._run(*arguments)])
+        return _only([arguments[0].new_empty(0) if one is None else one for one in self._forward(*arguments)])
 
     def _fake(self, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
         return _only([empty(arguments) for empty in self._empty])
@@ -158,8 +154,9 @@ class Operation:
             ctx.save_for_backward(*[known[at] for at in self._tensors])
             ctx.others = [known[at] for at in self._others]
             ctx.plan = arguments[-1]
-            ctx.mark_non_differentiable(*(one for one in outputs[1:] if one is not None))
-            ctx.set_materialize_grads(False)
+            if len(outputs) > 1:
+                ctx.mark_non_differentiable(*[one for one in outputs[1:] if one is not None])
+                ctx.set_materialize_grads(False)
             return found
 
         def differentiate(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -190,26 +187,28 @@ class _Pass:
         self.like = 0 if like is None else self.names.index(like)
         self.sizes = _of_named(sizes, self.names)
 
-    def __call__(self, arguments: Sequence[Any], plan: LaunchPlan | str) -> tuple[Tensor | None, ...]:
+    def __call__(self, *arguments: Any) -> tuple[Tensor | None, ...]:
         """What the dispatcher gives to torch's own kernels, and not to a Python function, is given here: autocast is
         off inside (the casts are made at the door, and a backward may run under another setting than its forward), and
         the device of the tensors is the current one, on which Triton launches."""
-        like = arguments[self.like]
-        module, extra = self.reference, tuple[LaunchPlan, ...]()
+        *given, plan = arguments
+        like = given[self.like]
+        module = self.reference
         if like.is_cuda or plan not in ("auto", "reference"):
-            found = resolve(plan, self.operation, *self.sizes(arguments), like.dtype, like.device)
+            found = resolve(plan, self.operation, *self.sizes(given), like.dtype, like.device)
             if found.algorithm not in LIBRARY:
-                module, extra = _triton(self.reference.__name__), (found,)
+                module = _triton(self.reference.__name__)
+                given.append(found)
         run: Callable[..., tuple[Tensor | None, ...]] = getattr(module, self.function)
         casting = autocasting(like)
         elsewhere = like.is_cuda and like.get_device() != torch.cuda.current_device()
         if not casting and not elsewhere:
-            return run(*arguments, *extra)
+            return run(*given)
         with (
             torch.autocast(like.device.type, enabled=False) if casting else nullcontext(),
             torch.cuda.device_of(like) if elsewhere else nullcontext(),
         ):
-            return run(*arguments, *extra)
+            return run(*given)
 
 
 @cache

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import (
+    as_rows,
     autocast,
     check_activations,
     check_factor,
@@ -13,6 +14,7 @@ from .checks import (
     check_linear,
     check_orientation,
     choice_of,
+    like_rows,
 )
 from .operation import Operation
 from .plan import SQUARES, LaunchPlan
@@ -75,8 +77,8 @@ def sliced_linear(
     count = check_factor("values", values, x, (n, None) if columns else (None, k))
     check_indices(indices, count, k if columns else n, x)
     x, weight, bias = autocast(x, weight, bias)
-    y = _sliced_linear(x.reshape(-1, k), weight, values, indices, bias, columns, float(scale), choice_of(backend, plan))
-    return y.view(*x.shape[:-1], n)
+    y = _sliced_linear(as_rows(x), weight, values, indices, bias, columns, float(scale), choice_of(backend, plan))
+    return like_rows(y, x)
 
 
 def squared_gradient_sums(

@@ -13,10 +13,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from genft_kernels import grouped_lowrank_linear
+from genft_kernels.operation import eager
 from genft_kernels.sharded import is_sharded
-from genft_modules.forms import Generated, InputEdit, LowRank, side_by_side
+from genft_modules.forms import Form, Generated, InputEdit, LowRank, side_by_side
 from genft_modules.generators import Generator, GeneratorConfig
 from genft_modules.generators.base import BACKENDS, check_choice
+from genft_modules.kept import Kept
 from genft_modules.mixed import MixedBatch, mixed_batch
 from genft_modules.sharded import sharded_forward
 from genft_modules.weights import FLOATS, QuantisedWeight, can_be_base, features_of, is_quantised, stored
@@ -75,6 +77,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             self.in_features, self.out_features = features_of(base_layer)
         self.genft_generators = nn.ModuleDict()
         self.merged_adapters: list[str] = []
+        self.kept = Kept()
         # W0 while adapters are merged. A buffer, so that it moves with the layer; not saved.
         self.register_buffer("original_weight", None, persistent=False)
 
@@ -155,7 +158,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
 
         `adapter_names` has a name for each x[i], "__base__" for no adapter; the active adapters do not count then.
         """
-        base = self.base_layer
+        base = cast(Any, self._modules["base_layer"])
         if adapter_names is not None:
             return self._mixed_forward(x, mixed_batch(adapter_names))
         if self._disable_adapters and self.merged_adapters:
@@ -166,9 +169,9 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         weight = self._weight()
         if is_sharded(weight):
             return sharded_forward(self, x, generators)
-        backend = generators[0].backend
-        first, *others = side_by_side([generator.form(weight) for generator in generators], weight, backend)
-        if self._is_plain(weight):
+        backend, plain = generators[0].backend, self._is_plain(weight)
+        first, *others = self._forms(generators, weight, plain)
+        if plain:
             y = first.linear(x, weight, base.bias, backend)
         elif isinstance(first, InputEdit):
             y = base(first.edit(x, backend))
@@ -177,6 +180,33 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         for form in others:
             y = y + cast(LowRank | Generated, form).update(x, backend)
         return y
+
+    def _forms(self, generators: list[Generator], weight: Tensor, plain: bool) -> list[Form]:
+        """The update, as few forms side by side. In eval mode and without gradient they are kept, input edits as the
+        low-rank updates that they are, so that W0 is read for its product alone."""
+        keeping = not self.training and not torch.is_grad_enabled() and eager()
+        key = [*generators, plain]
+        if keeping and (kept := self.kept.forms(key)) is not None:
+            return kept
+        backend = generators[0].backend
+        forms = side_by_side([generator.form(weight) for generator in generators], weight, backend)
+        if keeping:
+            if plain:
+                forms = [form.low_rank(weight, backend) if isinstance(form, InputEdit) else form for form in forms]
+            sources = [self.base_layer, *(module for one in generators for module in one.modules_with_shared())]
+            self.kept.keep(key, forms, sources)
+        return forms
+
+    def train(self, mode: bool = True) -> FusedGenLinear:
+        """As of `nn.Module`. What was kept for inference goes."""
+        self.kept.clear()
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedGenLinear:
+        self.kept.clear()
+        super()._apply(fn, recurse)
+        return self
 
     def _mixed_forward(self, x: Tensor, batch: MixedBatch) -> Tensor:
         """Input edits and low-rank updates of all adapters are one grouped operation each; an adapter whose ΔW has
@@ -212,18 +242,20 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
 
     def _weight(self) -> Tensor:
         """W0 [N, K] as the base layer has it now; of a quantised one, what stands for it."""
-        weight: Any = getattr(self.base_layer, "weight", None)
+        base = self._modules["base_layer"]
+        weight: Any = getattr(base, "weight", None)
         if (type(weight) not in _PLAIN_TENSORS or weight.dtype not in FLOATS) and is_quantised(self.base_layer):
             return cast(Tensor, QuantisedWeight(self.base_layer))
         return cast(Tensor, weight.t() if self.transposed else weight)
 
     def _active_generators(self) -> list[Generator]:
-        generators = self.genft_generators._modules  # the plain dict inside: this runs in every call of every layer
+        # The plain dicts inside, here and in the next: this runs in every call of every layer.
+        generators = cast(nn.Module, self._modules["genft_generators"])._modules
         return [cast(Generator, generators[name]) for name in self.active_adapters if name in generators]
 
     def _is_plain(self, weight: Tensor) -> bool:
         """Whether y = x W0ᵀ + b is all that the base layer does: no hook, no other forward, no other kind of weight."""
-        base = self.base_layer
+        base = cast(Any, self._modules["base_layer"])
         hooked = (
             base._forward_hooks
             or base._forward_pre_hooks

@@ -77,24 +77,27 @@ def add_update(
     left: Tensor,
     factor: Tensor,
     bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """source @ weight + drop(left @ factor) + bias: [M,K] @ [K,N] and [M,r] @ [r,N] -> [M,N].
+    """source @ weightᵀ + scale · drop(left @ factor) + bias: [M,K], [N,K], [M,r] and [r,N] -> [M,N].
 
     In 16 bits the update is written first (`add_base_`); wider, an update of rank r is the cheaper product to add.
     """
     if narrow(source):
-        out = left @ factor
+        out = source.new_empty(source.shape[0], factor.shape[1])
+        out.addmm_(left, factor, beta=0, alpha=scale)
         if seed is not None:
             for rows in parts(out):
                 out[rows] = dropped(out[rows], rows, dropout, seed)
-        return add_base_(out, source, weight, bias)
-    out = F.linear(source, weight.t(), bias)
+        return add_base_(out, source, weight.t(), bias)
+    out = F.linear(source, weight, bias)
     if seed is None:
-        return out.addmm_(left, factor)
+        return out.addmm_(left, factor, alpha=scale)
     for rows in parts(out):
-        out[rows] += dropped(left[rows] @ factor, rows, dropout, seed)
+        out[rows].add_(dropped(left[rows] @ factor, rows, dropout, seed), alpha=scale)
     return out
 
 
@@ -110,5 +113,10 @@ def add_base_(update: Tensor, source: Tensor, weight: Tensor, bias: Tensor | Non
 
 def scaled(factor: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     """scale · factor in `dtype`."""
-    factor = factor.to(dtype)
+    factor = cast(factor, dtype)
     return factor if scale == 1.0 else factor * scale
+
+
+def cast(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`factor.to(dtype)`, which takes Python a microsecond also where there is nothing to do."""
+    return factor if factor.dtype == dtype else factor.to(dtype)

@@ -6,25 +6,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dither import add_dithered
-from .common import narrow, outer, parts, scaled
+from .common import cast, narrow, outer, parts, scaled
 from .lowrank import lowrank_linear_backward, lowrank_linear_forward
 
 
-def _edited(source: Tensor, left: Tensor, factor: Tensor, *, overwrite: bool = False) -> Tensor:
-    """source + left @ factor: [M,C] + [M,r] @ [r,C], in source's memory if it may; 16 bits keep the sum's mean."""
+def _edited(source: Tensor, left: Tensor, factor: Tensor, scale: float, *, overwrite: bool = False) -> Tensor:
+    """source + scale · left @ factor: [M,C] + [M,r] @ [r,C], in source's memory if it may; 16 bits keep the sum's
+    mean."""
     if not narrow(source):
-        return source.addmm_(left, factor) if overwrite else source.addmm(left, factor)
+        return (source.addmm_ if overwrite else source.addmm)(left, factor, alpha=scale)
     out = source if overwrite else source.new_empty(source.shape)
     for rows in parts(source):
         # In float32: the update may be below what float16 can hold.
-        add_dithered(source[rows], left[rows].float() @ factor.float(), range(source.shape[1]), out[rows])
+        update = left[rows].float() @ factor.float()
+        add_dithered(source[rows], update.mul_(scale), range(source.shape[1]), out[rows])
     return out
 
 
 def input_edit_forward(x: Tensor, psi: Tensor, phi: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """x' [M,K] and t = s x ψᵀ [M,r]."""
-    t = x @ scaled(psi, x.dtype, scale).t()
-    return _edited(x, t, phi.to(x.dtype)), t
+    """x' [M,K] and t = x ψᵀ [M,r]."""
+    t = x @ cast(psi, x.dtype).t()
+    return _edited(x, t, cast(phi, x.dtype), scale), t
 
 
 def input_edit_backward(
@@ -38,17 +40,17 @@ def input_edit_backward(
     *,
     overwrite: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """From g = dL/dx': u = s g φᵀ; dX = g + u ψ, dψ = uᵀ x, dφ = tᵀ g. `overwrite`: dX may be written into g."""
+    """From g = dL/dx': u = g φᵀ; dX = g + s u ψ, dψ = s uᵀ x, dφ = s tᵀ g. `overwrite`: dX may be written into g."""
     need_x, need_psi, need_phi = needs
     dx = dpsi = dphi = None
     if need_phi:
-        dphi = outer(t, g).to(phi.dtype)
+        dphi = scaled(outer(t, g), phi.dtype, scale)
     if need_x or need_psi:
-        u = g @ scaled(phi, g.dtype, scale).t()
+        u = g @ cast(phi, g.dtype).t()
         if need_psi:
-            dpsi = outer(u, x).to(psi.dtype)
+            dpsi = scaled(outer(u, x), psi.dtype, scale)
         if need_x:
-            dx = _edited(g, u, psi.to(g.dtype), overwrite=overwrite)
+            dx = _edited(g, u, cast(psi, g.dtype), scale, overwrite=overwrite)
     return dx, dpsi, dphi
 
 
@@ -68,7 +70,7 @@ def input_edit_linear_forward(
     if not edit_by_features(x, weight):
         edited, t = input_edit_forward(x, psi, phi, scale)
         return F.linear(edited, weight, bias), t, None
-    q = weight @ phi.to(weight.dtype).t()
+    q = weight @ cast(phi, weight.dtype).t()
     y, t = lowrank_linear_forward(x, weight, psi.t(), q, bias, scale, 0.0, None)
     return y, t, q if narrow(x) else None
 
@@ -88,5 +90,5 @@ def input_edit_linear_backward(
     if not narrow(x):
         return input_edit_backward(dy @ weight, x, psi, phi, t, scale, needs, overwrite=True)
     dx, dp, dq = lowrank_linear_backward(dy, x, weight, psi.t(), q, t, scale, 0.0, None, needs)
-    dphi = None if dq is None else (dq.t() @ weight).to(phi.dtype)
+    dphi = None if dq is None else cast(dq.t() @ weight, phi.dtype)
     return dx, None if dp is None else dp.t(), dphi

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .common import add_update, outer, project, scaled
+from .common import add_update, cast, outer, project, scaled
 
 
 def lowrank_linear_forward(
@@ -17,9 +17,9 @@ def lowrank_linear_forward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """y [M,N] and t = s drop(x) P [M,r]."""
-    t = project(x, scaled(p, x.dtype, scale), dropout, seed)
-    return add_update(x, weight.t(), t, q.to(x.dtype).t(), bias), t
+    """y [M,N] and t = drop(x) P [M,r]."""
+    t = project(x, cast(p, x.dtype), dropout, seed)
+    return add_update(x, weight, t, cast(q, x.dtype).t(), bias, scale=scale), t
 
 
 def lowrank_linear_backward(
@@ -34,16 +34,16 @@ def lowrank_linear_backward(
     seed: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """u = s dY Q; dX = dY W0 + drop(u Pᵀ), dP = drop(x)ᵀ u, dQ = dYᵀ t."""
+    """u = s dY Q; dX = dY W0 + drop(u Pᵀ), dP = drop(x)ᵀ u, dQ = s dYᵀ t."""
     need_x, need_p, need_q = needs
     dx = dp = dq = None
     # What reads dY and x comes first, while they are in the cache; the large product pushes them out.
     if need_q:
-        dq = outer(t, dy).t().to(q.dtype)
+        dq = scaled(outer(t, dy).t(), q.dtype, scale)
     if need_x or need_p:
         u = dy @ scaled(q, dy.dtype, scale)
         if need_p:
-            dp = outer(u, x, dropout, seed).t().to(p.dtype)
+            dp = cast(outer(u, x, dropout, seed).t(), p.dtype)
         if need_x:
-            dx = add_update(dy, weight, u, p.to(dy.dtype).t(), None, dropout, seed)
+            dx = add_update(dy, weight.t(), u, cast(p, dy.dtype).t(), dropout=dropout, seed=seed)
     return dx, dp, dq

@@ -23,7 +23,7 @@ def sliced_linear_forward(
     """y [M,N]; V is [k,K] for rows, [N,k] for columns. Nothing is kept: both directions gather again."""
     v_t = values.to(x.dtype).t()
     if columns:
-        return (add_update(x, weight.t(), x.index_select(1, indices) * scale, v_t, bias),)
+        return (add_update(x, weight, x.index_select(1, indices), v_t, bias, scale=scale),)
     return (_add_some(F.linear(x, weight, bias), indices, (x @ v_t).mul_(scale), x, weight.t(), bias),)
 
 
@@ -49,7 +49,7 @@ def sliced_linear_backward(
     elif need_x or need_values:
         u = dy.index_select(1, indices) * scale
         if need_x:
-            dx = add_update(dy, weight, u, v)
+            dx = add_update(dy, weight.t(), u, v)
         if need_values:
             dv = u.t() @ x
     return dx, None if dv is None else dv.to(values.dtype)
