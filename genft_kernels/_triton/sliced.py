@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..plan import MAX_TRITON_RANK, LaunchPlan
 from ..reference.common import add_base_, narrow
+from ..reference.sliced import columns_of
 from .kernels.product import launch_product, launch_squares
 from .kernels.skinny import launch_project, launch_reduce, launch_update
 
@@ -81,7 +82,7 @@ def _add_some(
     """
     if not narrow(result):
         return result.index_add_(1, indices, launch_project(source, values, plan.skinny, scale=scale))
-    chosen = weight.index_select(1, indices)
+    chosen = columns_of(weight, indices)
     k = indices.shape[0]
     if 2 * k > MAX_TRITON_RANK:
         made = launch_project(source, chosen, plan.skinny, dtype=torch.float32)
