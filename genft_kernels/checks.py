@@ -50,8 +50,9 @@ def check_weight(weight: Tensor) -> None:
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_activations(x)
     check_weight(weight)
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x: last dimension {x.shape[-1]}, expected K = {weight.shape[1]} of weight [N, K]")
+    n, k = weight.shape
+    if x.shape[-1] != k:
+        raise ValueError(f"x: last dimension {x.shape[-1]}, expected K = {k} of weight [N, K]")
     if x.device != weight.device:
         raise ValueError(f"weight: on {weight.device}, expected the device of x, {x.device}")
     if x.dtype != weight.dtype and not autocasting(x):
@@ -59,8 +60,8 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if bias is not None:
         if not isinstance(bias, Tensor):
             raise TypeError(f"bias: got {type(bias).__name__}, expected a tensor [N] or None")
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: shape {tuple(bias.shape)}, expected [N] = [{weight.shape[0]}]")
+        if bias.shape != (n,):
+            raise ValueError(f"bias: shape {tuple(bias.shape)}, expected [N] = [{n}]")
         if bias.device != x.device:
             raise ValueError(f"bias: on {bias.device}, expected the device of x, {x.device}")
         if bias.dtype != x.dtype and not autocasting(x):
@@ -137,7 +138,7 @@ def check_dropout(dropout: float, seed: Tensor | None, like: Tensor) -> Tensor |
 
 def autocasting(x: Tensor) -> bool:
     """Autocast is on for the device of x."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    if not torch._C._is_any_autocast_enabled():
         return False  # without looking at the device, which takes Python ten times as long
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

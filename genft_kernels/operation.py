@@ -194,7 +194,7 @@ class _Pass:
         *given, plan = arguments
         like = given[self.like]
         module = self.reference
-        if like.is_cuda or plan not in ("auto", "reference"):
+        if not _is_library(plan, like):
             found = resolve(plan, self.operation, *self.sizes(given), like.dtype, like.device)
             if found.algorithm not in LIBRARY:
                 module = _triton(self.reference.__name__)
@@ -209,6 +209,13 @@ class _Pass:
             torch.cuda.device_of(like) if elsewhere else nullcontext(),
         ):
             return run(*given)
+
+
+def _is_library(plan: LaunchPlan | str, like: Tensor) -> bool:
+    """Whether that is plain without looking at sizes."""
+    if isinstance(plan, LaunchPlan):
+        return plan.algorithm in LIBRARY
+    return plan == "reference" or (plan == "auto" and not like.is_cuda)
 
 
 @cache

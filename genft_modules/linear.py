@@ -172,7 +172,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         backend, plain = generators[0].backend, self._is_plain(weight)
         first, *others = self._forms(generators, weight, plain)
         if plain:
-            y = first.linear(x, weight, base.bias, backend)
+            y = first.linear(x, weight, _tensor_of(base, "bias"), backend)
         elif isinstance(first, InputEdit):
             y = base(first.edit(x, backend))
         else:
@@ -242,8 +242,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
 
     def _weight(self) -> Tensor:
         """W0 [N, K] as the base layer has it now; of a quantised one, what stands for it."""
-        base = self._modules["base_layer"]
-        weight: Any = getattr(base, "weight", None)
+        weight: Any = _tensor_of(self._modules["base_layer"], "weight")
         if (type(weight) not in _PLAIN_TENSORS or weight.dtype not in FLOATS) and is_quantised(self.base_layer):
             return cast(Tensor, QuantisedWeight(self.base_layer))
         return cast(Tensor, weight.t() if self.transposed else weight)
@@ -366,3 +365,9 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         for module in self._generator(adapter_name).modules_with_shared():
             if not any(parameter.is_meta for parameter in module.parameters()):
                 module.to(device or stored(self.base_layer).device)
+
+
+def _tensor_of(layer: Any, name: str) -> Any:
+    """A layer's attribute or None; of a parameter without `nn.Module.__getattr__`, which takes half a microsecond."""
+    parameters = layer._parameters
+    return parameters[name] if name in parameters else getattr(layer, name, None)

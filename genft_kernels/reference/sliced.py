@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from .common import add_base_, add_update, narrow, panels, total
+from .common import add_base_, add_update, cast, narrow, panels, total
 
 _PANEL_ELEMENTS = 1 << 19  # of a weight's gradient
 
@@ -21,10 +21,10 @@ def sliced_linear_forward(
     scale: float,
 ) -> tuple[Tensor]:
     """y [M,N]; V is [k,K] for rows, [N,k] for columns. Nothing is kept: both directions gather again."""
-    v_t = values.to(x.dtype).t()
+    v_t = cast(values, x.dtype).t()
     if columns:
         return (add_update(x, weight, x.index_select(1, indices), v_t, bias, scale=scale),)
-    return (_add_some(F.linear(x, weight, bias), indices, (x @ v_t).mul_(scale), x, weight.t(), bias),)
+    return (_add_some(F.linear(x, weight, bias), indices, x @ v_t, scale, x, weight, bias),)
 
 
 def sliced_linear_backward(
@@ -40,10 +40,10 @@ def sliced_linear_backward(
     """Rows: u = s dY[:,I]; dX = dY W0 + u V, dV = uᵀ x. Columns: dX = dY W0, dX[:,J] += s dY V; dV = s dYᵀ x[:,J]."""
     need_x, need_values = needs
     dx = dv = None
-    v = values.to(dy.dtype)
+    v = cast(values, dy.dtype)
     if columns:
         if need_x:
-            dx = _add_some(dy @ weight, indices, (dy @ v).mul_(scale), dy, weight)
+            dx = _add_some(dy @ weight, indices, dy @ v, scale, dy, weight.t())
         if need_values:
             dv = dy.t() @ (x.index_select(1, indices) * scale)
     elif need_x or need_values:
@@ -56,14 +56,21 @@ def sliced_linear_backward(
 
 
 def _add_some(
-    result: Tensor, indices: Tensor, update: Tensor, source: Tensor, weight: Tensor, bias: Tensor | None = None
+    result: Tensor,
+    indices: Tensor,
+    update: Tensor,
+    scale: float,
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """`result` [M,N] = source @ weight + bias, with `update` [M,k] added to the columns `indices`. In 16 bits those
-    columns are made once more, from the update: k/N of a product."""
+    """`result` [M,N] = source @ weightᵀ + bias, with scale · `update` [M,k] added to the columns `indices`. In 16 bits
+    those columns are made once more, from the update: k/N of a product."""
     if not narrow(result):
-        return result.index_add_(1, indices, update)
+        return result.index_add_(1, indices, update, alpha=scale)
     part_bias = None if bias is None else bias.index_select(0, indices)
-    return result.index_copy_(1, indices, add_base_(update, source, columns_of(weight, indices), part_bias))
+    chosen = columns_of(weight.t(), indices)
+    return result.index_copy_(1, indices, add_base_(update.mul_(scale), source, chosen, part_bias))
 
 
 def columns_of(matrix: Tensor, indices: Tensor) -> Tensor:
