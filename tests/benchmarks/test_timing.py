@@ -184,10 +184,6 @@ def test_the_rule():
     )
 
 
-def test_one_table_of_tolerances():
-    assert gate.EPSILON == truth.EPSILON
-
-
 def test_the_hardware_gate_sees_what_is_wrong(monkeypatch):
     check = operations.Check("input_edit", 17, 33, 35, 5, "fp32")
     assert operations.run_check(check, CPU)["ok"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from genft_modules import doctor
+from genft_modules.cli import doctor
 from tests.cli.conftest import Genft
 
 

@@ -39,8 +39,8 @@ from transformers.distributed import DistributedConfig
 from transformers.pytorch_utils import Conv1D
 
 from genft_modules import METHODS, FusedGenLinear, grft_penalty
-from genft_modules.adapters import restore_adapter, save_adapter
-from genft_modules.distributed import align_adapters, unwrapped
+from genft_modules.disk.adapters import restore_adapter, save_adapter
+from genft_modules.model.distributed import align_adapters, unwrapped
 
 from ..modules.cases import CASES, randomize
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from genft_modules import FusedGenLinear, GIFTConfig, WeGeFTConfig, export_lora
-from genft_modules.export import _rank_for, targets_of
+from genft_modules.disk.export import _rank_for, targets_of
 
 from .cases import CASES, IDS, KINDS, MODELS, genft, gpt2, llama, logits, randomize
 

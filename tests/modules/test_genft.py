@@ -20,7 +20,8 @@ from transformers import (
 
 from genft_kernels import draw_seed
 from genft_kernels.dropout import keep_mask
-from genft_modules import FusedGenLinear, Generated, GenFTConfig, GIFTConfig, LoRAConfig, LowRank, WeGeFTConfig, forms
+from genft_modules import FusedGenLinear, Generated, GenFTConfig, GIFTConfig, LoRAConfig, LowRank, WeGeFTConfig
+from genft_modules.methods import forms
 
 from ..kernels.test_operations import Allocations
 from .cases import DEVICE, LAYERS, genft, gpt2, llama, logits, randomize

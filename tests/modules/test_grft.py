@@ -19,8 +19,8 @@ from genft_modules import (
     grft_penalty,
     needs_slices,
     select_slices,
-    slices,
 )
+from genft_modules.model import slices
 
 from .architectures import ARCHITECTURES
 from .cases import DEVICE, IDS, MODELS, bert, llama, logits, randomize

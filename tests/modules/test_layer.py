@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from genft_modules import FusedGenLinear, GIFTConfig, LoRAConfig, WeGeFTConfig, forms
+from genft_modules import FusedGenLinear, GIFTConfig, LoRAConfig, WeGeFTConfig
+from genft_modules.methods import forms
 
 from .cases import CASES, DEVICE, KINDS, LAYERS, genft, randomize
 

@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from genft_modules import METHODS, FusedGenLinear, linear, mixed
-from genft_modules.generators import Generator
+from genft_modules import METHODS, FusedGenLinear
+from genft_modules.layer import linear, mixed
+from genft_modules.methods import Generator
 
 from ..kernels.truth import EPSILON, error
 from .architectures import ARCHITECTURES

@@ -14,7 +14,8 @@ from peft import get_peft_model
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from genft_modules import FusedGenLinear, export_lora, load_adapter, save_adapter, weights
+from genft_modules import FusedGenLinear, export_lora, load_adapter, save_adapter
+from genft_modules.methods import weights
 
 from .cases import CASES, DEVICE, IDS, llama, logits, randomize
 
