@@ -67,7 +67,7 @@ def export_lora(
         What became of each layer, in the model's order.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what fits. Nothing has been written then.
+        ValueError, TypeError: nothing has been written then.
     """
     directory = Path(directory)
     if max_error is not None and rank is not None:

@@ -104,9 +104,6 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             adapter_name: its name.
             name: what the patterns in the config (`rank_pattern`, `enable_gift`) are to take for the layer's name.
             backend: "auto", "triton" or "reference"; None for the config's.
-
-        Raises:
-            ValueError, TypeError: naming the argument, what came and what fits.
         """
         layer = cls(linear)
         layer.add_adapter(adapter_name, config, name=name, backend=backend)
@@ -134,9 +131,6 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             name: the layer's name in its model.
             shared: the adapter's shared factors in the model; None lets the layer own its parameters.
             backend: as in `from_linear`.
-
-        Raises:
-            ValueError, TypeError: naming the argument, what came and what fits.
         """
         if not isinstance(config, GeneratorConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected a config of genft_modules.METHODS")

@@ -57,9 +57,6 @@ class GeneratorConfig(PeftConfig):
             "_only" (those of the adapted layers).
         backend: what runs the operations: "auto" (Triton on a GPU, else the reference), "triton" or "reference".
             A matter of the machine: it is not saved.
-
-    Raises:
-        ValueError, TypeError: naming the field, what came and what fits.
     """
 
     method: ClassVar[str]  # the name in METHODS; the peft type is GENFT_<METHOD>

@@ -92,9 +92,6 @@ class GenFTConfig(GeneratorConfig):
             and v_proj of one attention, instead of one per layer.
         rank_pattern: from layer name or regular expression to another individual_features.
 
-    Raises:
-        ValueError, TypeError: naming the field, what came and what fits.
-
     Source: arXiv 2506.11042 and its released code.
     """
 

@@ -41,9 +41,6 @@ class GIFTConfig(GeneratorConfig):
             block. {"qkv": [True, False, True]} adapts q and v of a fused qkv weight, each by a pair of its own.
         in_projection_bias, out_projection_bias: ΔW = h(W0 φᵀ + 1 bᵢₙᵀ) ψᵀ + 1 bₒᵤₜᵀ.
 
-    Raises:
-        ValueError, TypeError: naming the field, what came and what fits.
-
     Source: arXiv 2312.00700 v2 to v4 and its released code.
     """
 

@@ -45,9 +45,6 @@ class GRFTConfig(GeneratorConfig):
             adapted layers. A module of modules_to_save whose name fits, such as a head, counts with the distance from
             the weights that it started from. The publication stresses the last layers and the head.
 
-    Raises:
-        ValueError, TypeError: naming the field, what came and what fits.
-
     Source: the choice by squared gradients and the penalty are the publication's; one orientation for all layers, ties
     and the number of batches are ours.
     """

@@ -41,9 +41,6 @@ class LoRAConfig(GeneratorConfig):
             field of peft's.
         rank_pattern, alpha_pattern: from layer name or regular expression to another r or α.
 
-    Raises:
-        ValueError, TypeError: naming the field, what came and what fits.
-
     Source: arXiv 2106.09685, as in peft.
     """
 

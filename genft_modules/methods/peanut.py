@@ -46,9 +46,6 @@ class PeanutConfig(GeneratorConfig):
         init_weights: True: B is zero, so that ΔW = 0, and the rest Kaiming-uniform(√5); False: B too is
             Kaiming-uniform(√5).
 
-    Raises:
-        ValueError, TypeError: naming the field, what came and what fits.
-
     Source: arXiv 2410.01870, as in peft 0.21.
     """
 

@@ -55,9 +55,6 @@ class SaSConfig(GeneratorConfig):
         chunk_dim: rows of P_l and Q_l that it makes at a time.
         scaling: s.
 
-    Raises:
-        ValueError, TypeError: naming the field, what came and what fits.
-
     Source: arXiv 2504.03450, of which only the idea and the budget could be read.
     """
 

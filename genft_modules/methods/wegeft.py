@@ -53,9 +53,6 @@ class WeGeFTConfig(GeneratorConfig):
             price of one pass over the adapted rows of W0 per call.
         rank_pattern, alpha_pattern: from layer name or regular expression to another r or α.
 
-    Raises:
-        ValueError, TypeError: naming the field, what came and what fits.
-
     Source: arXiv 2312.00700 v5 (ICML 2025) and its released code; parts of fused weights are ours.
     """
 

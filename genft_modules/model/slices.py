@@ -73,7 +73,7 @@ def select_slices(
         The indices int64 [k], ascending, for each adapted layer by name.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what fits. No adapter has been changed then.
+        ValueError, TypeError: no adapter has been changed then.
 
     Source: the criterion of GRFT (arXiv 2507.00016). A smaller index wins where sums are equal; that is ours.
     """

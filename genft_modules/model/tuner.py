@@ -169,8 +169,8 @@ class GenFTModel(BaseTuner):
             svd_rank: with "svd".
 
         Raises:
-            ValueError, TypeError: naming the argument, what came and what fits: an adapter that is not there, whose ΔW
-                has full rank, or that trains whole modules or biases.
+            ValueError, TypeError: for an adapter that is not there, whose ΔW has full rank, or that trains whole
+                modules or biases.
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name: {adapter_name!r} is in the model already, expected a new name")
