@@ -179,7 +179,7 @@ def test_inspect_with_and_without_the_base(genft: Genft, adapter: Adapter, llama
     Path("wegeft/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone"}))
     done = genft("inspect", "wegeft")
     assert done.code == 0, done.err
-    assert "give --model" in done.out
+    assert "use --model" in done.out
     assert "‖ΔW‖ " not in done.out
     refused(genft("inspect", "wegeft", "--plot", "norms.png"), "--plot", "--model")
 
