@@ -1,4 +1,4 @@
-"""Files on disk: directories that appear whole, adapters that are replaced whole and fit their model, no pickles."""
+"""Files on disk: atomic directories, atomic replacement of adapters, checks of adapter files; no pickles."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # of every key in a peft checkpoint, and of a module's name in a PeftModel
-FORMER = CONFIG + ".old"  # while CONFIG and WEIGHTS change places with newer ones
+PREFIX = "base_model.model."  # of every key in a peft checkpoint and every module name in a PeftModel
+FORMER = CONFIG + ".old"  # the previous config while CONFIG and WEIGHTS are being replaced
 PARTIAL = ".partial"
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to write into, which gets its name `path` when the block ends without an error: nobody ever sees it
-    half-written, and what is written is on the disk before it has the name.
+    """Create the directory `path` atomically: a temporary directory to write into, synced to disk and renamed to `path`
+    when the block ends without an error.
 
     Raises:
-        ValueError: `path` is a file, or a directory that is not empty.
+        ValueError: `path` is a file or a non-empty directory.
     """
     check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
-    """Raises ValueError if `path` is a file, or a directory that is not empty."""
+    """Raises ValueError if `path` is a file or a non-empty directory."""
     if path.is_dir():
         if any(path.iterdir()):
             raise ValueError(f"{path}: exists and is not empty, expected a new directory")
@@ -46,12 +46,12 @@ def check_new(path: Path) -> None:
 
 @contextmanager
 def replaced_adapter(path: Path) -> Iterator[Path]:
-    """A directory to write an adapter's files into, which take the place of those in `path` when the block ends without
-    an error. Other files in `path` stay.
+    """A temporary directory for an adapter's files, which replace those in `path` when the block ends without an error.
+    Other files in `path` are kept.
 
-    A process that dies on the way leaves the former adapter, or the new one, and never the configuration of one with
-    the weights of the other: where the configuration changes, the former one is put aside before the weights change,
-    and for that moment the directory holds no adapter that anything would load (see `check_files`).
+    If the process dies, `path` contains the previous or the new adapter, never the config of one with the weights of
+    the other: if the config changes, the previous one is renamed before the weights are replaced, and until the new one
+    is in place the directory contains no loadable adapter (see `check_files`).
     """
     if not path.is_dir() or not any(path.iterdir()):
         with new_directory(path) as partial:
@@ -60,7 +60,7 @@ def replaced_adapter(path: Path) -> Iterator[Path]:
     with _written(path / PARTIAL) as partial:
         yield partial
         _sync(*partial.rglob("*"))
-        for new in partial.iterdir():  # names change in this order, without a pause: the moment between is short
+        for new in partial.iterdir():
             if new.name not in (CONFIG, WEIGHTS):
                 os.replace(new, path / new.name)
         config = path / CONFIG
@@ -74,7 +74,7 @@ def replaced_adapter(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _written(partial: Path) -> Iterator[Path]:
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left over from a killed process
     partial.mkdir()
     try:
         yield partial
@@ -83,10 +83,10 @@ def _written(partial: Path) -> Iterator[Path]:
 
 
 def _sync(*paths: Path) -> None:
-    """Waits until files' contents, and directories' lists of names, are on the disk."""
+    """fsync files and directories."""
     for path in paths:
         if os.name == "nt" and path.is_dir():
-            continue  # Windows opens no directories
+            continue  # Windows cannot open directories
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -95,8 +95,8 @@ def _sync(*paths: Path) -> None:
 
 
 def check_files(directory: Path, *, weights: bool = True) -> None:
-    """Raises ValueError, naming the file, if the directory holds no adapter in whole safetensors. `weights=False`: a
-    configuration on its own will do."""
+    """Raises ValueError, naming the file, unless the directory contains a config and a valid safetensors file.
+    `weights=False`: the weights may be missing."""
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory, expected one with {CONFIG} and {WEIGHTS}")
     if not (directory / CONFIG).is_file():
@@ -106,35 +106,33 @@ def check_files(directory: Path, *, weights: bool = True) -> None:
                 hint = f"; a save was interrupted here: {FORMER} belongs to the weights"
             else:
                 hint = f"; a save was interrupted here: {PARTIAL}/{CONFIG} belongs to the weights"
-        raise ValueError(f"{directory}: holds no {CONFIG}{hint}")
+        raise ValueError(f"{directory}: contains no {CONFIG}{hint}")
     path = directory / WEIGHTS
     if path.is_file():
         try:
             with safe_open(path, framework="pt"):
                 return
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: is not a whole safetensors file ({error})") from None
+            raise ValueError(f"{path}: is not a valid safetensors file ({error})") from None
     if (directory / "adapter_model.bin").exists():
-        raise ValueError(
-            f"{directory}: holds adapter_model.bin, a pickle, which genft does not read; expected {WEIGHTS}"
-        )
+        raise ValueError(f"{directory}: got adapter_model.bin, a pickle, which genft does not load; expected {WEIGHTS}")
     if weights:
-        raise ValueError(f"{directory}: holds no {WEIGHTS}")
+        raise ValueError(f"{directory}: contains no {WEIGHTS}")
 
 
 def refuse_misfits(
     what: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> None:
-    """Raises ValueError unless `found` has all tensors that are `wanted`, beside them only some of the `others`, and
-    each in the right shape and floating point."""
+    """Raises ValueError unless `found` has all `wanted` tensors, otherwise only tensors of `others`, and each has the
+    right shape and a floating-point dtype."""
     known = {**others, **wanted}
     shapes = [
-        f"{key} is {tuple(tensor.shape)} for {tuple(known[key].shape)}"
+        f"{key}: got {tuple(tensor.shape)}, expected {tuple(known[key].shape)}"
         for key, tensor in found.items()
         if key in known and tensor.shape != known[key].shape
     ]
     kinds = [
-        f"{key} is {tensor.dtype}"
+        f"{key}: got {tensor.dtype}"
         for key, tensor in found.items()
         if key in known and known[key].is_floating_point() and not tensor.is_floating_point()
     ]
@@ -149,10 +147,10 @@ def refuse_misfits(
         if entries
     ]
     if complaints:
-        raise ValueError(f"{what}: does not fit the model: {'; '.join(complaints)}")
+        raise ValueError(f"{what}: does not match the model: {'; '.join(complaints)}")
 
 
 def some(entries: Collection[str], most: int = 3) -> str:
-    """The first entries, and how many more there are."""
+    """The first entries and the number of the rest."""
     shown = ", ".join(list(entries)[:most])
     return shown if len(entries) <= most else f"{shown} and {len(entries) - most} more"

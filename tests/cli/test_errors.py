@@ -49,7 +49,7 @@ def _refused(done: Result, *words: str) -> None:
         (("--config", "rank=3"), ("--config rank", "wegeft_alpha")),
         (("--config", "tied_modules=7"), ("tied_modules",)),
         (("--config", "rank_pattern={'q_proj': 0}"), ("rank_pattern",)),
-        (("--config", "tied_modules=[['q_prj']]"), ("--method wegeft", "q_prj", "fit none")),
+        (("--config", "tied_modules=[['q_prj']]"), ("--method wegeft", "q_prj", "match none")),
         (("--backend", "cuda"), ("--backend", "triton")),
         (("--lr", "0"), ("--lr 0", "above 0")),
         (("--lr", "inf"), ("--lr inf",)),
