@@ -114,7 +114,7 @@ def test_an_empty_generated_matrix_is_refused(shape):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dropout": 0.1, "seed": 5}, "seed: got int, expected the tensor that draw_seed"),
+        ({"dropout": 0.1, "seed": 5}, "seed: got int, expected a tensor from draw_seed"),
         ({"bias": [1.0]}, "bias: got list, expected a tensor"),
     ],
     ids=["seed", "bias"],
