@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _main(arguments)
     except UserError as error:
-        process = "" if is_first() else f"process {os.environ['RANK']}: "
+        process = "" if is_first() else f"rank {os.environ['RANK']}: "
         print(f"genft: error: {process}{one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
