@@ -20,8 +20,7 @@ ELEMENT = 0x85EBCA77  # odd, so that the 16 bits of an element spread over all 3
 
 def rounding(dtype: torch.dtype) -> tuple[int, float, float, float]:
     """For a 16-bit dtype: the number of low bits of float32 it lacks, its smallest normal number (0 if it is
-    float32's),
-    its largest number, and the threshold at which rounding to nearest gives infinity."""
+    float32's), its largest number, and the threshold at which rounding to nearest gives infinity."""
     if dtype == torch.bfloat16:
         return 16, 0.0, torch.finfo(dtype).max, 2.0**128 - 2.0**119
     return 13, 2.0**-14, torch.finfo(dtype).max, 65520.0

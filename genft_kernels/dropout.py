@@ -39,8 +39,7 @@ def draw_seed(device: torch.device | str | None = None) -> Tensor:
     """A seed, int64 [1], from torch's default generator of `device`.
 
     As a tensor drawn by torch, it is reproduced by gradient checkpointing and torch.compile, and kernels read it
-    without
-    synchronisation.
+    without synchronisation.
     """
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
 

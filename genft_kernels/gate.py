@@ -40,8 +40,7 @@ class Verdict:
 
 def errors(got: Tensor, truth: Tensor) -> tuple[float, float]:
     """Relative Euclidean error, and maximum error relative to the maximum value. Inf if the truth is 0 and `got` is
-    not,
-    or if `got` is not finite or has the wrong shape."""
+    not, or if `got` is not finite or has the wrong shape."""
     if got.shape != truth.shape:
         return float("inf"), float("inf")
     if not truth.numel():

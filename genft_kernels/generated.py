@@ -61,8 +61,7 @@ def generated_linear(
 
     Returns:
         y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable (first order) in x, h, b,
-        bias,
-        row_bias and column_bias. ΔW is generated tile by tile in forward and backward and not saved.
+        bias, row_bias and column_bias. ΔW is generated tile by tile in forward and backward and not saved.
 
     Source: the last stage of GenFT (arXiv 2506.11042); docs/mathematics.md.
     """

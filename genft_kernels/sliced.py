@@ -63,8 +63,7 @@ def sliced_linear(
 
     Returns:
         y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable (first order) in x, values
-        and bias;
-        only the k selected rows or columns of the weight gradient are computed.
+        and bias; only the k selected rows or columns of the weight gradient are computed.
 
     Source: GRFT (arXiv 2507.00016); derivation in docs/mathematics.md.
     """

@@ -420,8 +420,7 @@ def table_entry(problem: Problem, plan: LaunchPlan, ms: float, families: dict[st
 
 def merged(*tables: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Merge the entries of several tables: later entries replace earlier ones for the same problem, and the entry of
-    the
-    largest batch measured for a shape is also used for larger ones."""
+    the largest batch measured for a shape is also used for larger ones."""
     latest = {
         (_shape(entry), entry.get("measured", {}).get("m", entry["m_max"])): entry
         for table in tables

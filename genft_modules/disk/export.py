@@ -47,9 +47,8 @@ def export_lora(
 
     If ΔW has low rank (WeGeFT, GIFT, LoRA, GenFT with a linear outer activation), A and B are its exact factors, with
     the adapter's rank. A generated ΔW (GenFT with a nonlinear outer activation) has full rank: it is truncated per
-    layer
-    to `rank` singular values, or to as many as `max_error` requires. Scales are folded into B, with lora_alpha = rank.
-    modules_to_save and trained biases are included.
+    layer to `rank` singular values, or to as many as `max_error` requires. Scales are folded into B, with lora_alpha =
+    rank. modules_to_save and trained biases are included.
 
     A and B are computed from the weights of `model`: the exported adapter is only valid for this base model.
 
@@ -141,8 +140,7 @@ def _rank_for(s: Tensor, max_error: float | None) -> int:
 
 def _other_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The other tensors of the adapter's checkpoint: modules_to_save, trained biases, resized embeddings. Their keys
-    are
-    the same in LoRA."""
+    are the same in LoRA."""
     if adapter_name not in getattr(model, "peft_config", {}):
         return {}
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)

@@ -205,8 +205,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
 
     def _mixed_forward(self, x: Tensor, batch: MixedBatch) -> Tensor:
         """The input edits of all adapters are one grouped operation, the low-rank updates another; full-rank updates
-        are
-        applied per adapter to its samples."""
+        are applied per adapter to its samples."""
         base = self.base_layer
         batch.names_of(x.shape[0])
         if self.merged_adapters:
@@ -266,8 +265,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str = "default") -> Tensor:
         """ΔW [N, K], in the orientation of `nn.Linear` also for a `Conv1D`; without dropout, in float32 or wider.
-        Always
-        computed from the original W0, even while adapters are merged."""
+        Always computed from the original W0, even while adapters are merged."""
         generator = self._generator(adapter_name)
         with torch.autocast(stored(self.base_layer).device.type, enabled=False):
             return generator.delta_weight(self.frozen_weight())

@@ -102,8 +102,7 @@ class _Sum:
 
 def sum_gradients(generator: Generator, part: Part) -> None:
     """Register hooks that sum the gradients of the adapter's parameters over the mesh, once per parameter even if
-    layers
-    share it."""
+    layers share it."""
     for module in generator.modules_with_shared():
         for parameter in module.parameters():
             hooks = (parameter._backward_hooks or {}).values()

@@ -55,8 +55,7 @@ def align_adapters(model: nn.Module, *, timeout: float = TIMEOUT) -> None:
 
 def agree(what: str, entries: dict[str, str], *, timeout: float = TIMEOUT) -> None:
     """Raises ValueError on every rank, with the differences, unless `entries` are the same on all ranks; RuntimeError
-    if
-    a rank did not join within `timeout` seconds."""
+    if a rank did not join within `timeout` seconds."""
     if several():
         with _meeting(timeout) as group:
             _refuse_differences(what, entries, group)

@@ -55,10 +55,8 @@ def select_slices(
     gradients over the batches.
 
     The gradients are those of the base model: adapters and dropout are disabled. Weight gradients are never stored:
-    each
-    layer's output gradient and input are reduced at once (`squared_gradient_sums`), so only one vector of sums per
-    layer
-    is kept in addition to the activations.
+    each layer's output gradient and input are reduced at once (`squared_gradient_sums`), so only one vector of sums per
+    layer is kept in addition to the activations.
 
     The gradient of a whole batch is squared, so the batch size matters, as in the paper, which does not give the size
     and number of batches. If a layer is used several times in a batch, each use counts as a separate batch. If

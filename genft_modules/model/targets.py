@@ -28,8 +28,7 @@ def layer_names(model: nn.Module) -> list[str]:
 
 def targets_of(adapted: Iterable[str], names: Iterable[str]) -> list[str] | str:
     """A `target_modules` that matches the adapted layers and no other module. peft matches a name with every module
-    whose
-    name ends in it: so short names if they are unambiguous, else full names, else a regular expression."""
+    whose name ends in it: so short names if they are unambiguous, else full names, else a regular expression."""
     adapted = set(adapted)
     taken = {end for name in names if name not in adapted for end in _ends(name)}
     targets = {name if (kind := module_type(name)) in taken else kind for name in adapted}

@@ -236,8 +236,7 @@ class GenFTModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """As in peft, but raises ValueError for unknown or missing keys, which peft ignores, before the model is
-        changed.
-        A state without any of the method's tensors is accepted."""
+        changed. A state without any of the method's tensors is accepted."""
         state: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         known = model.state_dict()
         # with bias="all", peft saves biases of modules_to_save twice, the second time under a key not in the model
