@@ -41,8 +41,7 @@ from transformers.pytorch_utils import Conv1D
 from genft_modules import METHODS, FusedGenLinear, grft_penalty
 from genft_modules.disk.adapters import restore_adapter, save_adapter
 from genft_modules.model.distributed import align_adapters, unwrapped
-
-from ..modules.cases import CASES, randomize
+from tests.support.cases import CASES, randomize
 
 COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")  # how they are cut
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
