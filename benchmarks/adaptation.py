@@ -31,10 +31,12 @@ from typing import Any
 import torch
 import transformers
 
-from genft_modules import demo, finetune, measure, recipes
-from genft_modules.console import bar, quiet, say
-from genft_modules.data import byte_tokenizer, collate, encode, read_records
-from genft_modules.demo import Demo
+from genft_modules.cli import bases, finetune, measure, recipes
+from genft_modules.cli.console import quiet, say
+from genft_modules.cli.data import byte_tokenizer, collate, encode, read_records
+from genft_modules.cli.demo import run as demo
+from genft_modules.cli.demo.run import Demo
+from genft_modules.progress import bar
 
 from . import results
 
@@ -261,7 +263,7 @@ def _now() -> str:
 
 def time_steps(size: Size, base: Path, text: Path, output: Path) -> None:
     """Seconds of single training steps of every method, taken in turns, into `output` as JSON."""
-    task, tokenizer, device = size.task, byte_tokenizer(), finetune.check_device("auto")
+    task, tokenizer, device = size.task, byte_tokenizer(), bases.check_device("auto")
     windows = encode(read_records(str(text)), tokenizer, task.seq_len)
     batch = collate([windows[index] for index in range(task.batch_size)], tokenizer.pad_token_id)
     transformers.set_seed(task.seed)
@@ -284,7 +286,7 @@ def run(size: Size, folder: Path, cache: Path, *, workers: int) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     # As in the demo: threads that wait asleep lose little beside a busy neighbour.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    device = results.describe(finetune.check_device("auto"))
+    device = results.describe(bases.check_device("auto"))
     store = Store(folder / results.slug(device) / "adaptation" / f"{size.name}.json", size)
     base, _ = demo.pretrained_base(size.task, cache)
     with tempfile.TemporaryDirectory(prefix="genft-") as directory:

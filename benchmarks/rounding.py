@@ -30,7 +30,8 @@ from torch import Tensor
 
 from genft_kernels.dither import add_dithered
 from genft_kernels.reference import edit, generated
-from genft_modules import FusedGenLinear, GenFTConfig, WeGeFTConfig, demo
+from genft_modules import FusedGenLinear, GenFTConfig, WeGeFTConfig
+from genft_modules.cli.demo import run as demo
 
 from . import results
 

@@ -1,5 +1,8 @@
 """Fused operations that adapt a frozen linear layer: tensors in, tensors out.
 
+Invalid arguments raise ValueError or TypeError before any work is done; the message names the argument, what it got and
+what it expects.
+
 Importing this package imports no Triton and touches no GPU.
 """
 

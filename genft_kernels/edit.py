@@ -53,9 +53,6 @@ def input_edit(
     Returns:
         x' [..., K] in the dtype of x. base(x') = x (W0 + scale·W0 φᵀ ψ)ᵀ + b. Differentiable once in x, psi and phi.
 
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what fits.
-
     Source: WeGeFT (arXiv 2312.00700 v5); docs/mathematics.md derives the form.
     """
     check_activations(x)
@@ -88,9 +85,6 @@ def input_edit_linear(
 
     Returns:
         y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable once in x, psi, phi, bias.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what fits.
 
     Source: WeGeFT (arXiv 2312.00700 v5); docs/mathematics.md derives the form.
     """

@@ -48,9 +48,6 @@ def weight_features(
     Returns:
         h [N, r] in the dtype of A. Differentiable once in a and bias.
 
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what fits.
-
     Source: the first stage of GIFT (arXiv 2312.00700) and GenFT (arXiv 2506.11042); docs/mathematics.md.
     """
     sigma = activation_named(activation)
@@ -60,7 +57,7 @@ def weight_features(
         check_factor("bias", bias, a, (r,))
     if is_sharded(weight):
         options = {"ratio": ratio, "dropout": dropout, "backend": backend, "plan": plan}
-        return sharded.weight_features(weight_features, weight, a, bias, sigma.forward, seed, **options)
+        return sharded.features_of_parts(weight_features, weight, a, bias, sigma.forward, seed, **options)
     seed = check_dropout(dropout, seed, weight)
     z = _weight_features(weight, a, bias, float(ratio), float(dropout), seed, choice_of(backend, plan))
     # σ acts on [N, r]: torch's own function, fused by torch.compile, costs less than a kernel of ours would save.

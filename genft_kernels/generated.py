@@ -63,9 +63,6 @@ def generated_linear(
         y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable once in x, h, b, bias,
         row_bias and column_bias. ΔW is made tile by tile, forward and backward; nothing of it is kept.
 
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what fits.
-
     Source: GenFT (arXiv 2506.11042), second stage, or the first where it stands alone; docs/mathematics.md.
     """
     activation_named(activation)
@@ -122,9 +119,6 @@ def generated_features(
 
     Returns:
         [K, r2] in the dtype of h. Differentiable once in h, b, a, bias and column_bias.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what fits.
 
     Source: GenFT (arXiv 2506.11042), from the first stage to the second; docs/mathematics.md.
     """

@@ -54,9 +54,6 @@ def grouped_lowrank_linear(
     Returns:
         y [S, ..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable once in x, p, q, bias.
 
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what fits.
-
     Source: docs/mathematics.md, "Samples that take different updates".
     """
     if not isinstance(rows, RowGroups):

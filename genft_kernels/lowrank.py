@@ -51,9 +51,6 @@ def lowrank_linear(
     Returns:
         y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable once in x, p, q and bias.
 
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what fits.
-
     Source: docs/mathematics.md derives the form, which LoRA, GIFT, PEANuT, SaS and GenFT with a linear outer
     activation have.
     """

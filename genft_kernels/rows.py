@@ -36,9 +36,6 @@ def group_rows(index: Tensor, count: int) -> RowGroups:
 
     Returns:
         `RowGroups`: group int32 [S], order int32 [S] and bounds int32 [G + 1], on the device of `index`.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what fits.
     """
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"count: got {count!r}, expected an integer >= 1")

@@ -69,7 +69,7 @@ def part_of(weight: Any) -> Part:
     return Part(mesh, dim, slice(start, min(start + step, size)))
 
 
-def weight_features(
+def features_of_parts(
     of_part: Callable[..., Tensor],
     weight: Any,
     a: Tensor,

@@ -66,9 +66,6 @@ def sliced_linear(
         y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable once in x, values and bias;
         of the weight's gradient only the k chosen rows or columns are computed.
 
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what fits.
-
     Source: GRFT (arXiv 2507.00016); docs/mathematics.md derives the form.
     """
     check_linear(x, weight, bias)
@@ -100,9 +97,6 @@ def squared_gradient_sums(
 
     Returns:
         [N] or [K], in float32 or wider. Not differentiable.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what fits.
 
     Source: the criterion of GRFT (arXiv 2507.00016), which adds these up over calibration batches.
     """

@@ -2,13 +2,16 @@
 
 Importing this package makes its methods known to peft: `get_peft_model`, `PeftModel.from_pretrained` and transformers'
 `add_adapter` and `load_adapter` then take their configs and checkpoints.
+
+Invalid arguments and fields raise ValueError or TypeError before any work is done; the message names the argument, what
+it got and what it expects.
 """
 
-from genft_modules.adapters import check_adapter, load_adapter, restore_adapter, save_adapter
-from genft_modules.distributed import align_adapters
-from genft_modules.export import ExportedLayer, export_lora
-from genft_modules.forms import Generated, InputEdit, LowRank, Slices
-from genft_modules.generators import (
+from genft_modules.disk.adapters import check_adapter, load_adapter, restore_adapter, save_adapter
+from genft_modules.disk.export import ExportedLayer, export_lora
+from genft_modules.disk.released import load_peft_peanut, load_released_genft
+from genft_modules.layer.linear import FusedGenLinear
+from genft_modules.methods import (
     METHODS,
     GeneratorConfig,
     GenFTConfig,
@@ -19,10 +22,10 @@ from genft_modules.generators import (
     SaSConfig,
     WeGeFTConfig,
 )
-from genft_modules.linear import FusedGenLinear
-from genft_modules.released import load_peft_peanut, load_released_genft
-from genft_modules.slices import PenaltyMixin, grft_penalty, needs_slices, select_slices
-from genft_modules.tuner import GenFTModel, SharedGenerators
+from genft_modules.methods.forms import Generated, InputEdit, LowRank, Slices
+from genft_modules.model.distributed import align_adapters
+from genft_modules.model.slices import PenaltyMixin, grft_penalty, needs_slices, select_slices
+from genft_modules.model.tuner import GenFTModel, SharedGenerators
 
 __all__ = [
     "METHODS",

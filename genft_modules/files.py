@@ -1,17 +1,19 @@
-"""Files on disk: directories that appear whole, adapters that are replaced whole, no pickles."""
+"""Files on disk: directories that appear whole, adapters that are replaced whole and fit their model, no pickles."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of every key in a peft checkpoint, and of a module's name in a PeftModel
 FORMER = CONFIG + ".old"  # while CONFIG and WEIGHTS change places with newer ones
 PARTIAL = ".partial"
 
@@ -118,3 +120,39 @@ def check_files(directory: Path, *, weights: bool = True) -> None:
         )
     if weights:
         raise ValueError(f"{directory}: holds no {WEIGHTS}")
+
+
+def refuse_misfits(
+    what: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], others: Mapping[str, Tensor]
+) -> None:
+    """Raises ValueError unless `found` has all tensors that are `wanted`, beside them only some of the `others`, and
+    each in the right shape and floating point."""
+    known = {**others, **wanted}
+    shapes = [
+        f"{key} is {tuple(tensor.shape)} for {tuple(known[key].shape)}"
+        for key, tensor in found.items()
+        if key in known and tensor.shape != known[key].shape
+    ]
+    kinds = [
+        f"{key} is {tensor.dtype}"
+        for key, tensor in found.items()
+        if key in known and known[key].is_floating_point() and not tensor.is_floating_point()
+    ]
+    complaints = [
+        f"{title}: {some(entries)}"
+        for title, entries in (
+            ("missing", [key for key in wanted if key not in found]),
+            ("unknown", [key for key in found if key not in known]),
+            ("shape mismatch", shapes),
+            ("not floating point", kinds),
+        )
+        if entries
+    ]
+    if complaints:
+        raise ValueError(f"{what}: does not fit the model: {'; '.join(complaints)}")
+
+
+def some(entries: Collection[str], most: int = 3) -> str:
+    """The first entries, and how many more there are."""
+    shown = ", ".join(list(entries)[:most])
+    return shown if len(entries) <= most else f"{shown} and {len(entries) - most} more"

@@ -44,12 +44,28 @@ def test_modules_use_public_names_of_the_kernels():
             assert not name.startswith("genft_kernels._"), f"{path.name} imports {name}"
 
 
-def test_the_kernels_import_without_a_circle():
-    modules = {path: path.relative_to(ROOT).with_suffix("") for path in (ROOT / "genft_kernels").rglob("*.py")}
-    names = {".".join(parts.parts).removesuffix(".__init__"): path for path, parts in modules.items()}
-    # What a package's __init__ offers is imported from the module that has it.
-    graph = {name: imports_of(path, names) & names.keys() - {name} for name, path in names.items()}
+@pytest.mark.parametrize("package", ["genft_kernels", "genft_modules"])
+def test_no_circle_of_imports(package):
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / package).rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    graph = {name: imports_of(path, modules) & modules.keys() - {name} for name, path in modules.items()}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+# What a wing of genft_modules may import: those before it. The ground is files, progress and card.
+WINGS = ["methods", "layer", "model", "disk", "cli"]
+
+
+def test_wings_import_downwards():
+    for path in (ROOT / "genft_modules").rglob("*.py"):
+        wing = path.relative_to(ROOT / "genft_modules").parts[0]
+        if wing == "__init__.py":
+            continue
+        above = WINGS[WINGS.index(wing) + 1 :] if wing in WINGS else WINGS
+        for name in imports_of(path):
+            assert name.split(".")[:1] != ["genft_modules"] or name.split(".")[1:2] not in [[w] for w in above], (
+                f"{path.relative_to(ROOT)} imports {name}"
+            )
 
 
 @pytest.mark.parametrize("family", ["lowrank", "edit", "features", "generated", "grouped", "sliced"])

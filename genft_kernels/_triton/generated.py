@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..plan import LaunchPlan, stretches
-from ..reference.generated import Generated
+from ..reference.generated import GeneratedMatrix
 from .kernels.generated import launch_contract, launch_fold, launch_generated_product, launch_panel
 
 
@@ -24,7 +24,7 @@ def generated_linear_forward(
     seed: Tensor | None,
     plan: LaunchPlan,
 ) -> tuple[Tensor]:
-    made = Generated(h, b, row, column, activation, dropout, seed)
+    made = GeneratedMatrix(h, b, row, column, activation, dropout, seed)
     if plan.algorithm == "fused":
         return (launch_generated_product(x, weight, made, scale, plan.product, bias=bias),)
     y = x.new_empty(x.shape[0], weight.shape[0])
@@ -56,7 +56,7 @@ def generated_linear_backward(
     needs: list[bool],
     plan: LaunchPlan,
 ) -> tuple[Tensor | None, ...]:
-    made = Generated(h, b, row, column, activation, dropout, seed)
+    made = GeneratedMatrix(h, b, row, column, activation, dropout, seed)
     dx = _input_gradient(dy, weight, made, scale, plan) if needs[0] else None
     factors: tuple[Tensor | None, ...] = (None,) * 4
     if any(needs[1:]):
@@ -64,7 +64,7 @@ def generated_linear_backward(
     return dx, *(gradient if need else None for gradient, need in zip(factors, needs[1:], strict=True))
 
 
-def _input_gradient(dy: Tensor, weight: Tensor, made: Generated, scale: float, plan: LaunchPlan) -> Tensor:
+def _input_gradient(dy: Tensor, weight: Tensor, made: GeneratedMatrix, scale: float, plan: LaunchPlan) -> Tensor:
     """dX = dY (W0 + s T). Panels lie along K, so that their results are disjoint."""
     if plan.algorithm == "fused":
         return launch_generated_product(dy, weight, made, scale, plan.product, swapped=True)
@@ -80,7 +80,7 @@ def _input_gradient(dy: Tensor, weight: Tensor, made: Generated, scale: float, p
 
 
 def _factor_gradients(
-    dy: Tensor, x: Tensor, made: Generated, scale: float, plan: LaunchPlan
+    dy: Tensor, x: Tensor, made: GeneratedMatrix, scale: float, plan: LaunchPlan
 ) -> tuple[Tensor | None, ...]:
     """dH, dB, drow, dcolumn, in the dtype of the factors."""
     dtype = made.h.dtype
@@ -120,7 +120,7 @@ def generated_features_forward(
     seed: Tensor | None,
     plan: LaunchPlan,
 ) -> tuple[Tensor]:
-    made = Generated(h, b, None, column, activation, dropout, seed)
+    made = GeneratedMatrix(h, b, None, column, activation, dropout, seed)
     z = launch_fold(made, a.t(), plan.contract, swapped=True)
     return ((z if bias is None else z + bias).to(h.dtype),)
 
@@ -137,7 +137,7 @@ def generated_features_backward(
     needs: list[bool],
     plan: LaunchPlan,
 ) -> tuple[Tensor | None, ...]:
-    made = Generated(h, b, None, column, activation, dropout, seed)
+    made = GeneratedMatrix(h, b, None, column, activation, dropout, seed)
     need_h, need_b, need_a, need_column = needs
     da = launch_fold(made, dz, plan.contract, swapped=False).t() if need_a else None
     dh = db = dcolumn = None

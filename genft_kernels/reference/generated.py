@@ -19,7 +19,7 @@ _LARGE = 1 << 23
 
 
 @dataclass(frozen=True)
-class Generated:
+class GeneratedMatrix:
     """What T is made from: H [N,r], B [K,r], row [N] or None, column [K] or None, σ, p and the seed of drop."""
 
     h: Tensor
@@ -30,7 +30,7 @@ class Generated:
     dropout: float
     seed: Tensor | None
 
-    def part(self, rows: slice | None = None, columns: slice | None = None) -> Generated:
+    def part(self, rows: slice | None = None, columns: slice | None = None) -> GeneratedMatrix:
         """What a stretch of rows or columns of T is made from (but for the mask, which is that of the whole)."""
         rows, columns = rows or slice(None), columns or slice(None)
         return replace(
@@ -41,7 +41,7 @@ class Generated:
             column=None if self.column is None else self.column[columns],
         )
 
-    def with_biases_inside(self) -> Generated:
+    def with_biases_inside(self) -> GeneratedMatrix:
         """The same T with each bias as one more rank, [H row 1] [B 1 column]ᵀ: no pass of its own over a panel, and its
         gradient falls out of the products for H and B."""
         h, b = [self.h], [self.b]
@@ -97,7 +97,7 @@ class GeneratedGradients:
     """Sums dL/dH, dL/dB, dL/drow and dL/dcolumn over panels of E = dL/dZ, which may lack a constant `scale`. `needs`
     follows that order."""
 
-    def __init__(self, made: Generated, needs: tuple[bool, bool, bool, bool], scale: float = 1.0) -> None:
+    def __init__(self, made: GeneratedMatrix, needs: tuple[bool, bool, bool, bool], scale: float = 1.0) -> None:
         self.inside = made.with_biases_inside()
         self.scale = scale
         self.r = made.h.shape[1]
@@ -124,7 +124,7 @@ class GeneratedGradients:
         )
 
 
-def _panel_memory(made: Generated) -> Tensor:
+def _panel_memory(made: GeneratedMatrix) -> Tensor:
     """Memory for a panel of T [N,K], rows or columns: half of T at most, unless T is as small as panels elsewhere. All
     panels of an operation use it in turn: new memory costs more than what is done in it."""
     n, k = made.h.shape[0], made.b.shape[0]
@@ -159,7 +159,7 @@ def generated_linear_forward(
     seed: Tensor | None,
 ) -> tuple[Tensor]:
     """y [M,N]. Nothing is kept: the backward generates the panels again."""
-    made = Generated(h, b, row, column, activation, dropout, seed)
+    made = GeneratedMatrix(h, b, row, column, activation, dropout, seed)
     n, k = weight.shape
     y = x.new_empty(x.shape[0], n)
     inside = made.with_biases_inside()
@@ -192,7 +192,7 @@ def generated_linear_backward(
     dX goes by panels of columns and the factors by panels of rows: either way the results are disjoint, so nothing is
     summed in a low-precision tensor.
     """
-    made = Generated(h, b, row, column, activation, dropout, seed)
+    made = GeneratedMatrix(h, b, row, column, activation, dropout, seed)
     need_x, need_h, need_b, need_row, need_column = needs
     n, k = weight.shape
     gradients = GeneratedGradients(made, (need_h, need_b, need_row, need_column), scale)
@@ -229,7 +229,7 @@ def generated_features_forward(
     seed: Tensor | None,
 ) -> tuple[Tensor]:
     """z [K,r2] from A [r2,N], reduced over N panel by panel."""
-    made = Generated(h, b, None, column, activation, dropout, seed)
+    made = GeneratedMatrix(h, b, None, column, activation, dropout, seed)
     z2_t = total(made.b, a.shape[0], made.b.shape[0])
     if bias is not None:
         z2_t += bias[:, None]
@@ -254,7 +254,7 @@ def generated_features_backward(
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """dT = Aᵀ dzᵀ [N,K]; dA = (T dz)ᵀ, and from E = drop(dT)·σ'(Z): dH, dB, dcolumn."""
-    made = Generated(h, b, None, column, activation, dropout, seed)
+    made = GeneratedMatrix(h, b, None, column, activation, dropout, seed)
     need_h, need_b, need_a, need_column = needs
     da = torch.empty_like(a) if need_a else None
     gradients = GeneratedGradients(made, (need_h, need_b, False, need_column))

@@ -11,13 +11,16 @@ import pytest
 from transformers import LlamaConfig
 
 from benchmarks import adaptation, report
-from genft_modules import METHODS, demo
+from genft_modules import METHODS
+from genft_modules.cli.demo import run as demo
 
 SMOKE = adaptation.SIZES["smoke"]
 
 
 def in_process(command, environment=None):
-    assert importlib.import_module(command[2]).main(command[3:]) == 0
+    package = command[2]
+    module = importlib.import_module(f"{package}.main" if package == "genft_modules.cli" else package)
+    assert module.main(command[3:]) == 0
 
 
 def llama(folder: Path, task: demo.Demo) -> Path:

@@ -15,7 +15,7 @@ from benchmarks.shapes import Case, Shape
 from benchmarks.timing import ceilings
 from genft_kernels import gate, timing
 from genft_kernels.plan import LaunchPlan
-from tests.kernels import truth
+from tests.support import truth
 
 CPU = torch.device("cpu")
 CASE = Case(Shape(48, (40,), 24), 4, torch.float32, CPU)
@@ -182,10 +182,6 @@ def test_the_rule():
     assert gate.judge(
         {"y": near["y"], "z": exact["y"]}, two, {"y": exact["y"], "z": near["y"]}, torch.float32, pooled=True
     )
-
-
-def test_one_table_of_tolerances():
-    assert gate.EPSILON == truth.EPSILON
 
 
 def test_the_hardware_gate_sees_what_is_wrong(monkeypatch):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from genft_modules import corpora
-from genft_modules.data import normal
+from genft_modules.cli.data import normal
+from genft_modules.cli.demo import corpora
 
 
 @pytest.fixture(scope="module")

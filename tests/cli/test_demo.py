@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from genft_modules import demo
-from genft_modules.demo import Demo
+from genft_modules.cli.demo import run as demo
+from genft_modules.cli.demo.run import Demo
 
 MINIATURE = Demo(
     hidden=32, layers=2, heads=2, feed_forward=48, seq_len=64, batch_size=2, pretrain_steps=2, pretrain_batch=2,

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from genft_modules import doctor
+import genft_kernels
+from genft_kernels.formulas import OPERATIONS
 from tests.cli.conftest import Genft
 
 
@@ -19,14 +20,14 @@ def test_doctor(genft: Genft) -> None:
     assert done.code == 0, done.out
     for word in (version("torch"), version("peft"), "python", "device", "backend", '"algorithm"', "self-check"):
         assert word in done.out
-    for operation in doctor._CHECKS:
-        assert operation in done.out
+    for name, operation in OPERATIONS.items():
+        assert (name in done.out) == bool(operation.trained)
     assert "all operations are right" in done.out
 
 
 @pytest.mark.parametrize("broken", ["gradient", "output", "nan"])
 def test_doctor_sees_a_wrong_operation(genft: Genft, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    right = doctor.input_edit
+    right = genft_kernels.input_edit
 
     def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
         y = right(*args, **kwargs)
@@ -34,7 +35,7 @@ def test_doctor_sees_a_wrong_operation(genft: Genft, monkeypatch: pytest.MonkeyP
             return y.detach() + 1.01 * (y - y.detach())
         return y * (1.01 if broken == "output" else float("nan"))
 
-    monkeypatch.setattr(doctor, "input_edit", wrong)
+    monkeypatch.setattr(genft_kernels, "input_edit", wrong)
     done = genft("doctor", "--seconds", 0)
     assert done.code == 1
     assert [line.split()[1] for line in done.out.splitlines() if "WRONG |" in line] == ["input_edit"] * done.out.count(

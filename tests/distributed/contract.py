@@ -39,10 +39,9 @@ from transformers.distributed import DistributedConfig
 from transformers.pytorch_utils import Conv1D
 
 from genft_modules import METHODS, FusedGenLinear, grft_penalty
-from genft_modules.adapters import restore_adapter, save_adapter
-from genft_modules.distributed import align_adapters, unwrapped
-
-from ..modules.cases import CASES, randomize
+from genft_modules.disk.adapters import restore_adapter, save_adapter
+from genft_modules.model.distributed import align_adapters, unwrapped
+from tests.support.cases import CASES, randomize
 
 COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")  # how they are cut
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]

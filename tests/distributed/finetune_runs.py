@@ -15,10 +15,10 @@ import torch
 import transformers  # noqa: F401 - before the forks
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: F401
 
-from genft_modules import cli, finetune, training  # noqa: F401
-from genft_modules.data import byte_tokenizer
-
-from .contract import fork
+from genft_modules.cli import finetune, training  # noqa: F401
+from genft_modules.cli import main as cli
+from genft_modules.cli.data import byte_tokenizer
+from tests.distributed.contract import fork
 
 STEPS = 24
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import genft_kernels as gk
 from genft_kernels import (
@@ -17,33 +15,16 @@ from genft_kernels import (
     LaunchPlan,
     ProductPlan,
     SkinnyPlan,
-    edit,
-    features,
-    generated,
-    grouped,
-    lowrank,
-    sliced,
 )
-from genft_kernels import plan as plans
 from genft_kernels.activations import ACTIVATIONS
-from genft_kernels.operation import Operation
+from tests.support.plans import CONTRACT, DTYPES, PLANS, SKINNY, short
+from tests.support.truth import ALGORITHMS, OPERATIONS, WITH_DROPOUT, Case, assert_close_to_truth, make_case, run
+from tests.support.watchers import Allocations, Products
 
-from .truth import ALGORITHMS, OPERATIONS, WITH_DROPOUT, Case, assert_close_to_truth, make_case, run
-
-# Small blocks, so that small shapes have several row blocks in a group, several groups and ragged edges.
-SKINNY = SkinnyPlan(rows=16, columns=32, groups=3, warps=4, stages=2)
-PRODUCT = ProductPlan(m=32, n=32, k=32, group=2, warps=4, stages=2, programs=3, descriptors=True)
-CONTRACT = ContractPlan(n=16, k=32, depth=16, groups=4, warps=4, stages=2, panel=1)
-PLANS = {name: LaunchPlan(name, SKINNY, PRODUCT, CONTRACT) for name in plans.ALGORITHMS}
 PAIRS = [(name, algorithm) for name, algorithms in ALGORITHMS.items() for algorithm in algorithms]
 ACTIVATION = {"activation": "gelu"}
 
 SHAPES = [(70, 45, 130, 5), (1, 16, 17, 1), (129, 64, 64, 20), (33, 131, 31, 16)]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @pytest.mark.parametrize(("name", "algorithm"), PAIRS)
@@ -225,54 +206,6 @@ def test_opcheck_generated(algorithm, device):
             torch.ops.genft.generated_features_backward.default,
             (dz, h, b, a, column, "tanh", 0.2, seed, [True, False, True, True, True], features_plan),
         )
-
-
-class Inside(TorchDispatchMode):
-    """Sees every call of aten, those within our operators too: a mode is off while an operator's body runs, so the
-    body is called here, with the mode on."""
-
-    BODIES: ClassVar = {
-        overload: body
-        for module in (lowrank, edit, features, generated, grouped, sliced)
-        for value in vars(module).values()
-        if isinstance(value, Operation)
-        for overload, body in value.operators.items()
-    }
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in self.BODIES:
-            with self:
-                return self.BODIES[function](*args, **(kwargs or {}))
-        out = function(*args, **(kwargs or {}))
-        self.see(function, out)
-        return out
-
-
-class Products(Inside):
-    """The shapes of the products made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def see(self, function, out) -> None:
-        aten = torch.ops.aten
-        if function.overloadpacket in (aten.mm, aten.matmul, aten.addmm, aten.addmm_):
-            self.shapes.append(tuple(out.shape))
-
-
-class Allocations(Inside):
-    """The largest new storage, in bytes."""
-
-    def __init__(self, *known: torch.Tensor) -> None:
-        super().__init__()
-        self.known = {t.untyped_storage().data_ptr() for t in known}
-        self.largest = 0
-
-    def see(self, function, out) -> None:
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
 
 
 @pytest.mark.parametrize("algorithm", ["reference", "seeded"])

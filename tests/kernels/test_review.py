@@ -13,8 +13,7 @@ import genft_kernels as gk
 from genft_kernels import DeviceFacts, LaunchPlan, Problem, choose_plan
 from genft_kernels.activations import ACTIVATIONS
 from genft_kernels.plan import ALGORITHMS_OF, resolve
-
-from .truth import assert_close_to_truth, error, make_case, run
+from tests.support.truth import assert_close_to_truth, error, make_case, run
 
 NAMES = ("lowrank_linear", "input_edit_linear", "input_edit", "weight_features", "generated_linear")
 ALGORITHMS = {name: ALGORITHMS_OF[name][0] for name in (*NAMES, "generated_features")}

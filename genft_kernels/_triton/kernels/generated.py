@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...dropout import threshold
 from ...plan import ContractPlan, ProductPlan, contraction_bytes, contraction_grid
-from ...reference.generated import Generated
+from ...reference.generated import GeneratedMatrix
 from .activations import TWINS
 from .common import INTERPRETING, dither, dot, grouped_tile, keep_mask, precision, rank_block, strides, unit, vector
 
@@ -281,14 +281,14 @@ def _panel_kernel(
     tl.store(p_o + o_n[:, None] * s_on + o_k[None, :] * s_ok, total.to(dtype), mask=m_tile)
 
 
-def _drop(made: Generated) -> tuple[int, float]:
+def _drop(made: GeneratedMatrix) -> tuple[int, float]:
     return threshold(made.dropout), 1.0 / (1.0 - made.dropout)
 
 
 def launch_generated_product(
     a: Tensor,
     weight: Tensor,
-    made: Generated,
+    made: GeneratedMatrix,
     scale: float,
     plan: ProductPlan,
     *,
@@ -319,7 +319,7 @@ def launch_generated_product(
 
 
 def launch_contract(
-    made: Generated,
+    made: GeneratedMatrix,
     plan: ContractPlan,
     *,
     left: Tensor | None = None,
@@ -365,7 +365,7 @@ def launch_contract(
     return dh.sum(0), db.sum(0), None if drow is None else drow.sum(0), None if dcolumn is None else dcolumn.sum(0)
 
 
-def launch_fold(made: Generated, v: Tensor, plan: ContractPlan, *, swapped: bool) -> Tensor:
+def launch_fold(made: GeneratedMatrix, v: Tensor, plan: ContractPlan, *, swapped: bool) -> Tensor:
     """fp32 T v ([K,c] -> [N,c]); swapped: Tᵀ v ([N,c] -> [K,c])."""
     f_out, out_add, f_loop, loop_add = made.h, made.row, made.b, made.column
     if swapped:
@@ -394,7 +394,13 @@ def launch_fold(made: Generated, v: Tensor, plan: ContractPlan, *, swapped: bool
 
 
 def launch_panel(
-    weight: Tensor, made: Generated, scale: float, plan: ContractPlan, out: Tensor, first_n: int = 0, first_k: int = 0
+    weight: Tensor,
+    made: GeneratedMatrix,
+    scale: float,
+    plan: ContractPlan,
+    out: Tensor,
+    first_n: int = 0,
+    first_k: int = 0,
 ) -> Tensor:
     """W0 + s T of the stretch that `weight` and `made` hold, which starts at (first_n, first_k), into `out`."""
     n, k = weight.shape

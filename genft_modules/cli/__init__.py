@@ -1,0 +1,1 @@
+"""The command `genft`: `python -m genft_modules.cli` is the same."""

@@ -1,0 +1,150 @@
+"""What the commands read: a base model, a saved adapter, the device to put them on."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genft_modules.cli.console import UserError, one_line, say
+from genft_modules.disk.adapters import load_adapter, read_config
+from genft_modules.files import check_new
+from genft_modules.methods import GeneratorConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# The class that a task is trained with. An adapter without a task names its class.
+_KINDS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def launched() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_device(name: str) -> torch.device:
+    """The device of this process; of several that torchrun started on a machine, each has the GPU of its number."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here")
+    if name not in {"cuda", "cpu"}:
+        raise UserError(f"--device {name}: choose from auto, cuda, cpu")
+    if name == "cuda" and launched() > 1:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"--nproc-per-node: process {local} of a machine whose torch sees {torch.cuda.device_count()} GPUs"
+            )
+        torch.cuda.set_device(local)
+        return torch.device(name, local)
+    return torch.device(name)
+
+
+def model_config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model {model}: the directory holds no config.json")
+    elif path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        raise UserError(f"--model {model}: no such directory")
+    try:
+        return AutoConfig.from_pretrained(place(model))
+    except Exception as error:  # the hub's client has many ways to say that there is no such model
+        what = "cannot be read" if path.is_dir() else "no such directory, and not read from the hub"
+        raise UserError(f"--model {model}: {what} ({one_line(error)[:200]})") from None
+
+
+def place(model: str) -> str:
+    path = Path(model).expanduser()
+    return str(path) if path.is_dir() else model
+
+
+def load_base(
+    model: str, dtype: torch.dtype | str, kind: str = "AutoModelForCausalLM", found_elsewhere: Collection[str] = ()
+) -> Any:
+    """The model, by the class `kind` of transformers. UserError if weights are missing, but for those of the modules
+    whose names are in `found_elsewhere`."""
+    import transformers
+    from safetensors import SafetensorError
+
+    try:
+        loaded, info = getattr(transformers, kind).from_pretrained(place(model), dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--model {model}: its weights cannot be read ({one_line(error)[:200]})") from None
+    parts = [f".{name}." for name in found_elsewhere]
+    if missing := sorted(key for key in info["missing_keys"] if not any(part in f".{key}" for part in parts)):
+        raise UserError(f"--model {model}: {len(missing)} of its weights are missing, {missing[0]} first")
+    return loaded
+
+
+def path_of(name: str) -> Path:
+    return Path(name).expanduser()
+
+
+def config_of(adapter: str) -> Any:
+    try:
+        return read_config(path_of(adapter))
+    except ValueError as error:
+        raise UserError(one_line(error)) from None
+
+
+def genft_config(adapter: str, command: str) -> GeneratorConfig:
+    config = config_of(adapter)
+    if not isinstance(config, GeneratorConfig):
+        method = method_of(config)
+        raise UserError(f"{adapter}: is of peft's own method {method}; genft {command} is for those of genft")
+    return config
+
+
+def method_of(config: Any) -> str:
+    return config.method if isinstance(config, GeneratorConfig) else str(config.peft_type.value)
+
+
+def check_output(output: str) -> None:
+    try:
+        check_new(path_of(output))
+    except ValueError as error:
+        raise UserError(f"--output {one_line(error)}") from None
+
+
+def base_of(config: Any, adapter: str, model: str | None) -> str:
+    base = model or config.base_model_name_or_path
+    if not base:
+        raise UserError(f"--model is missing: {adapter} does not say which model it was trained on")
+    return str(base)
+
+
+def load(adapter: str, config: Any, base: str, device: str, dtype: torch.dtype | str = "auto") -> Any:
+    """The base model with the adapter. UserError if the one or the other cannot be read, or they do not fit."""
+    where = check_device(device)
+    kind = _kind(config, model_config(base))
+    say(f"reading {base}")
+    loaded = load_base(base, dtype, kind, found_elsewhere=config.modules_to_save or ()).to(where)
+    try:
+        return load_adapter(loaded, path_of(adapter))
+    except ValueError as error:
+        raise UserError(one_line(error)) from None
+
+
+def _kind(config: Any, base_config: Any) -> str:
+    """The class of the model: the adapter's, its task's, or else the base model's."""
+    import transformers
+
+    named = (config.auto_mapping or {}).get("base_model_class")
+    for kind in (named, _KINDS.get(config.task_type), *(base_config.architectures or ())):
+        if kind and hasattr(transformers, kind):
+            return str(kind)
+    raise UserError(f"--model: transformers knows no class for it: neither {named} nor {base_config.architectures}")

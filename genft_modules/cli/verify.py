@@ -1,0 +1,95 @@
+"""The proof that a saved run is whole: in a new process, load it on the saved base and compare its logits.
+
+`python -m genft_modules.cli.verify RUN...` reads RUN/run.json and RUN/probe.safetensors, writes RUN/reload.json.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genft_modules.cli.console import INTERRUPTED, quiet
+from genft_modules.layer.linear import FusedGenLinear
+from genft_modules.methods.weights import is_quantised
+from genft_modules.progress import bar
+
+# How far logits may be apart, as a share of the largest logit. A reloaded adapter computes what the trained one did;
+# a merged one rounds W0 + ΔW to the weights' dtype, in every layer.
+TOLERANCES = {
+    torch.float32: (1e-5, 1e-4),
+    torch.bfloat16: (1e-2, 1e-1),
+    torch.float16: (2e-3, 2e-2),
+}
+
+
+def save_probe(model: torch.nn.Module, input_ids: torch.Tensor, path: Path) -> None:
+    """Logits of `model` on `input_ids` [B,T], kept for the comparison."""
+    from safetensors.torch import save_file
+
+    save_file({"input_ids": input_ids.cpu(), "logits": _logits(model, input_ids)}, str(path))
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    output: Any = model.eval()(input_ids=input_ids.to(next(model.parameters()).device))
+    logits: torch.Tensor = output.logits
+    return logits.float().cpu().contiguous()
+
+
+def verify_in_new_process(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """`verify` for each run, in one fresh Python. Raises RuntimeError if that process fails."""
+    done = subprocess.run([sys.executable, "-m", "genft_modules.cli.verify", *map(str, runs)], check=False)
+    if done.returncode == INTERRUPTED:
+        raise KeyboardInterrupt
+    if done.returncode:
+        raise RuntimeError(f"the process that reloads the adapters ended with exit code {done.returncode}")
+    return [json.loads((run / "reload.json").read_text(encoding="utf-8")) for run in runs]
+
+
+def verify(run: Path) -> dict[str, Any]:
+    """Max |difference| of the logits against the trained model's: as loaded, and merged (None for a full model, and for
+    an adapter of genft on quantised layers, which cannot be merged)."""
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    probe = load_file(str(run / "probe.safetensors"))
+    dtype = getattr(torch, record["dtype"])
+    base = record["base"] if record["adapter"] else str(run / "model")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(record["device"])
+    if record["adapter"]:
+        model = PeftModel.from_pretrained(model, str(run / "adapter"))
+    largest = float(probe["logits"].abs().max())
+    loaded = float((_logits(model, probe["input_ids"]) - probe["logits"]).abs().max())
+    merged = None
+    layers = [module for module in model.modules() if isinstance(module, FusedGenLinear)]
+    if record["adapter"] and not any(is_quantised(layer.base_layer) for layer in layers):
+        model = model.merge_and_unload()
+        merged = float((_logits(model, probe["input_ids"]) - probe["logits"]).abs().max())
+    allowed, allowed_merged = TOLERANCES[dtype]
+    agree = loaded <= allowed * largest and (merged is None or merged <= allowed_merged * largest)
+    return {"loaded": loaded, "merged": merged, "largest_logit": largest, "agree": agree}
+
+
+def main(arguments: Sequence[str]) -> int:
+    quiet()
+    try:
+        with bar(len(arguments), "reloading in a new process", unit="adapter") as progress:
+            for argument in arguments:
+                run = Path(argument)
+                (run / "reload.json").write_text(json.dumps(verify(run), indent=2) + "\n", encoding="utf-8")
+                progress.update()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

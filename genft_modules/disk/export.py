@@ -1,0 +1,183 @@
+"""Adapters of any method as plain LoRA, for programs that know no other: exactly where ΔW has low rank, else by
+truncated SVD with the error measured."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from genft_modules.files import PREFIX, WEIGHTS, new_directory
+from genft_modules.layer.linear import FusedGenLinear
+from genft_modules.methods.base import check_number, check_rank
+from genft_modules.methods.weights import stored
+from genft_modules.model.targets import layer_names, targets_of
+from genft_modules.model.tuner import GenFTModel
+from genft_modules.progress import bar
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """What became of one layer: the rank of its LoRA; whether its A and B are those of ΔW = B A itself, or of a
+    truncated SVD; and ‖B A − ΔW‖ / ‖ΔW‖ in the Frobenius norm, measured on the tensors that were saved."""
+
+    name: str
+    rank: int
+    exact: bool
+    error: float
+
+
+def export_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    max_error: float | None = None,
+    rank: int | None = None,
+    progressbar: bool = False,
+) -> list[ExportedLayer]:
+    """Writes an adapter as a LoRA adapter of stock peft, which `PeftModel.from_pretrained` loads without genft.
+
+    Where ΔW has low rank (WeGeFT, GIFT, LoRA, GenFT with a linear outer activation) A and B are its own factors,
+    nothing is approximated and their rank is the adapter's. An update that is generated (GenFT with another activation)
+    has full rank: it is cut off after `rank` singular values, or after as many as `max_error` asks for, layer by layer.
+    Scales are in B, so that lora_alpha is the rank everywhere. Modules to save and trained biases come along.
+
+    A and B hold for the weights of `model`, which they were made from: the exported adapter fits no other base model,
+    even where the adapter itself would.
+
+    Args:
+        model: with the adapter: a `PeftModel`, a transformers model with adapters, or any model whose layers are
+            `FusedGenLinear`. It is not changed, and may have the adapter merged.
+        directory: a new one, for adapter_config.json and adapter_model.safetensors. It appears when it is whole.
+        adapter_name: which adapter.
+        max_error: for layers of full rank: the relative error of ΔW that is allowed, in the Frobenius norm.
+        rank: for layers of full rank: how many singular values to keep. Either this or `max_error`.
+        progressbar: show one on stderr.
+
+    Returns:
+        What became of each layer, in the model's order.
+
+    Raises:
+        ValueError, TypeError: nothing has been written then.
+    """
+    directory = Path(directory)
+    if max_error is not None and rank is not None:
+        raise ValueError(f"max_error, rank: got {max_error} and {rank}, expected one of them")
+    if rank is not None:
+        check_rank("rank", rank)
+    if max_error is not None:
+        check_number("max_error", max_error)
+        if not 0 < max_error < 1:
+            raise ValueError(f"max_error: got {max_error}, expected 0 < max_error < 1")
+    layers = {
+        name.removeprefix(PREFIX): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, FusedGenLinear) and adapter_name in layer.genft_generators
+    }
+    if not layers:
+        raise ValueError(f"adapter_name: no layer of the model has an adapter of genft called {adapter_name!r}")
+    if "" in layers:
+        raise ValueError("model: is a single layer, expected a model that contains it, for LoRA goes by layers' names")
+    if meta := [name for name, layer in layers.items() if stored(layer.base_layer).is_meta]:
+        raise ValueError(f"model: the weight of {meta[0]} is on the meta device, expected its values")
+    with new_directory(directory) as partial:
+        exported, tensors = [], {}
+        with bar(len(layers), "exporting", unit="layer", leave=False, show=progressbar) as progress:
+            for name, layer in layers.items():
+                a, b, exact, error = _factors(layer, adapter_name, name, max_error, rank)
+                exported.append(ExportedLayer(name, a.shape[0], exact, error))
+                tensors[f"{PREFIX}{name}.lora_A.weight"] = _copy(a)
+                tensors[f"{PREFIX}{name}.lora_B.weight"] = _copy(b)
+                progress.update()
+        tensors |= _other_tensors(model, adapter_name)
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        _config(model, adapter_name, layers, exported).save_pretrained(str(partial))
+    return exported
+
+
+@torch.no_grad()
+def _factors(
+    layer: FusedGenLinear, adapter_name: str, name: str, max_error: float | None, rank: int | None
+) -> tuple[Tensor, Tensor, bool, float]:
+    """(A [r, K], B [N, r], whether they are ΔW's own, relative error)."""
+    delta = layer.get_delta_weight(adapter_name)
+    size = float(torch.linalg.matrix_norm(delta))
+
+    def error(a: Tensor, b: Tensor) -> float:
+        return float(torch.linalg.matrix_norm(torch.addmm(delta, b, a, beta=-1))) / size if size else 0.0
+
+    if exact := layer.low_rank_factors(adapter_name):
+        return *exact, True, error(*exact)
+    if rank is None and max_error is None:
+        raise ValueError(
+            f"max_error, rank: got neither, expected one of them because ΔW of {name} has full rank and has to be "
+            "approximated"
+        )
+    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+    # What is rounded on the way can be more than the rank that just suffices has to spare: then the next one.
+    ranks = [rank] if rank is not None else [_rank_for(s, max_error) + more for more in (0, 1)]
+    for kept in ranks:
+        a, b = vh[:kept], u[:, :kept] * s[:kept]
+        if max_error is None or error(a, b) <= max_error:
+            return a, b, False, error(a, b)
+    raise ValueError(
+        f"max_error: got {max_error:g}, which {delta.dtype} cannot reach in {name}, expected at least {error(a, b):.1e}"
+    )
+
+
+def _rank_for(s: Tensor, max_error: float | None) -> int:
+    """The least number of the singular values `s` whose rest is at most `max_error` of the whole; at least 1."""
+    rest = s.double().square().flip(0).cumsum(0).sqrt().flip(0)  # ‖s[i:]‖
+    return max(1, int((rest > (max_error or 0.0) * rest[0]).sum()))
+
+
+def _other_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """What the adapter's checkpoint has beside the method's own tensors: modules to save, trained biases, resized
+    embeddings. LoRA has them under the same keys."""
+    if adapter_name not in getattr(model, "peft_config", {}):
+        return {}
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return {
+        PREFIX + key.removeprefix(PREFIX): _copy(tensor)
+        for key, tensor in state.items()
+        if f".{GenFTModel.prefix}" not in key
+    }
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """safetensors takes no tensors that share memory, as the A of layers that share a factor do."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _config(
+    model: nn.Module, adapter_name: str, layers: dict[str, FusedGenLinear], exported: list[ExportedLayer]
+) -> LoraConfig:
+    """Targets exactly the adapted layers. The rank is the most frequent one; others are in the patterns."""
+    ours: Any = getattr(model, "peft_config", {}).get(adapter_name)
+    bias = getattr(ours, "bias", "none")
+    common = Counter(layer.rank for layer in exported).most_common(1)[0][0]
+    # ^ keeps peft, which looks at the end of names, from finding the layer of a longer name
+    pattern = {f"^{re.escape(layer.name)}": layer.rank for layer in exported if layer.rank != common}
+    return LoraConfig(
+        r=common,
+        lora_alpha=common,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=targets_of(layers, layer_names(model)),
+        fan_in_fan_out=all(layer.transposed for layer in layers.values()),
+        bias=bias if bias in ("none", "all") else "lora_only",
+        modules_to_save=getattr(ours, "modules_to_save", None),
+        task_type=getattr(ours, "task_type", None),
+        base_model_name_or_path=getattr(ours, "base_model_name_or_path", None) or getattr(model, "name_or_path", None),
+        revision=getattr(ours, "revision", None),
+        inference_mode=True,
+    )

@@ -1,0 +1,1 @@
+"""One layer: a frozen linear layer and its adapters. Here x flows."""

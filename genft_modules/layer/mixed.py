@@ -1,0 +1,143 @@
+"""Batches whose samples take different adapters: peft's `adapter_names`, as grouped operations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from genft_kernels import RowGroups, group_rows, grouped_lowrank_linear
+from genft_modules.methods.forms import InputEdit, LowRank, Slices
+
+BASE = "__base__"  # peft's name for no adapter
+
+
+class Stack(NamedTuple):
+    """Low-rank updates side by side: P [G, K, r] and Q [G, N, r] of G adapters, filled up to one rank with zeros."""
+
+    adapters: tuple[str, ...]
+    p: Tensor
+    q: Tensor
+
+
+@dataclass
+class Made:
+    """The updates that one layer applies to a batch, by how they are applied: edits of its input, low-rank updates of
+    its output, and those of full rank, for which the adapter's samples are taken out of the batch."""
+
+    edits: Stack | None
+    low_rank: Stack | None
+    others: dict[str, Any]
+
+
+@dataclass
+class MixedBatch:
+    """The adapter of each sample, in one call of a model.
+
+    What layers have in common is made once for the call: the samples are sorted once, and while no gradients are asked
+    for, updates are made and stacked once per layer. `generate` is one call, so decoding pays for neither.
+
+    Args:
+        names: adapter names, one per sample, "__base__" for none.
+        copies: into how many each sample may be repeated, one after the other, as by beam search.
+    """
+
+    names: tuple[str, ...]
+    copies: int = 1
+    _rows: dict[Any, RowGroups] = field(default_factory=dict, repr=False)
+    _made: dict[int, Made] = field(default_factory=dict, repr=False)
+    _stacks: dict[Any, tuple[list[Tensor], Stack]] = field(default_factory=dict, repr=False)
+
+    def names_of(self, samples: int) -> list[str]:
+        """The adapter names of a batch of `samples`: as they are, or repeated. Raises ValueError for another number."""
+        for copies in (1, self.copies):
+            if samples == len(self.names) * copies:
+                return [name for name in self.names for _ in range(copies)]
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(self.names)} and {samples} respectively."
+        )
+
+    def rows(self, adapters: tuple[str, ...], x: Tensor) -> RowGroups:
+        """Which of the adapters each sample of x [S, ...] takes, on its device."""
+        key = (adapters, x.shape[0], x.device)
+        if key not in self._rows:
+            group = {name: index for index, name in enumerate(adapters)}
+            index = torch.tensor([group.get(name, -1) for name in self.names_of(x.shape[0])], dtype=torch.int64)
+            self._rows[key] = RowGroups(*(part.to(x.device) for part in group_rows(index, len(adapters))))
+        return self._rows[key]
+
+    def samples(self, adapter: str, x: Tensor) -> Tensor:
+        """The places of the adapter's samples in x [S, ...]."""
+        places = [place for place, name in enumerate(self.names_of(x.shape[0])) if name == adapter]
+        return torch.tensor(places, dtype=torch.int64, device=x.device)
+
+    def made(self, layer: Any, weight: Tensor) -> Made:
+        """The updates of `layer`, whose W0 is `weight`, nothing dropped."""
+        if id(layer) in self._made:
+            return self._made[id(layer)]
+        generators = layer.genft_generators
+        forms = {
+            name: generators[name].form(weight, dropout=False)
+            for name in dict.fromkeys(self.names)
+            if name in generators
+        }
+        forms = {name: form.low_rank() if isinstance(form, Slices) else form for name, form in forms.items()}
+        edits = {name: form for name, form in forms.items() if isinstance(form, InputEdit)}
+        low_rank = {name: form for name, form in forms.items() if isinstance(form, LowRank)}
+        others = {name: form for name, form in forms.items() if name not in edits and name not in low_rank}
+        made = Made(
+            self._stacked({name: LowRank(form.psi.t(), form.phi.t(), form.scale) for name, form in edits.items()}),
+            self._stacked(low_rank),
+            others,
+        )
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._made[id(layer)] = made
+        return made
+
+    def _stacked(self, forms: Mapping[str, LowRank]) -> Stack | None:
+        if not forms:
+            return None
+        sources = [tensor for form in forms.values() for tensor in (form.p, form.q)]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _stack(forms)
+        # Layers that share their factors share the stack. The sources are kept with it: while they live, their memory
+        # is nobody else's.
+        key = (
+            tuple((name, form.scale) for name, form in forms.items()),
+            tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in sources),
+        )
+        if key not in self._stacks:
+            self._stacks[key] = (sources, _stack(forms))
+        return self._stacks[key][1]
+
+    def updates(self, stack: Stack, x: Tensor, backend: str) -> Tensor:
+        """x_i P_g Q_gᵀ [S, ..., N] for each sample i, 0 for one of another adapter or none."""
+        return grouped_lowrank_linear(x, None, stack.p, stack.q, self.rows(stack.adapters, x), backend=backend)
+
+
+def mixed_batch(adapter_names: MixedBatch | Sequence[str], copies: int = 1) -> MixedBatch:
+    """From peft's argument. Raises TypeError for anything but a list or tuple of str."""
+    if isinstance(adapter_names, MixedBatch):
+        return adapter_names
+    if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):
+        raise TypeError(f"adapter_names: got {adapter_names!r}, expected a list with one adapter name per sample")
+    return MixedBatch(tuple(adapter_names), copies)
+
+
+def _stack(forms: Mapping[str, LowRank]) -> Stack:
+    r = max(form.p.shape[1] for form in forms.values())
+    dtype = next(iter(forms.values())).p.dtype
+    for form in forms.values():
+        dtype = torch.promote_types(dtype, torch.promote_types(form.p.dtype, form.q.dtype))
+
+    def filled(factor: Tensor) -> Tensor:
+        return F.pad(factor.to(dtype), (0, r - factor.shape[1]))
+
+    p = torch.stack([filled(form.p) for form in forms.values()])
+    q = torch.stack([filled(form.q.to(dtype) * form.scale) for form in forms.values()])
+    return Stack(tuple(forms), p, q)

@@ -1,0 +1,111 @@
+"""The forward pass of a layer whose W0 is a `DTensor`: cut by tensor parallelism, or by FSDP of the base layer alone.
+
+The base layer is called as it is, with the hooks or the forward that whoever sharded it gave it: they bring x and W0
+where they have to be, and the output where it goes. Inside that call, our operation takes the place of the product.
+With tensor parallelism it runs on the part of W0 that is here, with the parts of the factors that belong to it: y has
+the layout of the base layer's own product, and its own communication completes both. What is left is to sum the
+gradients of the factors, which every process has whole: once per backward pass and parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from genft_kernels.sharded import Part, is_sharded, part_of
+from genft_modules.methods import Generator
+from genft_modules.methods.forms import InputEdit, apply, side_by_side
+
+
+def sharded_forward(base: Any, x: Tensor, generators: Sequence[Generator], transposed: bool) -> Tensor:
+    """y [..., N] as the base layer gives it out, whatever its layout, with the updates in it. `transposed`: it keeps
+    W0ᵀ."""
+    whole = base.weight.t() if transposed else base.weight
+    backend = generators[0].backend
+
+    def product(x: Any, weight: Any, bias: Any) -> Tensor:
+        weight = weight.t() if transposed else weight
+        if not is_sharded(weight) and weight.shape == whole.shape:
+            forms = side_by_side([generator.form(weight) for generator in generators], weight, backend)
+            return apply(forms, x, weight, bias, backend)
+        # In inference, transformers hands out what is local, and `whole` still says which part that is.
+        return _on_part(x, weight, bias, weight if is_sharded(weight) else whole, generators, backend)
+
+    with _InThePlaceOfTheProduct(base, product) as mode:
+        y: Tensor = base(x)
+    if not mode.done:
+        raise TypeError("base_layer: its forward made no product with its weight, so that the adapter would do nothing")
+    return y
+
+
+class _InThePlaceOfTheProduct(TorchFunctionMode):
+    """Where the base layer multiplies by its weight, calls `product(x, weight, bias)` instead."""
+
+    def __init__(self, base: nn.Module, product: Callable[[Any, Any, Any], Tensor]) -> None:
+        super().__init__()
+        self.base, self.product, self.done = base, product, False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.linear and args[1] is self.base.weight:  # nn.Linear
+            self.done = True
+            return self.product(*args)
+        if function is torch.addmm and args[2] is self.base.weight:  # Conv1D
+            self.done = True
+            return self.product(args[1], args[2], args[0])
+        return function(*args, **(kwargs or {}))
+
+
+def _on_part(x: Any, weight: Any, bias: Any, whole: Any, generators: Sequence[Generator], backend: str) -> Tensor:
+    """The product with the part of W0 + ΔW that is here, in the layout that F.linear gives it."""
+    from torch.distributed.tensor import DTensor, Partial, Shard
+
+    part = part_of(whole)
+    if torch.is_grad_enabled():
+        for generator in generators:
+            sum_gradients(generator, part)
+    forms: list[Any] = side_by_side([generator.form(whole) for generator in generators], whole, backend)
+    if part.dim == 1:
+        forms = [form.low_rank(whole, backend) if isinstance(form, InputEdit) else form for form in forms]
+    forms = [form.part(part.dim, part.where) for form in forms]
+    if not is_sharded(weight):  # and x neither: no layout to keep
+        return apply(forms, x, weight, bias, backend)
+
+    mesh, n = part.mesh, whole.shape[0]
+    local = x.to_local(grad_placements=[Partial() if part.dim == 0 else Shard(x.dim() - 1)])
+    if part.dim == 0:
+        y = apply(forms, local, weight.to_local(), None if bias is None else bias.to_local(), backend)
+        shape = torch.Size((*y.shape[:-1], n))
+        stride = torch.empty(shape, device="meta").stride()
+        placed: Tensor = DTensor.from_local(y, mesh, [Shard(y.dim() - 1)], run_check=False, shape=shape, stride=stride)
+        return placed
+    placed = DTensor.from_local(apply(forms, local, weight.to_local(), None, backend), mesh, [Partial()])
+    return placed if bias is None else placed + bias
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A gradient hook: the sum over the processes of a mesh."""
+
+    mesh: Any
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        from torch.distributed._functional_collectives import all_reduce, wait_tensor
+
+        total: Tensor = wait_tensor(all_reduce(gradient.contiguous(), "sum", self.mesh))
+        return total
+
+
+def sum_gradients(generator: Generator, part: Part) -> None:
+    """Has the gradients of the adapter's parameters summed over the part's mesh, once per backward pass, however many
+    layers share them."""
+    for module in generator.modules_with_shared():
+        for parameter in module.parameters():
+            hooks = (parameter._backward_hooks or {}).values()
+            if parameter.requires_grad and not any(isinstance(hook, _Sum) for hook in hooks):
+                parameter.register_hook(_Sum(part.mesh))

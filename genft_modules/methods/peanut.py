@@ -1,0 +1,127 @@
+"""PEANuT: ΔWᵀ = s·f(W0ᵀ Aᵀ) Bᵀ with a small network f (arXiv 2410.01870), numerically that of peft's own layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from genft_modules.methods.base import (
+    Generator,
+    GeneratorConfig,
+    beside,
+    check_choice,
+    check_number,
+    check_rank,
+    without_autocast,
+)
+from genft_modules.methods.forms import LowRank
+from genft_modules.methods.weights import weight_features
+
+# peft makes its activation anew at every call, so what these could learn stays as it starts.
+CONSTANT: dict[str, Callable[[], nn.Module]] = {"prelu": partial(nn.LeakyReLU, 0.25)}
+
+
+@dataclass
+class PeanutConfig(GeneratorConfig):
+    """PEANuT. Field names, meanings and defaults are those of `peft.PeanutConfig`; its adapters are loaded by
+    `load_peft_peanut`.
+
+        P = f(W0ᵀ Aᵀ) [K, r], ΔW = s·B Pᵀ [N, K]
+
+    f applies σ, then `depth` encoders, each h ↦ σ(h Eᵢᵀ), then as many decoders, each h ↦ σ(h Dᵢᵀ) plus what its
+    encoder was given. An activation's own parameters ("prelu", "xielu") are not trained, as in peft.
+
+    Args:
+        r: rank.
+        depth: number of encoders, and of decoders; 0 leaves f(h) = σ(h).
+        act_fn: σ, a name of `transformers.activations.ACT2FN`.
+        scaling: s.
+        init_weights: True: B is zero, so that ΔW = 0, and the rest Kaiming-uniform(√5); False: B too is
+            Kaiming-uniform(√5).
+
+    Source: arXiv 2410.01870, as in peft 0.21.
+    """
+
+    method: ClassVar[str] = "peanut"
+
+    r: int = 32
+    depth: int = 0
+    act_fn: str = "relu"
+    scaling: float = 1.0
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank("r", self.r)
+        check_rank("depth", self.depth, least=0)
+        check_choice("act_fn", self.act_fn, tuple(sorted(ACT2FN)))
+        check_number("scaling", self.scaling)
+        if not isinstance(self.init_weights, bool):
+            raise TypeError(f"init_weights: got {self.init_weights!r}, expected True or False")
+
+    def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> PeanutGenerator:
+        return PeanutGenerator(self, out_features)
+
+
+class PeanutGenerator(Generator):
+    """Low rank: A [r, N], B [N, r], encoders and decoders [r, r]."""
+
+    def __init__(self, config: PeanutConfig, out_features: int) -> None:
+        super().__init__()
+        r = config.r
+        self.scale = config.scaling
+        self.act = activation(config.act_fn)
+        self.A = nn.Parameter(torch.empty(r, out_features))
+        self.encoders = nn.ParameterList(nn.Parameter(torch.empty(r, r)) for _ in range(config.depth))
+        self.decoders = nn.ParameterList(nn.Parameter(torch.empty(r, r)) for _ in range(config.depth))
+        self.B = nn.Parameter(torch.zeros(out_features, r))
+        for name, parameter in self.named_parameters():
+            if name != "B" or not config.init_weights:
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+
+    def form(self, weight: Tensor, *, dropout: bool = True) -> LowRank:
+        a, b, *coders = beside(weight, self.A, self.B, *self.encoders, *self.decoders)
+        depth = len(coders) // 2
+        # What ΔW is made from is small, and keeps its precision; the operation that applies ΔW follows autocast.
+        with without_autocast(weight):
+            p = self.act(weight_features(weight.t(), a, backend=self.backend))
+            given = []
+            for encoder in coders[:depth]:
+                given.append(p)
+                p = self.act(p @ encoder.t())
+            for decoder in coders[depth:]:
+                p = self.act(p @ decoder.t()) + given.pop()
+        return LowRank(p, b, self.scale)
+
+    def extra_repr(self) -> str:
+        return f"r={self.A.shape[0]}, depth={len(self.encoders)}, scale={self.scale:g}"
+
+
+def activation(name: str) -> nn.Module:
+    """σ of that name, without anything to train."""
+    function: nn.Module = CONSTANT[name]() if name in CONSTANT else ACT2FN[name]
+    return MadeAnew(name) if next(function.parameters(), None) is not None else function
+
+
+class MadeAnew(nn.Module):
+    """An activation with parameters of its own, made where its argument is at every call, as peft does: they are
+    neither trained nor saved."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, z: Tensor) -> Tensor:
+        with torch.device(z.device):
+            function: nn.Module = ACT2FN[self.name]
+        return function.requires_grad_(False)(z)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return self.name

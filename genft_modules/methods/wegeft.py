@@ -1,0 +1,161 @@
+"""WeGeFT: ΔW = s·(W0 φᵀ) ψ, s = α/r, with one pair (φ, ψ) for all layers of a type (arXiv 2312.00700 v5, ICML 2025)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from genft_kernels import draw_seed
+from genft_modules.methods.base import (
+    Factors,
+    Generator,
+    GeneratorConfig,
+    beside,
+    check_dropout,
+    check_number,
+    check_patterns,
+    check_rank,
+    check_row_blocks,
+    fits,
+    module_type,
+    pattern_value,
+    row_blocks,
+    share,
+)
+from genft_modules.methods.forms import Form, InputEdit, LowRank
+from genft_modules.methods.row_blocks import RowBlocks
+from genft_modules.methods.weights import weight_features
+
+BY_TYPE = "type"
+
+
+@dataclass
+class WeGeFTConfig(GeneratorConfig):
+    """WeGeFT. Field names are the released code's. The paper's setting for language models: r = 64, wegeft_alpha = 128
+    on q, k, v, up and down projections, one pair per type.
+
+    Args:
+        r: rank of the pair.
+        wegeft_alpha: α; the update is scaled by α/r.
+        wegeft_dropout: the share of elements of W0 dropped before φ in training. The update is then applied in its
+            low-rank form, at the price of one pass over W0 per call.
+        tied_modules: which layers share one pair. "type" (default): all layers of the same last name component, across
+            depth; apart where K or r differ. A list of groups of regular expressions: the layers that fit a group (the
+            first, by peft's matching of rank_pattern) share, and must have equal K and r; every other layer has its own
+            pair. None: each layer has its own.
+        enable_wegeft: for weights that hold several side by side: layer name or regular expression → one flag per row
+            block. {"qkv": [True, False, True]} adapts q and v of a fused qkv weight, each by a pair of its own (shared
+            with the same block of the layers in its group). The update is then applied in its low-rank form, at the
+            price of one pass over the adapted rows of W0 per call.
+        rank_pattern, alpha_pattern: from layer name or regular expression to another r or α.
+
+    Source: arXiv 2312.00700 v5 (ICML 2025) and its released code; parts of fused weights are ours.
+    """
+
+    method: ClassVar[str] = "wegeft"
+
+    r: int = 8
+    wegeft_alpha: float = 8
+    wegeft_dropout: float = 0.0
+    tied_modules: list[list[str]] | str | None = BY_TYPE
+    enable_wegeft: dict[str, list[bool]] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rank("r", self.r)
+        check_number("wegeft_alpha", self.wegeft_alpha)
+        check_dropout("wegeft_dropout", self.wegeft_dropout)
+        check_row_blocks("enable_wegeft", self.enable_wegeft)
+        check_patterns("rank_pattern", self.rank_pattern, check_rank)
+        check_patterns("alpha_pattern", self.alpha_pattern, check_number)
+        if self.tied_modules not in (BY_TYPE, None) and not _groups(self.tied_modules):
+            raise TypeError(
+                f"tied_modules: got {self.tied_modules!r}, expected {BY_TYPE!r}, None or a list of groups, each a list "
+                'of regular expressions, such as [["q_proj", "k_proj"], ["v_proj"]]'
+            )
+
+    def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> Generator:
+        flags = row_blocks("enable_wegeft", self.enable_wegeft, name, out_features)
+        if len(flags) == 1:
+            return self._generator(name, in_features, shared)
+        parts = {i: self._generator(name, in_features, shared, f"_{i}") for i, flag in enumerate(flags) if flag}
+        return RowBlocks(len(flags), parts)
+
+    def _generator(self, name: str, in_features: int, shared: nn.ModuleDict | None, block: str = "") -> WeGeFTGenerator:
+        r = pattern_value(self.rank_pattern, name, self.r)
+        scale = pattern_value(self.alpha_pattern, name, self.wegeft_alpha) / r
+        sizes = {"in_features": in_features, "r": r}
+
+        def make() -> WeGeFTPair:
+            return WeGeFTPair(**sizes)
+
+        group = None if shared is None else self._group(name)
+        if shared is None or group is None:
+            return WeGeFTGenerator(make(), scale, self.wegeft_dropout, own=True)
+        told_by = "" if self.tied_modules == BY_TYPE else "tied_modules"
+        pair = share(shared, group + block, name, make, sizes, told_by=told_by)
+        return WeGeFTGenerator(pair, scale, self.wegeft_dropout, own=False)
+
+    def _group(self, name: str) -> str | None:
+        if self.tied_modules == BY_TYPE:
+            return module_type(name)
+        for index, patterns in enumerate(self.tied_modules or ()):
+            if any(fits(pattern, name) for pattern in patterns):
+                return f"tied_{index}"
+        return None
+
+    def module_patterns(self) -> dict[str, list[str]]:
+        found = {"enable_wegeft": list(self.enable_wegeft)}
+        if self.tied_modules not in (BY_TYPE, None):
+            found["tied_modules"] = [pattern for patterns in self.tied_modules or () for pattern in patterns]
+        return found
+
+
+class WeGeFTPair(Factors):
+    """φ = 0 and ψ Kaiming-uniform(√5), both [r, K], so that ΔW = 0 before training."""
+
+    def __init__(self, in_features: int, r: int) -> None:
+        super().__init__(in_features=in_features, r=r)
+        self.phi = nn.Parameter(torch.zeros(r, in_features))
+        self.psi = nn.Parameter(torch.empty(r, in_features))
+        nn.init.kaiming_uniform_(self.psi, a=math.sqrt(5))
+
+
+class WeGeFTGenerator(Generator):
+    """An input edit; low rank while elements of W0 are dropped."""
+
+    pair: WeGeFTPair
+
+    def __init__(self, pair: WeGeFTPair, scale: float, dropout: float, *, own: bool) -> None:
+        super().__init__()
+        self.scale = scale
+        self.dropout = dropout
+        self.refer("pair", pair, own=own)
+
+    def form(self, weight: Tensor, *, dropout: bool = True) -> Form:
+        pair = self.pair
+        phi, psi = beside(weight, pair.phi, pair.psi)
+        if not (self.dropout and self.training and dropout):
+            return InputEdit(psi, phi, self.scale)
+        seed = draw_seed(weight.device)
+        features = weight_features(weight, phi, dropout=self.dropout, seed=seed, backend=self.backend)
+        return LowRank(psi.t(), features, self.scale)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.pair.named_parameters())
+
+    def extra_repr(self) -> str:
+        return f"r={self.pair.sizes['r']}, scale={self.scale:g}, dropout={self.dropout:g}, shared={bool(self.shared)}"
+
+
+def _groups(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(group, (list, tuple)) and group and all(isinstance(pattern, str) for pattern in group)
+        for group in value
+    )
