@@ -268,7 +268,7 @@ def test_a_models_whole_life(package, case, tmp_path):
     model.enable_input_require_grads()
     for _ in range(6):
         loss = model(input_ids=IDS, labels=IDS).loss
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()
         assert all(parameter.grad is not None for parameter in trained)

@@ -23,6 +23,7 @@ from genft_kernels.dropout import keep_mask
 from genft_modules import FusedGenLinear, Generated, GenFTConfig, GIFTConfig, LoRAConfig, LowRank, WeGeFTConfig
 from genft_modules.methods import forms
 from tests.support.cases import DEVICE, LAYERS, genft, gpt2, llama, logits, randomize
+from tests.support.grids import pairwise
 from tests.support.watchers import Allocations
 
 SIGMA = {"none": lambda z: z, "relu": F.relu, "leakyrelu": F.leaky_relu, "gelu": F.gelu, "tanh": torch.tanh}
@@ -92,10 +93,13 @@ def agrees(layer, config, delta_by_hand=by_hand) -> None:
 # ---- the formula
 
 
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
-@pytest.mark.parametrize("sizes", [(10, 10), (12, 7), (7, 12)], ids=str)
-@pytest.mark.parametrize("stages", ["column", "row", "column_row"])
-@pytest.mark.parametrize("outer", SIGMA)
+STAGES = ["column", "row", "column_row"]
+SIZES = [(10, 10), (12, 7), (7, 12)]
+
+
+@pytest.mark.parametrize(
+    ("outer", "stages", "sizes", "kind"), pairwise(list(SIGMA), STAGES, SIZES, ["Linear", "Conv1D"]), ids=str
+)
 def test_stages_on_square_and_rectangular_weights(outer, stages, sizes, kind):
     config = genft("gelu", outer, stages=stages, ratio_W0=1.5, scaling=0.7)
     layer = layer_of(config, *sizes, kind)
@@ -106,11 +110,10 @@ def test_stages_on_square_and_rectangular_weights(outer, stages, sizes, kind):
     agrees(layer, config)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("ratio_on", ["weight", "factors"])
-@pytest.mark.parametrize("orientation", ["vit", "peft"])
-@pytest.mark.parametrize("outer", ["none", "tanh"])
-@pytest.mark.parametrize("stages", ["column", "row", "column_row"])
+@pytest.mark.parametrize(
+    ("stages", "outer", "orientation", "ratio_on", "bias"),
+    pairwise(STAGES, ["none", "tanh"], ["vit", "peft"], ["weight", "factors"], [True, False]),
+)
 def test_orientation_ratio_and_biases(stages, outer, orientation, ratio_on, bias):
     fields = {"stages": stages, "orientation": orientation, "ratio_on": ratio_on, "generator_bias": bias}
     config = genft("leakyrelu", outer, ratio_W0=1.4, scaling=0.5, **fields)
@@ -365,14 +368,18 @@ def thirds_by_hand(weight, parameters, config, masks=None):
     )
 
 
-@pytest.mark.parametrize("flags", [[True, False, True], [False, True], [True, True, False, True]], ids=str)
-@pytest.mark.parametrize("outer", ["none", "gelu"])
 @pytest.mark.parametrize(
-    ("stages", "orientation"),
-    [("column", "vit"), ("row", "vit"), ("row", "peft"), ("column_row", "vit"), ("column_row", "peft")],
+    ("bias", "form", "outer", "flags"),
+    pairwise(
+        [True, False],
+        [("column", "vit"), ("row", "vit"), ("row", "peft"), ("column_row", "vit"), ("column_row", "peft")],
+        ["none", "gelu"],
+        [[True, False, True], [False, True], [True, True, False, True]],
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("bias", [True, False])
-def test_row_blocks(bias, stages, orientation, outer, flags, monkeypatch):
+def test_row_blocks(bias, form, outer, flags, monkeypatch):
+    stages, orientation = form
     """One pair for all blocks, one operation, and nothing for the blocks that are not adapted, biases or not."""
     fields = {"enable_genft": {"qkv": flags}, "stages": stages, "orientation": orientation, "generator_bias": bias}
     config = genft("tanh", outer, ratio_W0=1.3, **fields)
