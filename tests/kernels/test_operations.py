@@ -19,7 +19,7 @@ from genft_kernels import (
 from genft_kernels.activations import ACTIVATIONS
 from tests.support.grids import pairwise
 from tests.support.plans import CONTRACT, DTYPES, PLANS, SKINNY, short
-from tests.support.truth import ALGORITHMS, OPERATIONS, WITH_DROPOUT, Case, assert_close_to_truth, make_case, run
+from tests.support.truth import ALGORITHMS, OPERATIONS, WITH_DROPOUT, Case, assert_close_to_truth, error, make_case, run
 from tests.support.watchers import Allocations, Products
 
 PAIRS = [(name, algorithm) for name, algorithms in ALGORITHMS.items() for algorithm in algorithms]
@@ -377,3 +377,24 @@ def test_checkpointing_replays_the_dropout_mask(device):
             t.grad = None
     for other in grads[1:]:
         assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", ["lowrank_linear", "weight_features", "generated_features"])
+def test_sums_over_panels_are_not_rounded_at_each(name):
+    m, n, k = (2048, 16, 1024) if name == "lowrank_linear" else (1, 2048, 1024)
+    case = make_case(name, m, n, k, 2, torch.float16, torch.device("cpu"), dropout=0.3)
+    truth = run(case.truth, case, torch.float64)
+    own, found = run(case.truth, case, torch.float16), run(case.operation, case, backend="reference")
+    truth.pop("grad.bias", None)  # no sum over panels
+    for key, value in truth.items():
+        assert error(found[key], value) <= 1.5 * error(own[key], value) + 1e-4, key
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("algorithm", ["reference", "panel"])
+def test_a_nan_is_not_hidden(algorithm, activation, device):
+    x, weight, h, b = (torch.randn(shape, device=device) for shape in ((4, 6), (5, 6), (5, 2), (6, 2)))
+    h[1, 0] = torch.nan
+    y = gk.generated_linear(x, weight, h, b, activation=activation, plan=LaunchPlan(algorithm))
+    assert y[:, 1].isnan().all()
+    assert y[:, [0, 2, 3, 4]].isfinite().all()
