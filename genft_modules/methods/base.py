@@ -224,9 +224,10 @@ def row_blocks(field: str, patterns: dict[str, list[bool]], name: str, out_featu
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
-    """Autocast off where a tensor is; the meta device has none."""
+    """Autocast off where a tensor is; the meta device has none. (Dynamo of torch 2.11 cannot trace
+    `torch.amp.is_autocast_available`.)"""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext()
 
 
 def beside(weight: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
