@@ -72,6 +72,14 @@ def replaced_adapter(path: Path) -> Iterator[Path]:
         (path / FORMER).unlink(missing_ok=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file that is either the former one or the whole new one, on the disk before it has its name."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_bytes(text.encode("utf-8"))
+    _sync(partial)
+    os.replace(partial, path)
+
+
 @contextmanager
 def _written(partial: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from genft_kernels.sharded import is_sharded
+from genft_modules.card import write_card
 from genft_modules.files import CONFIG, PREFIX, WEIGHTS, check_files, refuse_misfits, replaced_adapter
 from genft_modules.methods.base import GeneratorConfig
 from genft_modules.model.distributed import adapter_keys, barrier, gathered_adapter, rank, several, unwrapped
@@ -32,7 +33,8 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_na
 
     The files are those of peft. They are written beside, brought to the disk, and put in place one after the other:
     a process that dies on the way leaves the former adapter or the new one, see `genft_modules.files`. Whatever the
-    adapter is called, its files are in `directory` itself.
+    adapter is called, its files are in `directory` itself. README.md names the method, the base model and what loading
+    needs; one that is there already keeps its text, see `genft_modules.card`.
 
     Where torch.distributed runs, every process calls this: what is sharded is gathered, of the adapter alone, and the
     first process writes the file that a single one would write. `model` may be in DistributedDataParallel.
@@ -69,6 +71,7 @@ def _write_adapter(model: PeftModel, directory: Path, adapter_name: str, state: 
             for path in (partial / adapter_name).iterdir():
                 os.replace(path, partial / path.name)
             (partial / adapter_name).rmdir()
+        write_card(partial, former=directory)
 
 
 def load_adapter(

@@ -86,6 +86,9 @@ def test_compiled_dropout_is_new_in_every_call(case: str, field: str) -> None:
     torch.testing.assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="torch 2.11 exports no Llama of a free length, adapted or not"
+)
 @pytest.mark.parametrize("case", ["wegeft", "gift_mlp", "genft_gelu"])
 def test_export(case: str) -> None:
     """An adapted model as one program, with a length that is free; shared factors are found where they live."""
