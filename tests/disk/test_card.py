@@ -192,6 +192,7 @@ def unreadable(path: Path) -> None:
     path.write_bytes(b"\xff\xfe caf\xe9")
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # peft's, of a base model that is not there
 @pytest.mark.parametrize("spoil", [unreadable, Path.mkdir], ids=["not-utf-8", "a-directory"])
 def test_a_card_that_cannot_be_written_costs_no_adapter(spoil, tmp_path):
     model = adapt()
