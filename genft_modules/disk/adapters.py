@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from genft_kernels.sharded import is_sharded
 from genft_modules.card import write_card
-from genft_modules.files import CONFIG, PREFIX, WEIGHTS, check_files, refuse_misfits, replaced_adapter
+from genft_modules.files import CONFIG, PREFIX, WEIGHTS, refuse_misfits, replaced_adapter, whole_adapter
 from genft_modules.methods.base import GeneratorConfig
 from genft_modules.model.distributed import adapter_keys, barrier, gathered_adapter, rank, several, unwrapped
 
@@ -95,13 +95,13 @@ def load_adapter(
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
-    check_adapter(model, directory, adapter_name)
-    if not isinstance(model, PeftModel):
-        return PeftModel.from_pretrained(
-            model, str(directory), adapter_name=adapter_name, is_trainable=is_trainable, **kwargs
-        )
-    model.load_adapter(str(directory), adapter_name=adapter_name, is_trainable=is_trainable, **kwargs)
-    return model
+    with whole_adapter(Path(directory)) as place:
+        _checked(model, place, adapter_name)
+        options = {"adapter_name": adapter_name, "is_trainable": is_trainable, **kwargs}
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, str(place), **options)
+        model.load_adapter(str(place), **options)
+        return model
 
 
 def restore_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -117,7 +117,8 @@ def restore_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter
         ValueError: there is no such adapter, or naming the file and what is wrong with it. Nothing was changed.
     """
     model, directory = _with_adapter(model, adapter_name), Path(directory)
-    read_config(directory)
+    with whole_adapter(directory) as place:
+        read_config(place)
     state = model.state_dict()
     ours = {key: state[name] for key, name in adapter_keys(model, adapter_name).items()}
     saved = load_file(directory / WEIGHTS)
@@ -149,7 +150,11 @@ def check_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
         ValueError: naming the file and what is wrong with it: not there, torn, a pickle, of an unknown method, tensors
             missing, unknown, or of another shape or kind.
     """
-    directory = Path(directory)
+    with whole_adapter(Path(directory)) as place:
+        return _checked(model, place, adapter_name)
+
+
+def _checked(model: nn.Module, directory: Path, adapter_name: str) -> PeftConfig:
     config = read_config(directory)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if adapter_name in getattr(base, "peft_config", {}):
@@ -174,8 +179,7 @@ def check_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
 
 
 def read_config(directory: Path) -> PeftConfig:
-    """The configuration of a saved adapter whose files are whole. Raises ValueError, naming the file."""
-    check_files(directory)
+    """The configuration of a saved adapter, as `whole_adapter` has found it. Raises ValueError, naming the file."""
     path = directory / CONFIG
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))

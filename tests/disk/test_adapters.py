@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,11 +16,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from genft_modules import WeGeFTConfig, check_adapter, files, load_adapter, save_adapter
+from genft_modules import WeGeFTConfig, check_adapter, files, load_adapter, restore_adapter, save_adapter
 from tests.support.cases import CASES, KINDS, MODELS, llama, logits, randomize
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TARGETS = MODELS["llama"][1]
+ROOT = Path(__file__).parents[2]
 
 
 def adapt(case: str = "genft", **fields) -> PeftModel:
@@ -248,56 +253,152 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("same_config", [True, False])
-def test_a_crash_never_leaves_a_mixture(same_config, tmp_path, monkeypatch):
-    old, new = adapt("wegeft"), adapt("wegeft")
-    if not same_config:  # ΔW follows alpha, the shapes do not
-        new = get_peft_model(llama(), WeGeFTConfig(r=4, wegeft_alpha=30, target_modules=TARGETS))
-    randomize(new, seed=5)
+def killed_at(step: int, save: Callable[[], None], monkeypatch) -> bool:
+    """Calls `save` in a process that dies before its step number `step` and clears nothing up; whether it did die."""
+    left = [step]
+
+    def counted(really):
+        def call(*args, **kwargs):
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return really(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", counted(os.replace))
+        patch.setattr(files.Path, "unlink", counted(Path.unlink))
+        patch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)
+        try:
+            save()
+        except Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("first", ["ours", "stock", "none"])
+@pytest.mark.parametrize("marks", [(0, 1, 2), (0, 0, 0), (0, 1, 0)], ids=str)
+def test_whatever_is_killed_a_whole_adapter_is_there(first, marks, tmp_path, monkeypatch):
+    """At every step of a save, and at every step of the save after that; `marks`: of the three configurations."""
+
+    def write(number: int, directory: Path) -> None:
+        (directory / CONFIG).write_text(json.dumps({"mark": marks[number]}))
+        save_file({"number": torch.tensor([number])}, directory / WEIGHTS)
+
+    def save(number: int, directory: Path) -> None:
+        with files.replaced_adapter(directory) as partial:
+            write(number, partial)
+
+    def found(directory: Path) -> int | None:
+        """The adapter that is there; None where none ever was."""
+        if not any((directory / name).exists() for name in (CONFIG, WEIGHTS)):
+            return None
+        with files.whole_adapter(directory) as place:
+            mark = json.loads((place / CONFIG).read_text())["mark"]
+            number = int(load_file(place / WEIGHTS)["number"])
+        assert mark == marks[number]
+        if (directory / CONFIG).exists():  # what stock peft reads is the same
+            assert json.loads((directory / CONFIG).read_text())["mark"] == mark
+        return number
+
+    seen = set()
+    for once in itertools.count():
+        for twice in itertools.count():
+            directory = tmp_path / f"{once} {twice}"
+            if first == "stock":
+                directory.mkdir()
+                write(0, directory)
+            elif first == "ours":
+                save(0, directory)
+            if first != "none":
+                (directory / "notes.txt").write_text("mine")
+            died = killed_at(once, lambda where=directory: save(1, where), monkeypatch)
+            between = found(directory)
+            died_again = killed_at(twice, lambda where=directory: save(2, where), monkeypatch)
+            after = found(directory)
+            assert after in (between, 2)
+            seen.add((between, after))
+            save(2, directory)  # and clears up
+            assert found(directory) == 2
+            notes = set() if first == "none" else {"notes.txt"}
+            assert {path.name for path in directory.iterdir()} == {CONFIG, WEIGHTS} | notes
+            assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+            if not died_again:
+                break
+        if not died:
+            break
+    former = None if first == "none" else 0
+    assert {(former, former), (former, 2), (1, 1), (1, 2)} <= seen
+
+
+def test_an_interrupted_save_loads(tmp_path, monkeypatch):
+    """Whole models: with the former adapter or the new one, though there is no adapter_config.json for a moment."""
+    old, new = (
+        randomize(get_peft_model(llama(), WeGeFTConfig(r=4, wegeft_alpha=alpha, target_modules=TARGETS)), seed=alpha)
+        for alpha in (6, 30)
+    )
     wanted = [logits(old), logits(new)]
-    assert not torch.allclose(*wanted)
-    seen = []
-    for step in range(20):
+    without = []
+    for step in itertools.count():
         directory = tmp_path / str(step)
         save_adapter(old, directory)
-        (directory / "notes.txt").write_text("mine")
-        calls = {"left": step}
-
-        def replace(source, target, calls=calls, really=os.replace):
-            if not calls["left"]:
-                raise Killed
-            calls["left"] -= 1
-            really(source, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(files.os, "replace", replace)
-            patch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process clears nothing up
-            try:
-                save_adapter(new, directory)
-                survived = True
-            except Killed:
-                survived = False
-        whole = (directory / CONFIG).exists()
-        if not whole:
-            with pytest.raises(ValueError, match=CONFIG):  # peft itself does not load it either
+        died = killed_at(step, lambda where=directory: save_adapter(new, where), monkeypatch)
+        model = load_adapter(llama(), directory)
+        which = [torch.equal(logits(model), want) for want in wanted]
+        assert sum(which) == 1
+        if not (directory / CONFIG).exists():
+            without.append(which[1])
+            with pytest.raises(ValueError, match=CONFIG):
                 PeftModel.from_pretrained(llama(), str(directory))
-            with pytest.raises(ValueError, match="a save was interrupted here") as refused:
-                load_adapter(llama(), directory)
-            rescue = str(refused.value).partition("here: ")[2].partition(" belongs")[0]
-            shutil.copy(directory / rescue, directory / CONFIG)  # as it says
-        found = logits(load_adapter(llama(), directory))
-        which = [torch.equal(found, want) for want in wanted]
-        assert which in ([True, False], [False, True])
-        seen.append(("new" if which[1] else "old") if whole else "neither")
-        if survived:
+            load_adapter(model, directory, "again")
+            check_adapter(llama(), directory)
+            restore_adapter(model, directory)
+        if not died:
             break
-        save_adapter(new, directory)  # the next save clears up
-        assert torch.equal(logits(load_adapter(llama(), directory)), wanted[1])
-        assert {path.name for path in directory.iterdir()} == {CONFIG, WEIGHTS, "README.md", "notes.txt"}
-    assert survived
-    assert seen[0] == "old"
-    assert seen[-1] == "new"
-    assert ("neither" in seen) == (not same_config)
+    assert without == [False, True]
+
+
+def test_writers_of_one_directory_leave_one_whole_adapter(tmp_path):
+    """Processes that save again and again: never a configuration with another's weights, and nothing is left behind."""
+    code = """
+import importlib.util, json, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+spec = importlib.util.spec_from_file_location("files", "genft_modules/files.py")
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+for turn in range(30):
+    mark = 100 * int(sys.argv[2]) + turn
+    with files.replaced_adapter(Path(sys.argv[1])) as partial:
+        (partial / files.CONFIG).write_text(json.dumps({"mark": mark}))
+        save_file({"mark": torch.tensor([mark])}, partial / files.WEIGHTS)
+"""
+    directory = tmp_path / "adapter"
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(directory), str(n)], cwd=ROOT) for n in range(3)]
+    assert [writer.wait() for writer in writers] == [0] * 3
+    mark = json.loads((directory / CONFIG).read_text())["mark"]
+    assert load_file(directory / WEIGHTS)["mark"].tolist() == [mark]
+    assert {path.name for path in directory.iterdir()} == {CONFIG, WEIGHTS}
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_unusual_directories(tmp_path, monkeypatch):
+    """An empty one stays itself, as a mount point must; a link stays a link; "." is a directory like any other."""
+    model = adapt()
+    (tmp_path / "empty").mkdir()
+    inode = (tmp_path / "empty").stat().st_ino
+    save_adapter(model, tmp_path / "empty")
+    assert (tmp_path / "empty").stat().st_ino == inode
+    (tmp_path / "link").symlink_to("target")
+    save_adapter(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save_adapter(model, ".")
+    for name in ("empty", "target", "here"):
+        assert torch.equal(logits(load_adapter(llama(), tmp_path / name)), logits(model))
+        assert {path.name for path in (tmp_path / name).iterdir()} == {CONFIG, WEIGHTS, "README.md"}
 
 
 def test_a_failure_while_saving_leaves_the_old_files(tmp_path, monkeypatch):
