@@ -117,8 +117,7 @@ def restore_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter
         ValueError: there is no such adapter, or naming the file and what is wrong with it. Nothing was changed.
     """
     model, directory = _with_adapter(model, adapter_name), Path(directory)
-    with whole_adapter(directory) as place:
-        read_config(place)
+    read_config(directory)
     state = model.state_dict()
     ours = {key: state[name] for key, name in adapter_keys(model, adapter_name).items()}
     saved = load_file(directory / WEIGHTS)
@@ -155,7 +154,7 @@ def check_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
 
 
 def _checked(model: nn.Module, directory: Path, adapter_name: str) -> PeftConfig:
-    config = read_config(directory)
+    config = _config_in(directory)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if adapter_name in getattr(base, "peft_config", {}):
         raise ValueError(f"adapter_name: {adapter_name!r} is in the model already, expected a new name")
@@ -179,7 +178,12 @@ def _checked(model: nn.Module, directory: Path, adapter_name: str) -> PeftConfig
 
 
 def read_config(directory: Path) -> PeftConfig:
-    """The configuration of a saved adapter, as `whole_adapter` has found it. Raises ValueError, naming the file."""
+    """The configuration of a saved adapter whose files are whole. Raises ValueError, naming the file."""
+    with whole_adapter(directory) as place:
+        return _config_in(place)
+
+
+def _config_in(directory: Path) -> PeftConfig:
     path = directory / CONFIG
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
