@@ -1,4 +1,4 @@
-"""From result files to docs/benchmarks.md, its charts and the README's table; nothing in them is typed by hand.
+"""From result files to docs/benchmarks.md, its charts, and the README's picture and table of methods.
 
 python -m benchmarks.report                       writes docs/benchmarks.md, docs/charts, the README between markers
 python -m benchmarks.report --compare OLD NEW     what became slower or larger; exit code 1 past --threshold
@@ -19,7 +19,6 @@ from .shapes import CPU_GOAL
 
 Record = dict[str, Any]
 ROOT = results.ROOT.parent
-START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 UNMEASURED = {"gpu": "not measured (needs a GPU)", "cpu": "not measured"}
 
 
@@ -74,7 +73,7 @@ def _goal_rows(devices: dict[str, Device]) -> list[list[str]]:
         first = True
         for device in devices.values():
             findings = goal.read(device.records) if device.type in goal.needs else []
-            for finding in findings:
+            for number, finding in enumerate(findings):
                 sign = "≥" if finding.least else "≤"
                 rows.append(
                     [
@@ -83,7 +82,7 @@ def _goal_rows(devices: dict[str, Device]) -> list[list[str]]:
                         f"{finding.what}{f' ({finding.note})' if finding.note else ''}",
                         f"{_value(finding)} (goal {sign} {finding.limit:g})",
                         "met" if finding.met else "**missed**",
-                        device.name if first else "",
+                        device.name if number == 0 else "",
                     ]
                 )
                 first = False
@@ -134,14 +133,14 @@ def _environment(device: Device) -> list[str]:
     lines = [f"{device.name}: {', '.join(facts)}.", ""]
     if about["type"] == "cpu" and run.get("load", 0.0) > 0.5:
         lines += [
-            f"Other processes were running (load {run['load']:g} before the run): times are longer than the machine's "
-            "own and spread wider; ratios within a run suffer less.",
+            f"Other processes were running (load {run['load']:g} before the run), which makes times longer and more "
+            "spread out; ratios within a run are less affected.",
             "",
         ]
     if ceilings:
         products = ", ".join(f"{name} {value:.3g} TFLOP/s" for name, value in ceilings["product_tflops"].items())
         lines += [
-            f"Ceilings of the run: copy {ceilings['copy_gb_per_s']:.3g} GB/s (read plus written), product of "
+            f"Ceilings measured in the run: copy {ceilings['copy_gb_per_s']:.3g} GB/s (read plus written), product of "
             f"{ceilings['product_side']}² matrices {products}.",
             "",
         ]
@@ -178,6 +177,7 @@ def _matrix(records: list[Record], what: str) -> list[str]:
 
 
 def _details(records: list[Record]) -> list[str]:
+    lora = next((r["ms"]["median"] for r in records if r["contender"] == "peft-lora" and "ms" in r), None)
     rows = []
     for r in sorted((r for r in records if "ms" in r), key=lambda r: r["ms"]["median"]):
         memory = r.get("memory", {})
@@ -186,6 +186,7 @@ def _details(records: list[Record]) -> list[str]:
                 r["contender"],
                 _ms(r),
                 f"{r['ratio']['median']:.2f} [{r['ratio']['q1']:.2f}, {r['ratio']['q3']:.2f}]" if "ratio" in r else "",
+                f"{r['ms']['median'] / lora:.2f}" if lora else "",
                 f"{r['percent_of_product']:.0f}" if "percent_of_product" in r else "",
                 _bytes(memory["saved"]) if "saved" in memory else "",
                 _bytes(memory["peak"]) if memory else "",
@@ -193,8 +194,8 @@ def _details(records: list[Record]) -> list[str]:
                 r.get("algorithm", ""),
             ]
         )
-    head = ["", "ms [quartiles]", "× frozen", "% of product", "saved beyond x", "peak", "trained state", "algorithm"]
-    return _table(head, rows)
+    head = ["", "ms [quartiles]", "× frozen", "× peft LoRA", "% of product", "saved beyond x", "peak", "trained state"]
+    return _table([*head, "algorithm"], rows)
 
 
 def _models(records: list[Record]) -> list[str]:
@@ -294,7 +295,7 @@ def _device(device: Device, charts: list[Path], docs: Path) -> list[str]:
     typical = device.typical()
     if typical:
         lines += [f"### One layer: {_shape(typical[0])}, r = {typical[0]['r']}, {typical[0]['dtype']}", ""]
-        lines += ["Forward and backward; the times of one run, interleaved.", "", *_details(typical)]
+        lines += ["Forward and backward, interleaved in one run.", "", *_details(typical)]
     lines += ["### Time over the frozen layer", ""]
     for suite in ("layer", "peers", "generated"):
         for mode, words in (
@@ -347,12 +348,12 @@ def _adaptation(data: Record, chart: Path, docs: Path) -> list[str]:
         f"The task of `make demo`: a byte-level Llama ({task['layers']} layers of {task['hidden']}), pre-trained on "
         f"source code, adapted to prose in {task['adapt_steps']} steps of {task['batch_size']}×{task['seq_len']} bytes "
         f"on {', '.join(task['target_modules'])}. The base has {adaptation.before(data):.3f} bits per byte on the "
-        f"held-out prose. Each method but full fine-tuning has the size that comes nearest to {about['budget']:,} "
-        "trainable parameters. Bits per byte are the mean of "
-        f"{len(about['seeds'])} seeds and their range: methods whose ranges overlap are not told apart. A step's time "
-        "is relative to that of LoRA (peft), median and quartiles of rounds in which all take turns. Memory is the "
-        "median over the seeds of the largest that a run's process "
-        + ("held, of which the libraries alone are " if about["device"]["type"] == "cpu" else "was given, beside ")
+        f"held-out prose. Each method except full fine-tuning is sized as close as possible to {about['budget']:,} "
+        "trainable parameters. Bits per byte are the mean and range over "
+        f"{len(about['seeds'])} seeds; methods whose ranges overlap cannot be told apart. The time of a step is "
+        "relative to LoRA (peft): median and quartiles over interleaved rounds. Memory is the peak of a run's process, "
+        "median over the seeds"
+        + (", of which the libraries alone take " if about["device"]["type"] == "cpu" else ", on top of ")
         + f"{statistics.median(row.idle for row in rows):.0f} MiB.",
         "",
         *_table(
@@ -385,13 +386,13 @@ def _adaptation(data: Record, chart: Path, docs: Path) -> list[str]:
     ]
     if max(loads) > 0.5 and about["device"]["type"] == "cpu":
         lines += [
-            f"Steps were timed at a load of {steps['load']:g}, runs began at a load of {min(loads):g} to "
-            f"{max(loads):g} (the runs of this command among it).",
+            f"Steps were timed at a load of {steps['load']:g}; runs started at a load of {min(loads):g} to "
+            f"{max(loads):g}, including the runs of this command.",
             "",
         ]
     tuned = adaptation.tuned(data)
     lines += [
-        "Learning rates: the best of those that were tried with another seed; bits per byte of each.",
+        "Learning rates: the best of those tried with another seed, with the bits per byte of each.",
         "",
         *_table(
             ["", "learning rate: bits/byte"],
@@ -411,96 +412,131 @@ def document(
     lines = [
         "# Benchmarks",
         "",
-        "Made by `python -m benchmarks.report` from the files in benchmarks/results; not edited by hand.",
+        "Generated by `python -m benchmarks.report` from the files in benchmarks/results; do not edit by hand.",
         "",
-        "A time is the median of interleaved rounds with its quartiles; a ratio is taken within each round. Nothing is "
-        "timed that did not pass the gate in the same run: its error against float64 at most twice that of plain torch "
-        "at the same dtype. `naive-…` builds ΔW in full, as released code does, and `released-…` applies it in a "
-        "product of its own, as GenFT's does; `genft-…` is a `FusedGenLinear`, and with `-seeded`, `-single`, "
-        "`-fused`, `-panel` or `-library` it is told the algorithm; `frozen` and `trainable` are `nn.Linear`.",
+        "A time is the median over interleaved rounds, with quartiles; ratios are taken within each round. A contender "
+        "is timed only if it passed the correctness gate in the same run: its error against float64 must be at most "
+        "twice that of plain torch at the same dtype.",
+        "",
+        "Names: `genft-METHOD` is a `FusedGenLinear`, so GenFT with gelu is `genft-genft-gelu`; a suffix `-seeded`, "
+        "`-single`, `-fused`, `-panel` or `-library` fixes the algorithm. `naive-METHOD` builds ΔW in full, as the "
+        "released code does, and `released-METHOD` also applies it in a separate product, as GenFT's does. "
+        "`peft-METHOD` is stock peft. `frozen` and `trainable` are `nn.Linear`.",
         "",
         "## Goals",
         "",
+        "A goal that was missed or not measured stays in the table.",
+        "",
         *_table(["", "goal", "measured on", "value", "", "device"], _goal_rows(devices)),
-        "Each has a command: " + "; ".join(f"{goal.id} `{goal.command}`" for goal in goals.GOALS) + ".",
+        "Commands: " + "; ".join(f"{goal.id} `{goal.command}`" for goal in goals.GOALS) + ".",
         "",
     ]
     for slug, device in devices.items():
         lines += _device(device, charts.get(slug, []), docs)
     if adapted:
-        lines += ["## Methods at one parameter budget", "", "`python -m benchmarks.adaptation` makes this.", ""]
+        lines += ["## Methods at one parameter budget", "", "Generated by `python -m benchmarks.adaptation`.", ""]
     for data, chart in adapted:
         lines += _adaptation(data, chart, docs)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _goal_line(goal: goals.Goal, devices: dict[str, Device]) -> list[str]:
-    """A goal in one row: how many of its numbers were met, and the one furthest from it (or nearest to it, if all)."""
-    device = next((d for d in devices.values() if d.type in goal.needs and goal.read(d.records)), None)
-    if device is None:
-        return [goal.id, goal.what, goal.target, UNMEASURED["gpu" if goal.needs == ("gpu",) else "cpu"]]
-    findings = goal.read(device.records)
-    furthest = max(findings, key=lambda f: f.limit / f.value if f.least else f.value / f.limit)
-    sign = "≥" if furthest.least else "≤"
-    met = sum(f.met for f in findings)
-    text = f"{met} of {len(findings)} met; {furthest.what} {_value(furthest)} ({sign} {furthest.limit:g})"
-    return [goal.id, goal.what, goal.target, text]
+# ---- the README
+
+# Method, contender, when to take it, and what it trains at r = 16 on the q, k, v, up and down projections of
+# Llama-3-8B, as docs/guides/choose.md counts it.
+SHOWN = (
+    ("**WeGeFT**", "genft-wegeft", "you have no reason for another: the default; also on quantised models", "0.983 M"),
+    ("**GIFT** (identity)", "genft-gift", "you want one pair for all layers, or a block between φ and ψ", "0.983 M"),
+    ("**GenFT** (gelu)", "genft-genft-gelu", "ΔW should have full rank, and a slower step is acceptable", "27.1 M"),
+    ("**GRFT**", "genft-grft-row", "you want to train existing rows, chosen by their gradients", "15.7 M"),
+    ("**LoRA**", "genft-lora", "you need a baseline, or LoRA from the start", "28.3 M"),
+)
 
 
-def readme_table(devices: dict[str, Device], adapted: Sequence[tuple[Record, Path]] = ()) -> str:
-    """What stands between the README's markers: the goals, one layer per device beside its peers, and the methods at
-    one parameter budget."""
-    lines = _table(["", "goal", "target", "measured"], [_goal_line(goal, devices) for goal in goals.GOALS])
-    for device in devices.values():
-        typical = {r["contender"]: r for r in device.typical() if "ms" in r}
-        if "frozen" not in typical:
-            continue
-        first = typical["frozen"]
-        run = device.runs[-1]["run"]
+def readme_blocks(devices: dict[str, Device], adapted: Sequence[Record] = ()) -> dict[str, str]:
+    """What stands between the README's markers, by the name of the pair of markers. `adapted`: result files of
+    `benchmarks.adaptation`, of which the first counts."""
+    return {"memory": _memory_block(devices), "methods": _methods_block(devices, adapted)}
+
+
+def _memory_block(devices: dict[str, Device]) -> str:
+    pairs = _memory_pairs(devices)
+    if not pairs:
+        return ""
+    name, other, ours = pairs[0]
+    place = "in peft" if other["contender"].startswith("peft-") else "with the released formulation"
+    return (
+        f"Memory kept for the backward pass by {_case(ours)}, beyond the layer's input. {name}: "
+        f"{_bytes(ours['memory']['saved'])}, against {_bytes(other['memory']['saved'])} {place}.\n"
+    )
+
+
+def _methods_block(devices: dict[str, Device], adapted: Sequence[Record]) -> str:
+    typical = [{r["contender"]: r for r in device.typical() if "ratio" in r} for device in devices.values()]
+    typical = [records for records in typical if records]
+    lines: list[str] = []
+    if typical:
+        rows = [
+            [name, use, trains, _across(typical, contender), _bytes(own["memory"]["saved"])]
+            for name, contender, use, trains in SHOWN
+            if (own := next((records[contender] for records in typical if contender in records), None))
+        ]
+        lines += _table(["method", "use it when", "trains", "time", "memory"], rows)
+        compared = [
+            f"{words} {_across(typical, contender)}"
+            for words, contender in (("peft's LoRA takes", "peft-lora"), ("training the whole weight", "trainable"))
+            if any(contender in records for records in typical)
+        ]
         lines += [
-            f"One layer on {device.name}, {_shape(first)} (M×N×K), r = {first['r']}, {first['dtype']}, forward and "
-            f"backward, torch {run['torch']}:",
+            "Trains: parameters at r = 16 on the q, k, v, up and down projections of Llama-3-8B. Time: forward and "
+            f"backward of {_case(next(iter(typical[0].values())))}, relative to the frozen layer, on "
+            f"{' and '.join(device.name for device in devices.values() if device.typical())}"
+            f"{'; ' if compared else ''}{', '.join(compared)}. Memory: kept for backward beyond the layer's input.",
             "",
         ]
-        lora = typical.get("peft-lora")
-        rows = [
-            [
-                name,
-                _ms(r),
-                _ratio(r),
-                f"{r['ms']['median'] / lora['ms']['median']:.2f}" if lora else "",
-                _bytes(r["memory"]["saved"]) if "memory" in r else "",
+    for data in adapted[:1]:
+        best: dict[str, float] = {}
+        for row in adaptation.rows(data):
+            best.setdefault(row.name.split(" (")[0], statistics.mean(row.bits))
+        full = best.pop("full fine-tuning", None)
+        if best:
+            lines += [
+                f"**{next(iter(best))} leads** on our small task at {data['about']['budget']:,} trainable parameters. "
+                f"Held-out bits per byte: {', '.join(f'{name} {bits:.2f}' for name, bits in best.items())}"
+                + (f"; full fine-tuning {full:.2f}." if full else "."),
+                "",
             ]
-            for name, r in sorted(typical.items(), key=lambda item: item[1]["ms"]["median"])
-        ]
-        lines += _table(["", "ms [quartiles]", "× frozen", "× peft LoRA", "saved beyond x"], rows)
-    for data, _ in adapted[:1]:
-        about = data["about"]
-        lines += [
-            f"Methods at about {about['budget']:,} trainable parameters: a small byte-level Llama adapted from source "
-            f"code ({adaptation.before(data):.3f} bits per byte on held-out prose) to prose, mean and range of "
-            f"{len(about['seeds'])} seeds, on {about['device']['name']}; see [docs/benchmarks.md](docs/benchmarks.md):",
-            "",
-        ]
-        rows = [
-            [row.name, f"{row.trainable:,}", _spread(row.bits), f"{row.relative[0]:.2f}", f"{row.memory:.0f}"]
-            for row in adaptation.rows(data)
-        ]
-        lines += _table(["", "trainable", "bits/byte", "time of a step, × peft LoRA", "peak MiB"], rows)
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines).rstrip() + "\n" if lines else ""
 
 
-def refresh_readme(path: Path, table: str) -> bool:
-    """Puts the table between the markers; False where the file or the markers are not there."""
+def _case(record: Record) -> str:
+    """In words: the layer of a comparison."""
+    n = "+".join(map(str, record["n"]))
+    return f"one {n}×{record['k']} layer on {record['m']} tokens (r = {record['r']}, {record['dtype']})"
+
+
+def _across(typical: list[dict[str, Record]], contender: str) -> str:
+    """A contender's time over the frozen layer's, from the least to the most of the devices."""
+    found = [records[contender] for records in typical if contender in records]
+    found.sort(key=lambda record: record["ratio"]["median"])
+    return "–".join(dict.fromkeys((_ratio(found[0]), _ratio(found[-1])))) + "×"
+
+
+def refresh_readme(path: Path, blocks: dict[str, str]) -> bool:
+    """Puts each block between its markers, `<!-- NAME:start -->` and `<!-- NAME:end -->`; False where the file or a
+    marker is not there."""
     if not path.is_file():
         return False
-    text = path.read_text()
-    if START not in text or END not in text:
-        return False
-    before, rest = text.split(START, 1)
-    after = rest.split(END, 1)[1]
-    path.write_text(f"{before}{START}\n{table}{END}{after}")
-    return True
+    text, whole = path.read_text(), True
+    for name, block in blocks.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if start not in text or end not in text:
+            whole = False
+            continue
+        before, rest = text.split(start, 1)
+        text = f"{before}{start}\n{block}{end}{rest.split(end, 1)[1]}"
+    path.write_text(text)
+    return whole
 
 
 # ---- charts
@@ -587,6 +623,60 @@ def _chart_memory(device: Device, path: Path) -> Path | None:
         axis.set_xlabel(words)
     axes[0][1].set_yticklabels([])
     figure.suptitle(f"{_shape(records[0])} r{records[0]['r']} {records[0]['dtype']}; {device.name}", fontsize=9)
+    return _save(figure, path)
+
+
+# What the memory of a method is compared with: the formulation of its released code, or peft's own layer.
+COMPARED = (
+    ("GenFT (gelu)", "genft-genft-gelu", ("released-genft-gelu", "naive-genft-gelu")),
+    ("GenFT (leaky ReLU)", "genft-genft-leakyrelu", ("released-genft-leakyrelu", "naive-genft-leakyrelu")),
+    ("GenFT (linear)", "genft-genft-linear", ("naive-genft-linear",)),
+    ("PEANuT", "genft-peanut", ("peft-peanut",)),
+    ("WeGeFT", "genft-wegeft", ("naive-wegeft",)),
+    ("GIFT", "genft-gift", ("naive-gift",)),
+    ("LoRA", "genft-lora", ("peft-lora",)),
+)
+
+
+def _memory_pairs(devices: dict[str, Device]) -> list[tuple[str, Record, Record]]:
+    """Method, the formulation that it is compared with, and ours, from the device on which most of COMPARED was
+    measured: what is kept for backward does not depend on the device."""
+    found = []
+    for device in devices.values():
+        records = {r["contender"]: r for r in device.typical() if "memory" in r}
+        pairs = [
+            (name, records[other], records[own])
+            for name, own, others in COMPARED
+            if own in records and (other := next((o for o in others if o in records), None))
+        ]
+        released = sum(other["contender"].startswith("released-") for _, other, _ in pairs)
+        found.append((released, len(pairs), pairs))
+    return max(found, key=lambda item: item[:2], default=(0, 0, []))[2]
+
+
+def _chart_kept(devices: dict[str, Device], path: Path) -> Path | None:
+    """The README's picture: bytes saved for backward, method by method, beside the released formulation."""
+    pairs = _memory_pairs(devices)
+    if not pairs:
+        return None
+    figure, axes = _figure(1, 1, 8, 0.42 * len(pairs) + 1.1)
+    axis = axes[0][0]
+    for which, offset, colour, words in (
+        (1, -0.19, COLOURS["naive"], "released formulation (PEANuT and LoRA: peft)"),
+        (2, 0.19, COLOURS["genft"], "genft"),
+    ):
+        saved = [pair[which]["memory"]["saved"] for pair in pairs]
+        places = [place + offset for place in range(len(pairs))]
+        axis.barh(places, [count / 2**20 for count in saved], height=0.36, color=colour, label=words)
+        for place, count in zip(places, saved, strict=True):
+            at = (count / 2**20, place)
+            axis.annotate(_bytes(count), at, (3, 0), textcoords="offset points", va="center", size=8)
+    axis.set_yticks(range(len(pairs)), [pair[0] for pair in pairs])
+    axis.invert_yaxis()
+    axis.set_xlabel("MiB kept for the backward pass, beyond the layer's input")
+    axis.set_title(_case(pairs[0][2]), fontsize=9)
+    axis.margins(x=0.08)
+    axis.legend(loc="lower right", frameon=False)
     return _save(figure, path)
 
 
@@ -786,11 +876,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.compare:
         return compare_files(*arguments.compare, arguments.threshold, arguments.absolute)
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for slug, data in results.load_folder(arguments.results):
-        if not data["run"]["tiny"]:
-            runs.setdefault(slug, []).append(data)
-    devices = {slug: Device(slug, own) for slug, own in sorted(runs.items(), key=lambda item: _gpu_first(item[1]))}
+    devices = read_devices(arguments.results)
     charts = {slug: draw(device, arguments.docs / "charts") for slug, device in devices.items()}
     adapted = [
         (data, _chart_adaptation(slug, data, arguments.docs / "charts"))
@@ -798,12 +884,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     arguments.docs.mkdir(parents=True, exist_ok=True)
     (arguments.docs / "benchmarks.md").write_text(document(devices, charts, arguments.docs, adapted))
-    refreshed = refresh_readme(arguments.readme, readme_table(devices, adapted))
-    told = "README refreshed" if refreshed else "README has no markers"
+    _chart_kept(devices, arguments.docs / "charts" / "memory.svg")
+    refreshed = refresh_readme(arguments.readme, readme_blocks(devices, [data for data, _ in adapted]))
+    told = "README refreshed" if refreshed else "README lacks markers"
     print(
         f"{arguments.docs / 'benchmarks.md'}: {len(devices)} devices, {sum(map(len, charts.values()))} charts; {told}"
     )
     return 0
+
+
+def read_devices(folder: Path) -> dict[str, Device]:
+    """What the result files under a folder know of each device, by its slug, GPUs first."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for slug, data in results.load_folder(folder):
+        if not data["run"]["tiny"]:
+            runs.setdefault(slug, []).append(data)
+    return {slug: Device(slug, own) for slug, own in sorted(runs.items(), key=lambda item: _gpu_first(item[1]))}
 
 
 def _gpu_first(runs: list[dict[str, Any]]) -> tuple[bool, str]:

@@ -1,9 +1,23 @@
-"""Files on disk: atomic directories, atomic replacement of adapters, checks of adapter files; no pickles."""
+"""Files on disk: atomic directories, atomic replacement of adapters, checks of adapter files; no pickles.
+
+How an adapter is replaced, such that the process may die at any time:
+
+1. adapter_config.json is renamed, unless it stays the same.
+2. adapter_model.safetensors is replaced. Its header contains a copy of its configuration.
+3. adapter_config.json is put in place, and the previous one is removed.
+
+So an existing adapter_config.json always belongs to the weights; if it is missing, the configuration is in the header
+of the weights (or, if they were not saved by genft, in the renamed file). `load_adapter` handles this; peft itself
+finds no adapter between steps 1 and 3. Concurrent writers of a directory wait for each other.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import tempfile
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +25,17 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every key in a peft checkpoint and every module name in a PeftModel
 FORMER = CONFIG + ".old"  # the previous config while CONFIG and WEIGHTS are being replaced
 PARTIAL = ".partial"
+CARRIED = "adapter_config"  # in the metadata of WEIGHTS: the text of their CONFIG
 
 
 @contextmanager
@@ -27,11 +47,17 @@ def new_directory(path: Path) -> Iterator[Path]:
         ValueError: `path` is a file or a non-empty directory.
     """
     check_new(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _written(path.parent / f".{path.name}{PARTIAL}") as partial:
+    with _partial(path.parent, path.name) as partial:
         yield partial
         _sync(*partial.rglob("*"), partial)
-        os.replace(partial, path)
+        check_new(path)
+        if path.is_dir():  # may be a mount point, which cannot be replaced
+            for new in partial.iterdir():
+                os.replace(new, path / new.name)
+        else:
+            os.replace(partial, path)
         _sync(path.parent)
 
 
@@ -46,40 +72,139 @@ def check_new(path: Path) -> None:
 
 @contextmanager
 def replaced_adapter(path: Path) -> Iterator[Path]:
-    """A temporary directory for an adapter's files, which replace those in `path` when the block ends without an error.
-    Other files in `path` are kept.
+    """A temporary directory for an adapter's files, which replace those in `path` when the block ends without an error,
+    as described in this module's docstring. Other files in `path` are kept.
 
-    If the process dies, `path` contains the previous or the new adapter, never the config of one with the weights of
-    the other: if the config changes, the previous one is renamed before the weights are replaced, and until the new one
-    is in place the directory contains no loadable adapter (see `check_files`).
+    Raises:
+        ValueError: `path` is a file.
     """
-    if not path.is_dir() or not any(path.iterdir()):
-        with new_directory(path) as partial:
-            yield partial
-        return
-    with _written(path / PARTIAL) as partial:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: is a file, expected a directory")
+    path = Path(os.path.realpath(path))
+    fresh = not path.exists()
+    (path.parent if fresh else path).mkdir(parents=True, exist_ok=True)
+    with _partial(path.parent if fresh else path, path.name if fresh else "") as partial:
         yield partial
-        _sync(*partial.rglob("*"))
-        for new in partial.iterdir():
-            if new.name not in (CONFIG, WEIGHTS):
-                os.replace(new, path / new.name)
-        config = path / CONFIG
-        if config.exists() and config.read_bytes() != (partial / CONFIG).read_bytes():
-            os.replace(config, path / FORMER)
-        os.replace(partial / WEIGHTS, path / WEIGHTS)
-        os.replace(partial / CONFIG, config)
-        _sync(path)
-        (path / FORMER).unlink(missing_ok=True)
+        _carry(partial / WEIGHTS, (partial / CONFIG).read_text(encoding="utf-8"))
+        _sync(*partial.rglob("*"), partial)
+        if fresh:
+            try:
+                os.replace(partial, path)
+                _sync(path.parent)
+                return
+            except OSError:  # unless another process has created it
+                if not path.is_dir():
+                    raise
+        with _locked(path):
+            _put(partial, path)
+            _clear(path.parent, path.name)
+
+
+def _put(partial: Path, path: Path) -> None:
+    config = path / CONFIG
+    if config.exists() and config.read_bytes() != (partial / CONFIG).read_bytes():
+        os.replace(config, path / FORMER)
+    os.replace(partial / WEIGHTS, path / WEIGHTS)
+    os.replace(partial / CONFIG, config)
+    _sync(path)
+    (path / FORMER).unlink(missing_ok=True)
+    for other in partial.iterdir():
+        os.replace(other, path / other.name)
+    _sync(path)
+
+
+def _carry(weights: Path, config: str) -> None:
+    """Add the text of the configuration to the header of the weights; the tensors are copied unchanged."""
+    written = weights.with_name(weights.name + PARTIAL)
+    with weights.open("rb") as source, written.open("wb") as target:
+        header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+        header["__metadata__"] = {**header.get("__metadata__", {}), CARRIED: config}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        target.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(source, target, 1 << 20)
+    os.replace(written, weights)
 
 
 @contextmanager
-def _written(partial: Path) -> Iterator[Path]:
-    shutil.rmtree(partial, ignore_errors=True)  # left over from a killed process
+def whole_adapter(directory: Path) -> Iterator[Path]:
+    """The directory itself; or, if CONFIG is missing because a save was interrupted, a temporary directory with the
+    weights and their configuration.
+
+    Raises:
+        ValueError: as in `check_files`.
+    """
+    if (directory / CONFIG).is_file() or (text := _config_of_weights(directory)) is None:
+        check_files(directory)
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / CONFIG).write_text(text, encoding="utf-8")
+        (Path(place) / WEIGHTS).symlink_to((directory / WEIGHTS).absolute())
+        yield Path(place)
+
+
+def _config_of_weights(directory: Path) -> str | None:
+    try:
+        with safe_open(directory / WEIGHTS, framework="pt") as weights:
+            carried = (weights.metadata() or {}).get(CARRIED)
+        return carried or (directory / FORMER).read_text(encoding="utf-8")
+    except (SafetensorError, OSError):
+        return None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_bytes(text.encode("utf-8"))
+    _sync(partial)
+    os.replace(partial, path)
+
+
+@contextmanager
+def _partial(parent: Path, name: str) -> Iterator[Path]:
+    """A temporary directory of this process in `parent`, for the files of `name` or of `parent` itself."""
+    partial = parent / f"{_start(name)}{uuid.uuid4().hex}"
+    _clear(parent, name)
     partial.mkdir()
     try:
-        yield partial
+        with _locked(partial):
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _start(name: str) -> str:
+    return f".{name}{PARTIAL}-" if name else f"{PARTIAL}-"
+
+
+def _clear(parent: Path, name: str) -> None:
+    """Remove unlocked temporary directories of `name`, left over from killed processes."""
+    for old in parent.iterdir():
+        if old.name.startswith(_start(name)):
+            with _locked(old, wait=False) as free:
+                if free:
+                    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _locked(directory: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock on the directory, which is released if the process dies; yields whether it is held. Without support
+    for locks in the system or file system, it is not."""
+    descriptor = None
+    held = False
+    if fcntl is not None:
+        try:
+            descriptor = os.open(directory, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except OSError:
+            pass
+    try:
+        yield held
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _sync(*paths: Path) -> None:
@@ -100,12 +225,8 @@ def check_files(directory: Path, *, weights: bool = True) -> None:
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory, expected one with {CONFIG} and {WEIGHTS}")
     if not (directory / CONFIG).is_file():
-        hint = ""
-        if (directory / FORMER).is_file():
-            if (directory / PARTIAL / WEIGHTS).exists():
-                hint = f"; a save was interrupted here: {FORMER} belongs to the weights"
-            else:
-                hint = f"; a save was interrupted here: {PARTIAL}/{CONFIG} belongs to the weights"
+        interrupted = _config_of_weights(directory) is not None
+        hint = "; a save was interrupted, genft_modules.load_adapter can still load the adapter" if interrupted else ""
         raise ValueError(f"{directory}: contains no {CONFIG}{hint}")
     path = directory / WEIGHTS
     if path.is_file():

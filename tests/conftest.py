@@ -19,6 +19,14 @@ import triton  # noqa: F401 - its own functions are interpreted or compiled as t
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+# What takes longest begins first, so that no process waits for another at the end.
+LONG = ("test_cross_compile", "tests/distributed", "tests/benchmarks", "tests/cli", "test_long_sums", "test_resume")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device(DEVICE)

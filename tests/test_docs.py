@@ -14,11 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import genft_kernels
 import genft_modules
+from benchmarks import adaptation, report, results
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-TEXTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")), *PAGES]
+TEXTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")),
+    *PAGES,
+]
 RUN = re.compile(r"^<!-- run -->\n\n?```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^][]*\]\(([^)\s]+)\)")
@@ -83,6 +87,22 @@ def test_times_of_the_guide_are_those_of_the_run_that_it_names():
         assert (f"{record['ratio']['median']:.2f}", size(record["memory"]["saved"])) == (step, saved)
         decoded = found.get((contender, "decode", 1))
         assert decode == (f"{decoded['ratio']['median']:.2f}" if decoded else "")
+
+
+def test_the_readmes_figures_are_those_of_the_result_files():
+    """`python -m benchmarks.report` writes them; counts of parameters are those of the guide's block, which runs."""
+    text = (ROOT / "README.md").read_text()
+    adapted = [data for _, data in adaptation.load_folder(results.FOLDER)]
+    for block, made in report.readme_blocks(report.read_devices(results.FOLDER), adapted).items():
+        assert made
+        assert f"<!-- {block}:start -->\n{made}<!-- {block}:end -->" in text
+    guide = (DOCS / "guides" / "choose.md").read_text()
+    counted = re.findall(r"^assert trained\((\w+)Config\(.*\) == ([\d_]+)$", guide, re.MULTILINE)
+    shown = re.findall(r"^\| \*\*(\w+)\*\*.* \| ([\d.]+) M \|", text, re.MULTILINE)
+    assert len(shown) == len(report.SHOWN)
+    assert {(name, float(count)) for name, count in shown} <= {
+        (name, float(f"{int(n) / 1e6:.3g}")) for name, n in counted
+    }
 
 
 def size(count: float) -> str:

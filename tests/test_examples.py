@@ -1,15 +1,30 @@
-"""The scripts in examples/ run, each in a directory of its own."""
+"""The scripts and notebooks in examples/ run, each in a directory of its own."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.name != "tiny.py")
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+
+# As Jupyter does: the code cells, one after the other, in one namespace. A traceback names the cell.
+RUN_CELLS = """
+import json, sys
+namespace = {"__name__": "__main__"}
+for i, cell in enumerate(json.load(open(sys.argv[1], encoding="utf-8"))["cells"]):
+    if cell["cell_type"] == "code":
+        exec(compile("".join(cell["source"]), f"cell {i}", "exec"), namespace)
+"""
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
@@ -20,6 +35,46 @@ def test_runs(script, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out
 
 
+def cells(notebook: Path) -> list[dict[str, Any]]:
+    return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebook_runs(notebook, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_CELLS, str(notebook)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "PYTHONIOENCODING": "utf-8", "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout
+    assert "HTTP" not in done.stderr
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebook_has_no_outputs(notebook):
+    whole = json.loads(notebook.read_text(encoding="utf-8"))
+    assert (whole["nbformat"], whole["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in whole["cells"]}) == len(whole["cells"])
+    for cell in whole["cells"]:
+        assert cell["cell_type"] in ("markdown", "code")
+        assert cell.get("outputs", []) == []
+        assert cell.get("execution_count") is None
+
+
+def test_the_notebook_shows_what_the_list_promises_and_asks_before_it_takes_a_gpu():
+    sources = ["".join(cell["source"]) for cell in cells(EXAMPLES / "genft.ipynb") if cell["cell_type"] == "code"]
+    text = "\n".join(sources)
+    for name in ("get_peft_model", "save_adapter", "load_adapter", "merge_and_unload", "export_lora", "LoraConfig"):
+        assert f"{name}(" in text
+    asked = next(i for i, source in enumerate(sources) if "torch.cuda.is_available()" in source)
+    assert not any("cuda" in source for source in sources[:asked])
+    assert all("if gpu:" in source and "skipped" in source for source in sources[asked:])
+
+
 def test_the_list_has_every_script():
     listed = re.findall(r"^\| \[[^]]*\]\(([^)]+)\)", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == [path.name for path in SCRIPTS]
+    assert sorted(listed) == sorted(path.name for path in (*SCRIPTS, *NOTEBOOKS))

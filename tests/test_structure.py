@@ -100,6 +100,20 @@ def test_nothing_is_unpickled_but_released_checkpoints_and_those_with_weights_on
                     assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
 
 
+def test_no_text_is_run_and_no_name_from_a_file_is_imported():
+    """What SECURITY.md promises of adapters. Of YAML, only plain values are read."""
+    for package in ("genft_kernels", "genft_modules"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if not isinstance(node, ast.Call):
+                    continue
+                name = ast.unparse(node.func)
+                assert name not in {"eval", "exec", "compile", "__import__"}, path.name
+                assert name not in {"yaml.load", "yaml.full_load", "yaml.unsafe_load"}, path.name
+                if name.endswith("import_module"):  # Python's own corpus; a family's reference and its algorithms
+                    assert path.name == "operation.py" or isinstance(node.args[0], ast.Constant), path.name
+
+
 @pytest.mark.parametrize("package", ["genft_kernels", "genft_modules"])
 def test_importing_starts_no_gpu_and_no_triton(package):
     """genft_kernels imports no triton at all; genft_modules none but what peft and transformers may bring."""

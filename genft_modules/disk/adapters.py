@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from genft_kernels.sharded import is_sharded
-from genft_modules.files import CONFIG, PREFIX, WEIGHTS, check_files, refuse_misfits, replaced_adapter
+from genft_modules.card import write_card
+from genft_modules.files import CONFIG, PREFIX, WEIGHTS, refuse_misfits, replaced_adapter, whole_adapter
 from genft_modules.methods.base import GeneratorConfig
 from genft_modules.model.distributed import adapter_keys, barrier, gathered_adapter, rank, several, unwrapped
 
@@ -32,7 +33,8 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_na
 
     The files are written to a temporary directory, synced to disk and then renamed: if the process dies, the directory
     contains the previous or the new adapter, see `genft_modules.files`. The files are always in `directory` itself,
-    whatever the adapter's name.
+    whatever the adapter's name. README.md is a model card with the method, the base model and how to load the adapter;
+    the text of an existing one is kept, see `genft_modules.card`.
 
     With torch.distributed, every rank must call this: sharded adapter tensors are gathered, and rank 0 writes the same
     files as a single process. `model` may be wrapped in DistributedDataParallel.
@@ -69,6 +71,7 @@ def _write_adapter(model: PeftModel, directory: Path, adapter_name: str, state: 
             for path in (partial / adapter_name).iterdir():
                 os.replace(path, partial / path.name)
             (partial / adapter_name).rmdir()
+        write_card(partial, former=directory)
 
 
 def load_adapter(
@@ -92,13 +95,13 @@ def load_adapter(
     Raises:
         ValueError: the adapter is invalid; the message names the file and the problem.
     """
-    check_adapter(model, directory, adapter_name)
-    if not isinstance(model, PeftModel):
-        return PeftModel.from_pretrained(
-            model, str(directory), adapter_name=adapter_name, is_trainable=is_trainable, **kwargs
-        )
-    model.load_adapter(str(directory), adapter_name=adapter_name, is_trainable=is_trainable, **kwargs)
-    return model
+    with whole_adapter(Path(directory)) as place:
+        _checked(model, place, adapter_name)
+        options = {"adapter_name": adapter_name, "is_trainable": is_trainable, **kwargs}
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, str(place), **options)
+        model.load_adapter(str(place), **options)
+        return model
 
 
 def restore_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -146,8 +149,12 @@ def check_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
         ValueError: the message names the file and the problem: missing, corrupt, a pickle, an unknown method, or
             tensors that are missing, unknown, or of the wrong shape or dtype.
     """
-    directory = Path(directory)
-    config = read_config(directory)
+    with whole_adapter(Path(directory)) as place:
+        return _checked(model, place, adapter_name)
+
+
+def _checked(model: nn.Module, directory: Path, adapter_name: str) -> PeftConfig:
+    config = _config_in(directory)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if adapter_name in getattr(base, "peft_config", {}):
         raise ValueError(f"adapter_name: {adapter_name!r} already exists in the model, expected a new name")
@@ -172,7 +179,11 @@ def check_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
 
 def read_config(directory: Path) -> PeftConfig:
     """The configuration of a saved adapter. Raises ValueError, naming the file, if a file is missing or invalid."""
-    check_files(directory)
+    with whole_adapter(directory) as place:
+        return _config_in(place)
+
+
+def _config_in(directory: Path) -> PeftConfig:
     path = directory / CONFIG
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from genft_modules.card import note_of_export, write_card
 from genft_modules.files import PREFIX, WEIGHTS, new_directory
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods.base import check_number, check_rank
@@ -55,7 +56,8 @@ def export_lora(
     Args:
         model: a model with the adapter: a `PeftModel`, a transformers model with adapters, or any model with
             `FusedGenLinear` layers. It is not changed; the adapter may be merged.
-        directory: a new directory for adapter_config.json and adapter_model.safetensors, created atomically.
+        directory: a new directory for adapter_config.json, adapter_model.safetensors and README.md, with the base model
+            and the errors; created atomically.
         adapter_name: name of the adapter.
         max_error: for layers with full-rank ΔW: the allowed relative error of ΔW in the Frobenius norm.
         rank: for layers with full-rank ΔW: the LoRA rank. Mutually exclusive with `max_error`.
@@ -99,6 +101,8 @@ def export_lora(
         tensors |= _other_tensors(model, adapter_name)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         _config(model, adapter_name, layers, exported).save_pretrained(str(partial))
+        method = getattr(getattr(model, "peft_config", {}).get(adapter_name), "method", None)
+        write_card(partial, note=note_of_export(method, [layer.error for layer in exported if not layer.exact]))
     return exported
 
 
@@ -176,6 +180,7 @@ def _config(
         bias=bias if bias in ("none", "all") else "lora_only",
         modules_to_save=getattr(ours, "modules_to_save", None),
         task_type=getattr(ours, "task_type", None),
+        auto_mapping=getattr(ours, "auto_mapping", None),
         base_model_name_or_path=getattr(ours, "base_model_name_or_path", None) or getattr(model, "name_or_path", None),
         revision=getattr(ours, "revision", None),
         inference_mode=True,

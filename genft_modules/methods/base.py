@@ -19,6 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from genft_kernels.plan import BACKENDS
+from genft_modules.card import write_card
 from genft_modules.files import check_files
 from genft_modules.methods.forms import Form
 
@@ -91,6 +92,12 @@ class GeneratorConfig(PeftConfig):
         fields: dict[str, Any] = super().to_dict()
         del fields["backend"]
         return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in peft; also writes the model card. Called by everything that saves our adapters:
+        `PeftModel.save_pretrained`, transformers' `save_pretrained`, and checkpoints of the Trainer."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(Path(save_directory))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -224,9 +231,10 @@ def row_blocks(field: str, patterns: dict[str, list[bool]], name: str, out_featu
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
-    """Disable autocast on the tensor's device; the meta device has no autocast."""
+    """Disable autocast on the tensor's device; the meta device has no autocast. (Dynamo of torch 2.11 cannot trace
+    `torch.amp.is_autocast_available`.)"""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if kind != "meta" else nullcontext()
 
 
 def beside(weight: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:

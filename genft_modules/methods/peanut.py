@@ -86,7 +86,8 @@ class PeanutGenerator(Generator):
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
 
     def form(self, weight: Tensor, *, dropout: bool = True) -> LowRank:
-        a, b, *coders = beside(weight, self.A, self.B, *self.encoders, *self.decoders)
+        coders = [*list(self.encoders), *list(self.decoders)]  # as lists, which torch 2.11's Dynamo can unpack
+        a, b, *coders = beside(weight, self.A, self.B, *coders)
         depth = len(coders) // 2
         # The inputs of ΔW are small and keep their precision; the operation that applies ΔW follows autocast.
         with without_autocast(weight):

@@ -176,20 +176,25 @@ def _report(folder):
 
 def test_the_report_is_made_from_the_files(folder):
     readme = folder / "README.md"
-    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    memory, methods = (tuple(f"<!-- {name}:{end} -->" for end in ("start", "end")) for name in ("memory", "methods"))
+    old = "\nold\n"
+    readme.write_text(f"before\n{old.join(memory)}\nbetween\n{old.join(methods)}\nafter\n")
     text = _report(folder)
     assert "| **P1** |" in text
     assert "not measured (needs a GPU)" in text
     assert "**missed**" in text, "a goal that was not met stays, with its number"
     assert "- absent: not here" in text
     charts = sorted(path.name for path in (folder / "docs" / "charts").iterdir())
-    assert charts == ["test-memory.svg", "test-ratio.svg", "test-roofline.svg"]
-    assert all(f"(charts/{name})" in text for name in charts)
+    assert charts == ["memory.svg", "test-memory.svg", "test-ratio.svg", "test-roofline.svg"]
+    assert all(f"(charts/{name})" in text for name in charts[1:]), "the first one is the README's"
     shown = readme.read_text()
     assert shown.startswith("before\n")
-    assert shown.endswith(f"{report.END}\nafter\n")
+    assert f"{memory[1]}\nbetween\n{methods[0]}\n" in shown
+    assert shown.endswith(f"{methods[1]}\nafter\n")
     assert "old" not in shown
-    assert "| genft-lora | 1.05 [1.04, 1.06] | 1.05 | 0.53 | 128 KiB |" in shown
+    assert "| genft-lora | 1.05 [1.04, 1.06] | 1.05 [1.04, 1.06] | 0.53 |" in text
+    assert "| 28.3 M | 1.05× | 128 KiB |" in shown
+    assert "LoRA: 128 KiB, against 128 KiB in peft." in shown
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     _report(folder)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}, "made twice, equal"

@@ -15,7 +15,7 @@ from benchmarks.shapes import Case, Shape
 from benchmarks.timing import ceilings
 from genft_kernels import gate, timing
 from genft_kernels.plan import LaunchPlan
-from tests.kernels import truth
+from tests.support import truth
 
 CPU = torch.device("cpu")
 CASE = Case(Shape(48, (40,), 24), 4, torch.float32, CPU)

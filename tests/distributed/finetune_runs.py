@@ -18,8 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from genft_modules.cli import finetune, training  # noqa: F401
 from genft_modules.cli import main as cli
 from genft_modules.cli.data import byte_tokenizer
-
-from .contract import fork
+from tests.distributed.contract import fork
 
 STEPS = 24
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from .test_finetune import ENVIRONMENT, ROOT
+from tests.distributed.test_finetune import ENVIRONMENT, ROOT
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])

@@ -12,8 +12,7 @@ from peft import get_peft_model
 from torch import nn
 
 from genft_modules import GeneratorConfig
-
-from ..modules.cases import CASES, llama
+from tests.support.cases import CASES, llama
 
 METHODS = ("wegeft", "genft_gelu", "lora")
 IDS = torch.arange(64).reshape(4, 16) * 7 % 61

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .cross_compile import inner_loop
+from tests.kernels.cross_compile import inner_loop
 
 ROOT = Path(__file__).parents[2]
 

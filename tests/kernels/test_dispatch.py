@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from genft_kernels import LaunchPlan
-from tests.kernels.truth import OPERATIONS, make_case, run
+from tests.support.truth import OPERATIONS, make_case, run
 
 
 def operator_of(name: str) -> str:

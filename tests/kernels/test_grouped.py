@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 import genft_kernels as gk
 from genft_kernels import DeviceFacts, LaunchPlan, Problem, SkinnyPlan
-
-from .test_operations import Inside
-from .truth import GROUPS, Case, assert_close_to_truth, make_case, run
+from tests.support.truth import GROUPS, Case, assert_close_to_truth, make_case, run
+from tests.support.watchers import Inside
 
 # Tiles of 16 rows; as many programs as to split the columns of a few tiles, too.
 PLANS = {"reference": LaunchPlan(), "thin": LaunchPlan("thin", SkinnyPlan(16, 32, groups=16, warps=4, stages=2))}

@@ -12,6 +12,7 @@ import torch
 import genft_kernels as gk
 from genft_kernels import DeviceFacts, LaunchPlan, Problem, ProductPlan, SkinnyPlan, choose_plan
 from genft_kernels import plan as plans
+from genft_kernels.plan import resolve
 
 H200 = DeviceFacts("sm_90", 132)
 
@@ -190,3 +191,20 @@ def test_auto_on_a_cpu_is_the_reference():
     chosen = plans.resolve("auto", "lowrank_linear", 4, 4, 4, 2, torch.float32, torch.device("cpu"))
     assert chosen == LaunchPlan("reference")
     assert gk.device_facts(torch.device("cpu")) == DeviceFacts("cpu", 1)
+
+
+def test_the_wider_rank_of_generated_features_decides(device, monkeypatch):
+    h, b, a = torch.randn(9, 2, device=device), torch.randn(7, 2, device=device), torch.randn(200, 9, device=device)
+    with pytest.raises(ValueError, match="ranks up to 128, got 200"):
+        gk.generated_features(h, b, a, plan=LaunchPlan("fused"))
+    seen = []
+
+    def choose(problem: Problem, facts: DeviceFacts) -> LaunchPlan:
+        seen.append(choose_plan(problem, facts))
+        return seen[-1]
+
+    monkeypatch.setattr("genft_kernels.plan.choose_plan", choose)
+    resolve.cache_clear()
+    torch.testing.assert_close(gk.generated_features(h, b, a, backend="triton"), b @ h.t() @ a.t())
+    resolve.cache_clear()
+    assert [plan.algorithm for plan in seen] == ["library"]

@@ -106,3 +106,24 @@ def test_an_algorithm_of_the_other_form_is_refused():
     h, b, a = torch.randn(5, 2), torch.randn(6, 2), torch.randn(2, 5)
     with pytest.raises(ValueError, match="generated_features has no algorithm 'thin'"):
         gk.generated_features(h, b, a, plan=LaunchPlan("thin"))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (3,)], ids=str)
+def test_an_empty_generated_matrix_is_refused(shape):
+    h = torch.randn(shape)
+    b, a = torch.randn(5, shape[-1]), torch.randn(2, shape[0])
+    with pytest.raises(ValueError, match=r"h: shape .*, expected \[N, r\]"):
+        gk.generated_features(h, b, a)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dropout": 0.1, "seed": 5}, "seed: got int, expected a tensor from draw_seed"),
+        ({"bias": [1.0]}, "bias: got list, expected a tensor"),
+    ],
+    ids=["seed", "bias"],
+)
+def test_what_is_no_tensor_is_named(options, words):
+    with pytest.raises(TypeError, match=words):
+        gk.lowrank_linear(torch.randn(4, 3), torch.randn(5, 3), torch.randn(3, 2), torch.randn(5, 2), **options)

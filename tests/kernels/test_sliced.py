@@ -8,10 +8,10 @@ import torch
 
 import genft_kernels as gk
 from genft_kernels import LaunchPlan
-
-from .test_operations import DTYPES, PLANS, Allocations, Products, short
-from .truth import EPSILON, error, make_case
-from .truth import squared_gradient_sums as true_sums
+from tests.support.plans import DTYPES, PLANS, short
+from tests.support.truth import EPSILON, error, make_case
+from tests.support.truth import squared_gradient_sums as true_sums
+from tests.support.watchers import Allocations, Products
 
 orientations = pytest.mark.parametrize("orientation", ["row", "column"])
 algorithms = pytest.mark.parametrize("algorithm", ["reference", "seeded", "fused"])

@@ -12,9 +12,8 @@ import torch
 import genft_kernels as gk
 from genft_kernels.dither import add_dithered
 from genft_kernels.plan import LaunchPlan, ProductPlan, SkinnyPlan
-
-from .test_operations import PLANS
-from .truth import ALGORITHMS, Case, make_case
+from tests.support.plans import PLANS
+from tests.support.truth import ALGORITHMS, Case, make_case
 
 NAMES = (
     "lowrank_linear",
