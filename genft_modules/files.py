@@ -164,14 +164,18 @@ def replace_text(path: Path, text: str) -> None:
 @contextmanager
 def _partial(parent: Path, name: str) -> Iterator[Path]:
     """A directory of this process in `parent`, for what is to become `name` or part of `parent`; gone afterwards."""
-    partial = parent / f"{_start(name)}{uuid.uuid4().hex}"
     _clear(parent, name)
-    partial.mkdir()
-    try:
+    while True:
+        partial = parent / f"{_start(name)}{uuid.uuid4().hex}"
+        partial.mkdir()
         with _locked(partial):
-            yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            if not partial.is_dir():
+                continue  # another process took it for left behind before the lock was held
+            try:
+                yield partial
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            return
 
 
 def _start(name: str) -> str:
@@ -257,7 +261,7 @@ def refuse_misfits(
     kinds = [
         f"{key} is {tensor.dtype}"
         for key, tensor in found.items()
-        if key in known and known[key].is_floating_point() and not tensor.is_floating_point()
+        if key in known and known[key].is_floating_point() != tensor.is_floating_point()
     ]
     complaints = [
         f"{title}: {some(entries)}"
@@ -265,7 +269,7 @@ def refuse_misfits(
             ("missing", [key for key in wanted if key not in found]),
             ("unknown", [key for key in found if key not in known]),
             ("shape mismatch", shapes),
-            ("not floating point", kinds),
+            ("of the wrong kind", kinds),
         )
         if entries
     ]

@@ -13,6 +13,7 @@ import torch
 from peft import (
     PeftConfig,
     PeftModel,
+    get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from genft_kernels.sharded import is_sharded
 from genft_modules.card import write_card
-from genft_modules.files import CONFIG, PREFIX, WEIGHTS, refuse_misfits, replaced_adapter, whole_adapter
+from genft_modules.files import CONFIG, PREFIX, WEIGHTS, refuse_misfits, replaced_adapter, some, whole_adapter
 from genft_modules.methods.base import GeneratorConfig
 from genft_modules.model.distributed import adapter_keys, barrier, gathered_adapter, rank, several, unwrapped
 
@@ -100,7 +101,12 @@ def load_adapter(
         options = {"adapter_name": adapter_name, "is_trainable": is_trainable, **kwargs}
         if not isinstance(model, PeftModel):
             return PeftModel.from_pretrained(model, str(place), **options)
-        model.load_adapter(str(place), **options)
+        try:
+            model.load_adapter(str(place), **options)
+        except Exception:
+            if adapter_name in model.peft_config:
+                model.delete_adapter(adapter_name)
+            raise
         return model
 
 
@@ -158,8 +164,11 @@ def _checked(model: nn.Module, directory: Path, adapter_name: str) -> PeftConfig
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if adapter_name in getattr(base, "peft_config", {}):
         raise ValueError(f"adapter_name: {adapter_name!r} is in the model already, expected a new name")
+    saved = load_file(directory / WEIGHTS)
     if not isinstance(config, GeneratorConfig):
-        return config  # stock peft's own methods: stock peft's own checks
+        _check_stock(base, directory, config, saved)
+        return config
+    found = {_in_model(key): tensor for key, tensor in saved.items()}
     trial = _without_weights(base)
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # they come again when the adapter is loaded
@@ -168,13 +177,51 @@ def _checked(model: nn.Module, directory: Path, adapter_name: str) -> PeftConfig
         except Exception as error:  # peft, transformers and torch have their own kinds
             raise ValueError(f"{directory / CONFIG}: does not fit the model: {error}") from error
         wanted = get_peft_model_state_dict(trial, adapter_name=adapter_name, save_embedding_layers=False)
-        found = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(directory / WEIGHTS).items()}
         refuse_misfits(str(directory / WEIGHTS), found, wanted, trial.state_dict())
         try:
             set_peft_model_state_dict(trial, found, adapter_name, low_cpu_mem_usage=True)
         except RuntimeError as error:  # what a method says of its values
             raise ValueError(f"{directory / WEIGHTS}: {' '.join(str(error).split())}") from None
     return config
+
+
+def _in_model(key: str) -> str:
+    """The name in the base model of what a checkpoint calls `key`; a name that no model has, if that is not peft's."""
+    return key[len(PREFIX) :] if key.startswith(PREFIX) else f"{key} (without {PREFIX!r})"
+
+
+def _check_stock(base: nn.Module, directory: Path, config: PeftConfig, saved: dict[str, Tensor]) -> None:
+    """Raises ValueError unless an adapter of one of peft's own methods fits: peft itself would load what it knows and
+    take no notice of the rest. What peft renames is renamed; a method that does not work on tensors without memory, or
+    that is not put into layers, is left to peft."""
+    if config.is_prompt_learning or str(config.peft_type.value) == "XLORA":
+        return
+    config = copy.deepcopy(config)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # others are made from W0
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        try:
+            trial = get_peft_model(cast(Any, _without_weights(base)), config, "trial")
+        except (NotImplementedError, RuntimeError):
+            return
+        except Exception as error:
+            raise ValueError(f"{directory / CONFIG}: does not fit the model: {error}") from error
+        wanted = get_peft_model_state_dict(trial, adapter_name="trial", save_embedding_layers=False)
+        try:
+            result = set_peft_model_state_dict(trial, saved, "trial", low_cpu_mem_usage=True)
+        except Exception as error:  # a shape, or a key that peft did not expect
+            raise ValueError(f"{directory / WEIGHTS}: does not fit the model: {' '.join(str(error).split())}") from None
+    missing, unknown = (
+        [key.replace(".trial", "") for key in keys] for keys in (result.missing_keys, result.unexpected_keys)
+    )
+    complaints = [
+        f"{title}: {some(keys)}"
+        for title, keys in (("missing", [key for key in missing if key in wanted]), ("unknown", unknown))
+        if keys
+    ]
+    if complaints:
+        raise ValueError(f"{directory / WEIGHTS}: does not fit the model: {'; '.join(complaints)}")
 
 
 def read_config(directory: Path) -> PeftConfig:
@@ -196,7 +243,7 @@ def _config_in(directory: Path) -> PeftConfig:
         raise ValueError(f"{path}: peft_type is {method!r}, which neither genft nor this version of peft knows")
     try:
         return cast(PeftConfig, PEFT_TYPE_TO_CONFIG_MAPPING[method].from_pretrained(str(directory)))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # of a field that is missing, too many, or of the wrong type: peft has no one kind
         raise ValueError(f"{path}: {error}") from None
 
 

@@ -237,14 +237,18 @@ class GenFTModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """peft loads what this returns, and takes no notice of keys that are unknown or missing. Refuses them, before
-        any tensor of the model has changed; but for a state without any of the method's tensors, which may be meant."""
+        any tensor of the model has changed. A state with none of the method's tensors may be meant: it is warned of."""
         state: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         known = model.state_dict()
         # with bias="all", peft saves the biases of modules to save twice, the second time under a key that nothing has
         state = {key: tensor for key, tensor in state.items() if key in known or ".modules_to_save." not in key}
         containers = FusedGenLinear.adapter_layer_names + SharedGenerators.adapter_layer_names
         own = {k: t for k, t in known.items() if any(f"{name}.{adapter_name}." in k for name in containers)}
-        refuse_misfits(f"adapter {adapter_name!r}", state, own if own.keys() & state.keys() else {}, known)
+        if own and not own.keys() & state.keys():
+            message = f"adapter {adapter_name!r}: the state has none of its {len(own)} tensors, which stay as they are"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            own = {}
+        refuse_misfits(f"adapter {adapter_name!r}", state, own, known)
         return state
 
 
