@@ -1,4 +1,4 @@
-"""GRFT: a few rows of each weight train, chosen by their gradients; a penalty holds them near the pretrained ones."""
+"""GRFT: train a few rows of each weight, selected by their gradients, with a penalty on their change."""
 
 import torch
 from peft import get_peft_model
@@ -22,10 +22,10 @@ class PenalisedTrainer(PenaltyMixin, Trainer):
 
 config = GRFTConfig(k=8, target_modules=["q_proj", "v_proj", "down_proj"], penalty=1e-2, penalty_modules=["down_proj"])
 model = get_peft_model(tiny_llama(), config)
-assert needs_slices(model)  # it can neither be applied nor saved yet
+assert needs_slices(model)  # the adapter can be neither applied nor saved yet
 
 data = tiny_data()
-chosen = select_slices(model, batches(data)[:4], progressbar=False)  # the gradients of the base model decide
+chosen = select_slices(model, batches(data)[:4], progressbar=False)  # by the gradients of the base model
 for name, rows in chosen.items():
     print(f"{name}: rows {rows.tolist()}")
 
@@ -43,4 +43,4 @@ with torch.no_grad():
 layer = loaded.get_submodule(f"base_model.model.{name}")
 changed = layer.get_delta_weight().abs().sum(1).nonzero().flatten()
 assert changed.tolist() == rows.tolist()
-print("saved and loaded: the same logits; ΔW is zero but for the chosen rows")
+print("saved and loaded: the same logits; ΔW is zero except for the selected rows")

@@ -1,4 +1,4 @@
-"""Layers of a plain PyTorch model swapped by hand, without peft's functions for models."""
+"""Replace single layers of a PyTorch model, without `get_peft_model`."""
 
 import torch
 from torch import nn
@@ -13,8 +13,8 @@ original = model[0].weight.clone()
 
 gelu = GenFTConfig(generator_share_dim=4, individual_features=2, inner_activation="gelu", outer_activation="gelu")
 model[0] = FusedGenLinear.from_linear(model[0], WeGeFTConfig(r=4))
-model[2] = FusedGenLinear.from_linear(model[2], gelu)  # ΔW of full rank, made tile by tile
-torch.testing.assert_close(model(x), base)  # ΔW = 0 at the start
+model[2] = FusedGenLinear.from_linear(model[2], gelu)  # full-rank ΔW, generated tile by tile
+torch.testing.assert_close(model(x), base)  # ΔW = 0 before training
 print({name: tuple(parameter.shape) for name, parameter in model[0].adapter_parameters().items()})
 
 target = torch.randn(8, 16)
@@ -36,7 +36,7 @@ with torch.no_grad():
     torch.testing.assert_close(model(x), want)
     for layer in (model[0], model[2]):
         layer.unmerge()
-assert torch.equal(model[0].base_layer.weight, original)  # bit for bit
+assert torch.equal(model[0].base_layer.weight, original)  # restored exactly
 ranks = [int(torch.linalg.matrix_rank(layer.get_delta_weight())) for layer in (model[0], model[2])]
 print(f"rank of ΔW: {ranks[0]} for WeGeFT with r = 4, {ranks[1]} for GenFT with r = 4 + 2")
 assert ranks[0] == 4 < 6 < ranks[1]

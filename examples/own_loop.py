@@ -1,4 +1,4 @@
-"""A training loop of one's own: only the adapter's parameters are given to the optimizer."""
+"""A custom training loop: pass only the adapter's parameters to the optimizer."""
 
 import torch
 from peft import get_peft_model

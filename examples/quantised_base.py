@@ -1,12 +1,12 @@
 """Adapters on quantised layers.
 
-With a package that transformers knows, the model is loaded quantised and adapted as any other:
+With a quantisation package supported by transformers, load the quantised model and adapt it as any other:
 
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     model = get_peft_model(model, WeGeFTConfig(r=64, wegeft_alpha=128))
 
-Here a few lines stand for such a package, so that the example needs none: a layer with in_features, out_features, a
-packed weight `qweight`, and `dequantize` for those methods that read W0.
+To run without such a package, this example defines a quantised layer itself, with in_features, out_features, a packed
+weight `qweight`, and `dequantize` for methods that read W0.
 """
 
 import torch
@@ -18,7 +18,7 @@ from genft_modules import GenFTConfig, WeGeFTConfig
 
 
 class Int8Linear(nn.Module):
-    """Rows of bytes, each with a scale."""
+    """Int8 weights with a scale per row."""
 
     reads = 0
 
@@ -47,7 +47,7 @@ def quantised_llama() -> nn.Module:
 
 targets = ["q_proj", "v_proj", "down_proj"]
 for config in (
-    WeGeFTConfig(r=8, wegeft_alpha=16, target_modules=targets),  # edits the input: never looks at W0
+    WeGeFTConfig(r=8, wegeft_alpha=16, target_modules=targets),  # edits the input: does not read W0
     GenFTConfig(generator_share_dim=6, individual_features=2, target_modules=targets),  # reads W0 in each pass
 ):
     Int8Linear.reads = 0

@@ -1,4 +1,4 @@
-"""What the examples have in common: a small model in the place of a pretrained one, and data that can be learned."""
+"""Shared by the examples: a small model instead of a pretrained one, and learnable data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ VOCABULARY = 64
 
 
 def tiny_llama() -> LlamaForCausalLM:
-    """The same weights at every call, as from a file."""
+    """A small Llama, with the same weights in every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,

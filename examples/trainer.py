@@ -1,4 +1,4 @@
-"""Adapt a model with transformers' Trainer; save the adapter, load it, merge it."""
+"""Fine-tune an adapter with transformers' Trainer, then save, load and merge it."""
 
 import torch
 from peft import get_peft_model
@@ -9,7 +9,7 @@ from genft_modules import WeGeFTConfig, load_adapter, save_adapter
 
 config = WeGeFTConfig(r=8, wegeft_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
 model = get_peft_model(tiny_llama(), config)
-model.print_trainable_parameters()  # one pair (φ, ψ) per module type, shared by the layers
+model.print_trainable_parameters()  # one pair (φ, ψ) per module type, shared across layers
 
 data = tiny_data()
 arguments = TrainingArguments(

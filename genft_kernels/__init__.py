@@ -1,9 +1,9 @@
-"""Fused operations that adapt a frozen linear layer: tensors in, tensors out.
+"""Fused operations for adapting a frozen linear layer: tensors in, tensors out.
 
-Invalid arguments raise ValueError or TypeError before any work is done; the message names the argument, what it got and
-what it expects.
+Invalid arguments raise ValueError or TypeError before any work is done; the message names the argument, the value it
+got and what it expects.
 
-Importing this package imports no Triton and touches no GPU.
+Importing this package neither imports Triton nor initialises a GPU.
 """
 
 from .dropout import draw_seed

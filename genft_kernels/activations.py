@@ -1,7 +1,7 @@
-"""The element-wise functions a generator may apply: one table, one entry per function.
+"""The element-wise activation functions, in one table.
 
-An entry holds the torch function and its backward. The Triton twins live in `genft_kernels._triton.activations` under
-the names `<name>` and `<name>_grad`; a test holds the two tables together.
+An entry has the torch function and its backward. The Triton versions are in `genft_kernels._triton.kernels.activations`
+under the names `<name>` and `<name>_grad`; a test compares the two tables.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ aten = torch.ops.aten
 class Activation:
     """An element-wise function σ of the pre-activation z.
 
-    `forward(z)` = σ(z); `forward_(z)` the same in z's own memory; `backward_(grad, z)` = grad·σ'(z) in the memory of
-    grad, which may use up z.
+    `forward(z)` = σ(z); `forward_(z)` is in place; `backward_(grad, z)` = grad·σ'(z) in place of grad, may overwrite z.
     """
 
     name: str
@@ -71,7 +70,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation(name: str) -> Activation:
-    """The entry called `name`. Raises ValueError that lists what exists."""
+    """The activation `name`. Raises ValueError with the list of names if it does not exist."""
     entry = ACTIVATIONS.get(name)
     if entry is None:
         raise ValueError(f"activation: got {name!r}, expected one of {sorted(ACTIVATIONS)}")

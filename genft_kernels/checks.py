@@ -1,5 +1,4 @@
-"""Argument checks: everything is refused before any work is done, by a message that names the argument, says what came
-and what fits."""
+"""Argument checks, made before any work is done. The message names the argument, what it got and what it expects."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def choice_of(backend: str, plan: LaunchPlan | None) -> LaunchPlan | str:
-    """What decides what runs: the plan, else the backend."""
+    """The plan, or else the backend."""
     if plan is not None:
         if not isinstance(plan, LaunchPlan):
             raise TypeError(f"plan: got {type(plan).__name__}, expected a LaunchPlan")
@@ -39,7 +38,7 @@ def check_weight(weight: Tensor) -> None:
     if weight.dtype not in FLOATS:
         raise TypeError(
             f"weight: dtype {weight.dtype} is not supported, expected one of {FLOATS}; "
-            "for a quantised base layer use input_edit and the layer's own product"
+            "for a quantised base layer, use input_edit and the layer's own product"
         )
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: shape {tuple(weight.shape)}, expected [N, K] with N, K >= 1")
@@ -69,7 +68,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_factor(name: str, factor: Tensor, like: Tensor, shape: tuple[int | None, ...]) -> int:
-    """Checks a factor against `shape` (None: the rank, any size of at least 1). Returns the rank, or the last size."""
+    """Check a factor against `shape` (None: the rank, any size of at least 1). Returns the rank, or the last size."""
     if not isinstance(factor, Tensor):
         raise TypeError(f"{name}: got {type(factor).__name__}, expected a tensor")
     sizes = factor.shape
@@ -106,29 +105,29 @@ def check_orientation(orientation: str) -> bool:
 
 
 def check_indices(indices: Tensor, k: int, size: int, like: Tensor) -> None:
-    """int64 [k] on the device of `like`; what they say is not looked at: that would wait for a GPU."""
+    """Check for int64 [k] on the device of `like`. Values are not checked, which would synchronise a GPU."""
     if not isinstance(indices, Tensor):
         raise TypeError(f"indices: got {type(indices).__name__}, expected an int64 tensor")
     if indices.dtype != torch.int64:
         raise TypeError(f"indices: dtype {indices.dtype}, expected torch.int64")
     if indices.shape != (k,):
-        raise ValueError(f"indices: shape {tuple(indices.shape)}, expected [{k}], one for each slice of values")
+        raise ValueError(f"indices: shape {tuple(indices.shape)}, expected [{k}], one per slice of values")
     if k > size:
-        raise ValueError(f"indices: {k} of them, expected at most {size}, for they are different")
+        raise ValueError(f"indices: got {k}, expected at most {size}; indices must be unique")
     if indices.device != like.device:
         raise ValueError(f"indices: on {indices.device}, expected {like.device}")
 
 
 def check_dropout(dropout: float, seed: Tensor | None, like: Tensor) -> Tensor | None:
-    """The seed to use: None where nothing is dropped."""
+    """The seed to use; None without dropout."""
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: got {dropout}, expected 0 <= dropout < 1")
     if dropout == 0.0:
         return None
     if seed is None:
-        raise ValueError("seed: missing, expected draw_seed(device) because dropout > 0")
+        raise ValueError("seed: got None, expected draw_seed(device) because dropout > 0")
     if not isinstance(seed, Tensor):
-        raise TypeError(f"seed: got {type(seed).__name__}, expected the tensor that draw_seed(device) returns")
+        raise TypeError(f"seed: got {type(seed).__name__}, expected a tensor from draw_seed(device)")
     if seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != like.device:
         raise ValueError(
             f"seed: {seed.dtype} {tuple(seed.shape)} on {seed.device}, expected int64 (1,) on {like.device}"
@@ -137,9 +136,9 @@ def check_dropout(dropout: float, seed: Tensor | None, like: Tensor) -> Tensor |
 
 
 def autocasting(x: Tensor) -> bool:
-    """Autocast is on for the device of x."""
+    """Whether autocast is enabled for the device of x."""
     if not torch._C._is_any_autocast_enabled():
-        return False  # without looking at the device, which takes Python ten times as long
+        return False  # ten times faster than the check by device
     kind = x.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
@@ -150,12 +149,12 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def like_rows(y: Tensor, x: Tensor) -> Tensor:
-    """y, which was made from `as_rows(x)`, with the leading dimensions of x."""
+    """y, computed from `as_rows(x)`, with the leading dimensions of x."""
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The casts that autocast makes around nn.Linear; factors keep their dtype, products accumulate in float32."""
+    """Cast as autocast does for nn.Linear; factors keep their dtype, products accumulate in float32."""
     if not autocasting(x) or x.dtype == torch.float64:
         return (x, *others)
     dtype = torch.get_autocast_dtype(x.device.type)

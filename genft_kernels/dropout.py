@@ -1,9 +1,9 @@
-"""Element dropout whose mask is a function of (seed, row, column) and is never stored.
+"""Element-wise dropout whose mask is a function of (seed, row, column) and is never stored.
 
-bits(i, j) = mix(rowkey(i) xor j·C), an element is kept where bits >= p·2³². `mix` is a 32-bit finaliser with two
-multiplications (constants of C. Wellons' hash prospector, bias 0.17), so one element costs ten integer instructions
-inside a kernel; Philox, which Triton offers, costs about a hundred, and a generated tile is made several times per
-product. Forward and backward of every backend draw the same mask from the same seed.
+bits(i, j) = mix(rowkey(i) xor j·C); an element is kept if bits >= p·2³². `mix` is a 32-bit finaliser with two
+multiplications (constants from C. Wellons' hash prospector, bias 0.17): ten integer instructions per element in a
+kernel, against about a hundred for Triton's Philox; a generated tile is computed several times per product. Forward and
+backward of all backends get the same mask from the same seed.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from torch import Tensor
 
 MIX_1 = 0x7FEB352D
 MIX_2 = 0x846CA68B
-COLUMN = 0x9E3779B1  # odd, so that columns spread over all 32 bits
+COLUMN = 0x9E3779B1  # odd, to spread columns over all 32 bits
 SEED_HIGH = 0x9E3779B9
 
 
 def _signed(value: int) -> int:
-    """The int32 with the bits of the 32-bit `value`."""
+    """The 32-bit `value` reinterpreted as int32."""
     value &= 0xFFFFFFFF
     return value - (1 << 32) if value & 0x80000000 else value
 
 
 def _mix_(h: Tensor) -> Tensor:
-    """The finaliser, in place on an int32 tensor (the sign bit is a bit: shifts are made logical by a mask)."""
+    """The finaliser, in place on an int32 tensor (masks make the right shifts logical)."""
     scratch = torch.empty_like(h)
     for shift, factor in ((16, MIX_1), (15, MIX_2), (16, None)):
         torch.bitwise_right_shift(h, shift, out=scratch)
@@ -38,19 +38,19 @@ def _mix_(h: Tensor) -> Tensor:
 def draw_seed(device: torch.device | str | None = None) -> Tensor:
     """A seed, int64 [1], from torch's default generator of `device`.
 
-    Being a tensor drawn by torch, it is replayed by gradient checkpointing and by torch.compile, and reading it inside
-    a kernel costs no synchronisation.
+    As a tensor drawn by torch, it is reproduced by gradient checkpointing and torch.compile, and kernels read it
+    without synchronisation.
     """
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
 
 
 def threshold(p: float) -> int:
-    """Elements whose bits are below this are dropped; uint32."""
+    """The uint32 threshold below which elements are dropped."""
     return min(round(p * 2**32), 2**32 - 1)
 
 
 def keep_mask(seed: Tensor, p: float, rows: Tensor | range, columns: Tensor | range) -> Tensor:
-    """The mask of the given rows and columns, bool [len(rows), len(columns)]: True is kept."""
+    """The mask for the given rows and columns, bool [len(rows), len(columns)]; True means kept."""
     device = seed.device
 
     def index(values: Tensor | range) -> Tensor:
@@ -63,5 +63,5 @@ def keep_mask(seed: Tensor, p: float, rows: Tensor | range, columns: Tensor | ra
     key = _mix_(_mix_(index(rows) ^ _mix_(low)) ^ _mix_(high))
     column = index(columns) * _signed(COLUMN)
     bits = _mix_(key[:, None] ^ column[None, :])
-    # int32 has no unsigned comparison: flip the sign bit on both sides.
+    # torch has no unsigned comparison of int32: flip the sign bit on both sides.
     return bits.bitwise_xor_(_signed(0x80000000)) >= threshold(p) - 2**31

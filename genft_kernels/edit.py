@@ -1,4 +1,4 @@
-"""A frozen linear layer on an edited input, and the edit alone."""
+"""A frozen linear layer with an edited input, and the edit on its own."""
 
 from __future__ import annotations
 
@@ -42,18 +42,19 @@ def input_edit(
     backend: str = "auto",
     plan: LaunchPlan | None = None,
 ) -> Tensor:
-    """x' = x + scale·(x ψᵀ) φ: the edit alone, for a base layer that is not a plain weight (a quantised one).
+    """The edit of the input only: x' = x + scale·(x ψᵀ) φ, for a base layer without a plain weight (a quantised one).
 
     Args:
         x: activations [..., K].
-        psi: ψ [r, K], the dtype of x or float32.
+        psi: ψ [r, K], in the dtype of x or float32.
         phi: φ [r, K], likewise.
         scale, backend, plan: as in `lowrank_linear`.
 
     Returns:
-        x' [..., K] in the dtype of x. base(x') = x (W0 + scale·W0 φᵀ ψ)ᵀ + b. Differentiable once in x, psi and phi.
+        x' [..., K] in the dtype of x, with base(x') = x (W0 + scale·W0 φᵀ ψ)ᵀ + b. Differentiable (first order)
+        in x, psi and phi.
 
-    Source: WeGeFT (arXiv 2312.00700 v5); docs/mathematics.md derives the form.
+    Source: WeGeFT (arXiv 2312.00700 v5); derivation in docs/mathematics.md.
     """
     check_activations(x)
     r = check_factor("psi", psi, x, (None, x.shape[-1]))
@@ -73,20 +74,21 @@ def input_edit_linear(
     backend: str = "auto",
     plan: LaunchPlan | None = None,
 ) -> Tensor:
-    """A frozen linear layer on an edited input: y = (x + scale·(x ψᵀ) φ) W0ᵀ + b, that is ΔW = scale·(W0 φᵀ) ψ.
+    """A frozen linear layer with an edited input: y = (x + scale·(x ψᵀ) φ) W0ᵀ + b, equivalent to ΔW = scale·(W0 φᵀ) ψ.
 
     Args:
         x: activations [..., K].
-        weight: frozen W0 [N, K], any strides, the dtype of x.
-        psi: ψ [r, K], the dtype of x or float32.
+        weight: frozen W0 [N, K], any strides, in the dtype of x.
+        psi: ψ [r, K], in the dtype of x or float32.
         phi: φ [r, K], likewise.
-        bias: [N] or None, the dtype of x.
+        bias: [N] or None, in the dtype of x.
         scale, backend, plan: as in `lowrank_linear`.
 
     Returns:
-        y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable once in x, psi, phi, bias.
+        y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable (first order) in x, psi,
+        phi and bias.
 
-    Source: WeGeFT (arXiv 2312.00700 v5); docs/mathematics.md derives the form.
+    Source: WeGeFT (arXiv 2312.00700 v5); derivation in docs/mathematics.md.
     """
     check_linear(x, weight, bias)
     r = check_factor("psi", psi, x, (None, weight.shape[1]))

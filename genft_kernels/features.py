@@ -36,17 +36,18 @@ def weight_features(
     """Features of a frozen weight: h = σ(ratio·drop(W0) Aᵀ + bias), in one pass over W0.
 
     Args:
-        weight: frozen W0 [N, K], any strides; or a DTensor cut along one dimension: then only [N, r] is reduced.
-        a: A [r, K], the dtype of W0 or float32.
+        weight: frozen W0 [N, K], any strides; or a DTensor sharded along one dimension, which needs a reduction of
+            [N, r] only.
+        a: A [r, K], in the dtype of W0 or float32.
         bias: [r] in the dtype of A, or None.
         ratio: ρ.
-        activation: σ, a name of `genft_kernels.activations.ACTIVATIONS`.
-        dropout: the share of elements of W0 that are dropped, 0 <= dropout < 1; the mask is never stored.
-        seed: int64 [1] from `draw_seed`, required when dropout > 0.
+        activation: σ, a name in `genft_kernels.activations.ACTIVATIONS`.
+        dropout: dropout probability of the elements of W0, 0 <= dropout < 1; the mask is never stored.
+        seed: int64 [1] from `draw_seed`, required if dropout > 0.
         backend, plan: as in `lowrank_linear`.
 
     Returns:
-        h [N, r] in the dtype of A. Differentiable once in a and bias.
+        h [N, r] in the dtype of A. Differentiable (first order) in a and bias.
 
     Source: the first stage of GIFT (arXiv 2312.00700) and GenFT (arXiv 2506.11042); docs/mathematics.md.
     """
@@ -60,5 +61,5 @@ def weight_features(
         return sharded.features_of_parts(weight_features, weight, a, bias, sigma.forward, seed, **options)
     seed = check_dropout(dropout, seed, weight)
     z = _weight_features(weight, a, bias, float(ratio), float(dropout), seed, choice_of(backend, plan))
-    # σ acts on [N, r]: torch's own function, fused by torch.compile, costs less than a kernel of ours would save.
+    # σ acts on [N, r] only: torch's function is fast enough, and torch.compile can fuse it.
     return sigma.forward(z)

@@ -1,5 +1,4 @@
-"""What each operation computes, in plain PyTorch and as the formula stands, and what goes into it: for the hardware
-gate and the tuner, which time nothing that is not right.
+"""The formula of each operation in plain PyTorch, and its inputs, for the correctness gate and the tuner.
 
 To add an operation, add an `Operation` to `OPERATIONS`.
 """
@@ -31,17 +30,17 @@ class Operation:
 
     Attributes:
         name: as in genft_kernels.
-        inputs: sizes of its tensors from (m, n, k, r), in the order of its arguments.
+        inputs: shapes of its tensors from (m, n, k, r), in the order of its arguments.
         trained: the inputs whose gradients are checked.
-        activations, factors: the inputs that come in odd layouts, and those that may be float32 beside bf16.
-        truth: the same function in plain PyTorch, from tensors, options and the dropout seed.
-        options: keyword settings of the gate's variants.
-        form: "lowrank" or "generated" where it is built around a product with W0, which is then the floor of its time:
-            with a frozen W0, or with a trained one; "" otherwise.
-        problem: the sizes that plans are chosen by, from (m, n, k, r).
-        sweep: the settings that it is swept with, from the rank.
-        function: its name in genft_kernels, where that is another.
-        extra: arguments that are no drawn tensors, from those that are.
+        activations, factors: the inputs tested with other layouts, and those that may be float32 with bf16 activations.
+        truth: the same function in plain PyTorch, of tensors, options and the dropout seed.
+        options: keyword arguments of the variants to check.
+        form: for an operation built around a product with W0, whose time is its baseline: "lowrank" (W0 is frozen in
+            the baseline) or "generated" (W0 is trained in it); else "".
+        problem: the sizes for choosing a plan, from (m, n, k, r).
+        sweep: keyword arguments for timing, from the rank.
+        function: its name in genft_kernels, if different from `name`.
+        extra: other arguments, from the drawn tensors.
     """
 
     name: str
@@ -59,11 +58,11 @@ class Operation:
 
     @property
     def called(self) -> str:
-        """Its name in genft_kernels, under which plans know it."""
+        """Its name in genft_kernels and in plans."""
         return self.function or self.name
 
     def sizes(self, m: int, n: int, k: int, r: int, itemsize: int) -> Problem:
-        """What a plan is chosen by."""
+        """The problem for choosing a plan."""
         return Problem(self.called, *self.problem(m, n, k, r), itemsize)
 
     def run(self, tensors: Tensors, options: dict[str, Any], seed: Tensor | None, **how: Any) -> Tensor:
@@ -122,7 +121,7 @@ GROUPS = 4  # updates in a batch of the grouped operation
 
 
 def _groups(t: Tensors) -> Tensor:
-    """The group of each sample, -1 for none; the third group has no sample."""
+    """The group of each sample, -1 for none; the third group is empty."""
     index = torch.arange(t["x"].shape[0], device=t["x"].device) * 7 % (GROUPS + 1) - 1
     return torch.where(index == 2, 0, index)
 
@@ -148,7 +147,7 @@ def _sliced(t: Tensors, o: dict[str, Any], seed: Tensor | None, *, columns: bool
 
 
 def _squares(orientation: str) -> Operation:
-    """Sums of squares of dYᵀ x over its rows, or columns; the measure has no gradient."""
+    """Sums of squares of the rows or columns of dYᵀ x; not differentiable."""
 
     def truth(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
         gradient = t["dy"].t() @ t["x"]
@@ -168,7 +167,7 @@ def _squares(orientation: str) -> Operation:
 
 
 def _released(r: int) -> dict[str, Any]:
-    """The released settings of GenFT that the goals are about: gelu at r = 16, leakyrelu at r = 37."""
+    """The activations of GenFT's released settings: gelu for r = 16, leakyrelu for r = 37."""
     return {"activation": "leakyrelu" if r == 37 else "gelu"}
 
 
@@ -309,12 +308,12 @@ def draw(
     wide: bool = False,
     bias: bool = True,
 ) -> tuple[Tensors, Tensor]:
-    """Random tensors for an operation of sizes (m, n, k, r), and its output's cotangent.
+    """Random inputs for an operation of sizes (m, n, k, r), and a cotangent for its output.
 
     Args:
-        layout: of its activations: "plain", "transposed", "strided" or "expanded".
-        wide: factors in float32 beside narrower activations.
-        bias: with the biases that it takes.
+        layout: memory layout of the activations: "plain", "transposed", "strided" or "expanded".
+        wide: factors in float32.
+        bias: whether to include biases.
     """
     generator = torch.Generator(device).manual_seed(1)
 
@@ -344,8 +343,8 @@ def draw(
 
 @dataclass
 class Examination:
-    """An operation on given tensors against its formula in float64: output and gradients, by the gate's rule. The truth
-    is computed once."""
+    """Comparison of an operation on given tensors with its formula in float64: output and gradients, by the rule of
+    `genft_kernels.gate`. The truth is computed once."""
 
     operation: Operation
     tensors: Tensors
@@ -358,7 +357,7 @@ class Examination:
         return torch.full((1,), 1234567, dtype=torch.int64, device=self.cotangent.device)
 
     def results(self, **how: Any) -> Tensors:
-        """Output and gradients by name; `how`: the operation's `plan` or `backend`."""
+        """Output and gradients by name; `how`: `plan` or `backend` of the operation."""
         return self._gradients(lambda t: self.operation.run(t, self.options, self.seed, **how), self.tensors)
 
     def verdict(self, got: Tensors) -> Verdict:
@@ -366,7 +365,7 @@ class Examination:
 
     @cached_property
     def _expected(self) -> tuple[Tensors, Tensors]:
-        """The truth, and what plain torch makes of the formula at this dtype."""
+        """The truth, and the results of plain PyTorch at this dtype."""
         double = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in self.tensors.items()}
         found = [
             self._gradients(lambda t: self.operation.truth(t, self.options, self.seed), tensors)

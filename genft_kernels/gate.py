@@ -1,7 +1,7 @@
-"""The correctness gate: nothing is timed that is not right, on the same device, in the same run.
+"""The correctness gate: an implementation is timed only after it passes a check on the same device in the same run.
 
 The rule: err(tested, float64 truth) ≤ 2·err(plain torch at that dtype, float64 truth) + ε, for the output and every
-gradient, in the relative Euclidean norm and in the largest deviation over the largest value.
+gradient, in the relative Euclidean norm and in the maximum error relative to the maximum value.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# About the rounding of one stored result. The one table, of the tests too; nothing loosens it.
+# About the rounding error of one stored result. The tests use the same table, without exceptions.
 EPSILON = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 Tensors = Mapping[str, Tensor]
@@ -23,7 +23,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether all tensors were within budget, and the one that used most of it: its error, and torch's own."""
+    """Whether all tensors are within budget; the worst tensor, its error and budget, and the error of plain torch."""
 
     ok: bool
     worst: str
@@ -39,8 +39,8 @@ class Verdict:
 
 
 def errors(got: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Relative Euclidean error, and largest deviation over largest value. Inf where the truth is 0 and `got` is not, or
-    where `got` is not finite or of another shape."""
+    """Relative Euclidean error, and maximum error relative to the maximum value. Inf if the truth is 0 and `got` is
+    not, or if `got` is not finite or has the wrong shape."""
     if got.shape != truth.shape:
         return float("inf"), float("inf")
     if not truth.numel():
@@ -52,11 +52,11 @@ def errors(got: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def judge(got: Tensors, truth: Tensors, torch_own: Tensors, dtype: torch.dtype, *, pooled: bool = False) -> Verdict:
-    """The rule over named tensors: the same names in all three.
+    """Apply the rule to named tensors, with the same names in all three.
 
-    `pooled` compares root mean squares over all tensors. It is for whole methods whose σ has a kink: where rounding
-    moves a pre-activation across it, σ' jumps, in torch and in what is tested at different elements, so that the error
-    of one tensor is a matter of chance. Each operation on its own is held to the rule tensor by tensor.
+    `pooled` compares root mean squares over all tensors. It is for whole methods whose σ has a kink: if rounding moves
+    a pre-activation across it, σ' jumps, at different elements in torch and in the tested implementation, so the error
+    of a single tensor is random. Single operations are checked per tensor.
     """
     if not set(got) == set(truth) == set(torch_own):
         return Verdict(False, f"names {sorted(got)} against {sorted(truth)}", float("inf"), 0.0, 0.0)
@@ -76,7 +76,7 @@ def judge(got: Tensors, truth: Tensors, torch_own: Tensors, dtype: torch.dtype, 
 
 
 def gradients(outputs: Sequence[Tensor], inputs: Tensors, cotangents: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Output and gradient tensors by name, for the loss Σ outputs · cotangents; outputs alone without inputs."""
+    """Outputs and gradients by name, for the loss Σ outputs · cotangents; only outputs if there are no inputs."""
     grads = torch.autograd.grad(outputs, list(inputs.values()), list(cotangents)) if inputs else ()
     named = {f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}
     return {f"y{i}" if i else "y": out.detach() for i, out in enumerate(outputs)} | named
@@ -84,8 +84,7 @@ def gradients(outputs: Sequence[Tensor], inputs: Tensors, cotangents: Sequence[T
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that is allocated and not written holds NaN, as far as torch fills it: an element that a kernel forgets is
-    then found."""
+    """Context in which torch fills uninitialised memory with NaN, to detect elements that a kernel does not write."""
     mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
     fill = settings.fill_uninitialized_memory
@@ -99,6 +98,6 @@ def poisoned() -> Iterator[None]:
 
 
 def differing(run: Callable[[], Tensors]) -> list[str]:
-    """Names of the tensors that are not bit-equal in two runs."""
+    """Names of the tensors that differ in any bit between two runs."""
     first, second = run(), run()
     return [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]

@@ -1,4 +1,4 @@
-"""Operations on a generated matrix T = drop(σ(H Bᵀ + row + column)), which never exists as a whole."""
+"""Operations on a generated matrix T = drop(σ(H Bᵀ + row + column)), which is never materialised in full."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _generated_linear = Operation(
 _generated_features = Operation(
     "generated_features",
     reference,
-    # A kernel holds the whole of either rank in a block: the wider one decides.
+    # Kernels hold each rank in one block: the larger one counts.
     sizes=lambda h, b, a: (0, h.shape[0], b.shape[0], max(h.shape[1], a.shape[0])),
     outputs={"z": lambda b, a: b.new_empty(b.shape[0], a.shape[0])},
     gradients=("h", "b", "a", "column"),
@@ -47,23 +47,23 @@ def generated_linear(
 
     Args:
         x: activations [..., K].
-        weight: frozen W0 [N, K], any strides, the dtype of x.
-        h: H [N, r], the dtype of x or float32; all factors and their biases have one dtype.
+        weight: frozen W0 [N, K], any strides, in the dtype of x.
+        h: H [N, r], in the dtype of x or float32; all factors and their biases have the same dtype.
         b: B [K, r].
-        bias: the layer's bias [N] or None, the dtype of x.
+        bias: the layer's bias [N] or None, in the dtype of x.
         row_bias: [N] or None, added to the rows of H Bᵀ.
         column_bias: [K] or None, added to its columns.
         scale: s.
-        activation: σ, a name of `genft_kernels.activations.ACTIVATIONS`.
-        dropout: the share of elements of ΔW that are dropped, 0 <= dropout < 1.
-        seed: int64 [1] from `draw_seed`, required when dropout > 0.
+        activation: σ, a name in `genft_kernels.activations.ACTIVATIONS`.
+        dropout: dropout probability of the elements of ΔW, 0 <= dropout < 1.
+        seed: int64 [1] from `draw_seed`, required if dropout > 0.
         backend, plan: as in `lowrank_linear`.
 
     Returns:
-        y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable once in x, h, b, bias,
-        row_bias and column_bias. ΔW is made tile by tile, forward and backward; nothing of it is kept.
+        y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable (first order) in x, h, b,
+        bias, row_bias and column_bias. ΔW is generated tile by tile in forward and backward and not saved.
 
-    Source: GenFT (arXiv 2506.11042), second stage, or the first where it stands alone; docs/mathematics.md.
+    Source: the last stage of GenFT (arXiv 2506.11042); docs/mathematics.md.
     """
     activation_named(activation)
     check_linear(x, weight, bias)
@@ -103,24 +103,24 @@ def generated_features(
     backend: str = "auto",
     plan: LaunchPlan | None = None,
 ) -> Tensor:
-    """Features of a generated matrix: σ_in(Tᵀ Aᵀ + bias), T = drop(σ(H Bᵀ + column)) [N, K] made and reduced at once.
+    """Features of a generated matrix: σ_in(Tᵀ Aᵀ + bias), where T = drop(σ(H Bᵀ + column)) [N, K] is not materialised.
 
     Args:
-        h: H [N, r]; all tensors of one floating dtype.
+        h: H [N, r]; all tensors have the same floating dtype.
         b: B [K, r].
         a: A [r2, N].
         bias: [r2] or None.
         column_bias: [K] or None, added to the columns of H Bᵀ.
         inner_activation: σ_in, applied to the [K, r2] result.
-        activation: σ, applied to T; both names of `genft_kernels.activations.ACTIVATIONS`.
-        dropout: the share of elements of T that are dropped, 0 <= dropout < 1.
-        seed: int64 [1] from `draw_seed`, required when dropout > 0.
+        activation: σ, applied in T; both are names in `genft_kernels.activations.ACTIVATIONS`.
+        dropout: dropout probability of the elements of T, 0 <= dropout < 1.
+        seed: int64 [1] from `draw_seed`, required if dropout > 0.
         backend, plan: as in `lowrank_linear`.
 
     Returns:
-        [K, r2] in the dtype of h. Differentiable once in h, b, a, bias and column_bias.
+        [K, r2] in the dtype of h. Differentiable (first order) in h, b, a, bias and column_bias.
 
-    Source: GenFT (arXiv 2506.11042), from the first stage to the second; docs/mathematics.md.
+    Source: between the stages of GenFT (arXiv 2506.11042); docs/mathematics.md.
     """
     sigma_in = activation_named(inner_activation)
     activation_named(activation)
@@ -139,7 +139,7 @@ def generated_features(
 
 
 def _check_companions(h: Tensor, **others: Tensor | tuple[Tensor | None, int]) -> None:
-    """Factors and their biases have the dtype of h; a bias, given with its size, has that size."""
+    """Check that factors and biases have the dtype of h, and biases, given as (tensor, size), their size."""
     for name, other in others.items():
         tensor, size = other if isinstance(other, tuple) else (other, None)
         if tensor is None:

@@ -1,8 +1,7 @@
-"""A frozen linear layer in which the rows of one batch take different low-rank updates, as one operation.
+"""A frozen linear layer with different low-rank updates for the samples of a batch, in one operation.
 
-The updates are stacked, P [G, K, r] and Q [G, N, r]; `RowGroups` says which of them each sample of the batch takes. It
-is made once for a batch, on the device and without a synchronisation, and serves every layer that the batch goes
-through.
+The updates are stacked, P [G, K, r] and Q [G, N, r]; `RowGroups` assigns them to the samples. It is computed once per
+batch, on the device and without synchronisation, and used by all layers.
 """
 
 from __future__ import annotations
@@ -38,26 +37,27 @@ def grouped_lowrank_linear(
     backend: str = "auto",
     plan: LaunchPlan | None = None,
 ) -> Tensor:
-    """A frozen linear layer whose samples take different low-rank updates: y_i = x_i (W0 + Q_g P_gᵀ)ᵀ + b for sample i
-    of group g, and y_i = x_i W0ᵀ + b for a sample of no group.
+    """A frozen linear layer with a low-rank update per sample: y_i = x_i (W0 + Q_g P_gᵀ)ᵀ + b for sample i of group g,
+    and y_i = x_i W0ᵀ + b for samples without a group.
 
     Args:
-        x: activations [S, ..., K], a sample being x[i], whatever it holds.
-        weight: frozen W0 [N, K], any strides, the dtype of x; None for the updates alone, y_i = x_i P_g Q_gᵀ, which are
-            0 for a sample of no group.
-        p: factors [G, K, r], the dtype of x or float32. Updates of lower rank are filled up with zeros.
-        q: factors [G, N, r], likewise; a scale is part of them.
-        rows: from `group_rows`, the groups of the S samples.
-        bias: [N] or None, the dtype of x; None without a weight.
+        x: activations [S, ..., K] of S samples x[i].
+        weight: frozen W0 [N, K], any strides, in the dtype of x; None for only the updates, y_i = x_i P_g Q_gᵀ, which
+            are 0 for samples without a group.
+        p: factors [G, K, r], in the dtype of x or float32; zero-padded for updates of lower rank.
+        q: factors [G, N, r], likewise; including the scale.
+        rows: the groups of the S samples, from `group_rows`.
+        bias: [N] or None, in the dtype of x; None if weight is None.
         backend, plan: as in `lowrank_linear`.
 
     Returns:
-        y [S, ..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable once in x, p, q, bias.
+        y [S, ..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable (first order) in x, p, q
+        and bias.
 
     Source: docs/mathematics.md, "Samples that take different updates".
     """
     if not isinstance(rows, RowGroups):
-        raise TypeError(f"rows: got {type(rows).__name__}, expected what group_rows returns")
+        raise TypeError(f"rows: got {type(rows).__name__}, expected RowGroups from group_rows")
     if weight is not None:
         check_linear(x, weight, bias)
     else:
@@ -67,7 +67,7 @@ def grouped_lowrank_linear(
     if x.dim() < 2:
         raise ValueError(f"x: shape {tuple(x.shape)}, expected [S, ..., K]")
     if rows.group.shape[0] != x.shape[0]:
-        raise ValueError(f"rows: groups of {rows.group.shape[0]} samples, expected S = {x.shape[0]} of x [S, ..., K]")
+        raise ValueError(f"rows: got {rows.group.shape[0]} samples, expected S = {x.shape[0]} of x [S, ..., K]")
     if rows.group.device != x.device:
         raise ValueError(f"rows: on {rows.group.device}, expected the device of x, {x.device}")
     r = check_factor("p", p, x, (rows.groups, x.shape[-1], None))

@@ -38,21 +38,22 @@ def lowrank_linear(
 
     Args:
         x: activations [..., K].
-        weight: frozen W0 [N, K], any strides, the dtype of x.
-        p: factor [K, r], the dtype of x or float32.
+        weight: frozen W0 [N, K], any strides, in the dtype of x.
+        p: factor [K, r], in the dtype of x or float32.
         q: factor [N, r], likewise. ΔW = scale·Q Pᵀ.
-        bias: [N] or None, the dtype of x.
+        bias: [N] or None, in the dtype of x.
         scale: s.
-        dropout: the share of elements of x that the low-rank path does not see, 0 <= dropout < 1.
-        seed: int64 [1] from `draw_seed`, required when dropout > 0; decides the mask.
+        dropout: dropout probability of x in the low-rank branch, 0 <= dropout < 1.
+        seed: int64 [1] from `draw_seed`, required if dropout > 0; determines the mask.
         backend: "auto" (Triton on a GPU, else the reference), "triton" or "reference".
-        plan: a `LaunchPlan` that overrides the choice.
+        plan: a `LaunchPlan` that overrides the default choice.
 
     Returns:
-        y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable once in x, p, q and bias.
+        y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable (first order) in x, p, q
+        and bias.
 
-    Source: docs/mathematics.md derives the form, which LoRA, GIFT, PEANuT, SaS and GenFT with a linear outer
-    activation have.
+    Source: derivation in docs/mathematics.md. LoRA, GIFT, PEANuT, SaS and GenFT with a linear outer activation have
+    this form.
     """
     check_linear(x, weight, bias)
     r = check_factor("p", p, x, (weight.shape[1], None))

@@ -1,10 +1,9 @@
-"""What an operation is, said once: from its reference and a short declaration follow the operator of `torch.library`,
-its fake, its autograd, and the choice of what runs.
+"""Operations from a reference and a short declaration: the `torch.library` operator, its fake kernel, its autograd, and
+the dispatch to a backend.
 
-`torch.library.custom_op` with `register_autograd` does the same and costs Python more: 83 µs in a call without gradient
-and 152 µs in one with, of which 45 µs are the body, against 67 µs and 100 µs of an operator that is registered with the
-dispatcher directly (input_edit_linear on one row, a Xeon at 2.5 GHz, torch 2.13). Where nothing but autograd watches
-(`eager`), a call does not go through the dispatcher at all.
+`torch.library.custom_op` with `register_autograd` is equivalent but slower: 83 µs per call without gradient and 152 µs
+with, of which the body takes 45 µs, against 67 µs and 100 µs for an operator registered directly with the dispatcher
+(input_edit_linear on one row, Xeon at 2.5 GHz, torch 2.13). In plain eager mode (`eager`), calls bypass the dispatcher.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from .checks import autocasting
 from .plan import LIBRARY, LaunchPlan, resolve
 
 _OPERATORS = torch.library.Library("genft", "DEF")
-_TYPES = {"Tensor | None": "Tensor?", "list[bool]": "bool[]"}  # of arguments, where a schema spells them otherwise
+_TYPES = {"Tensor | None": "Tensor?", "list[bool]": "bool[]"}  # Python annotation → schema type
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float, bool, str, list, LaunchPlan))
 
 
 def eager(*arguments: Any) -> bool:
-    """Whether nothing but autograd watches a call with these arguments: no compiler, tracer, dispatch mode (selective
-    checkpointing is one), functorch transform, profiler or dual number, and no subclass of a tensor."""
+    """Whether a call with these arguments can bypass the dispatcher: there is no compiler, tracer, dispatch mode (such
+    as selective checkpointing), functorch transform, profiler, forward-mode AD or tensor subclass."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -44,19 +43,20 @@ def eager(*arguments: Any) -> bool:
 
 
 class Operation:
-    """One operation on matrices: `operation(*arguments, plan)` is its result; `plan` is a `LaunchPlan` or a backend.
+    """One operation on matrices: `operation(*arguments, plan)` returns its result; `plan` is a `LaunchPlan` or a
+    backend.
 
-    The arguments are those of `<name>_forward` in the family's reference. `<name>_backward` names what it wants of them
-    and of the outputs: that is saved. A `bias` needs no mention: its gradient is the sum of the result's.
+    The arguments are those of `<name>_forward` in the family's reference. The parameters of `<name>_backward` determine
+    which arguments and outputs are saved. The gradient of `bias` is handled here: the sum of the output's gradient.
 
     Args:
         name: the operators are `genft::<name>` and `genft::<name>_backward`.
-        reference: the module with both functions. The module of its name in `_triton` has both, too, with the plan as
-            last argument.
-        sizes: (m, n, k, r) to choose a plan by, from the arguments that this function names.
-        outputs: the result, then what is kept for the backward pass: an empty one, from the arguments that its function
-            names.
-        gradients: the arguments that `<name>_backward` makes gradients of, in its order; none where it is missing.
+        reference: the module with both functions. The module of the same name in `_triton` has both, too, with the plan
+            as last argument.
+        sizes: function that returns (m, n, k, r) for choosing a plan; its parameters name the arguments it needs.
+        outputs: functions that allocate the result and the tensors saved for backward; their parameters name the
+            arguments they need.
+        gradients: the arguments that `<name>_backward` differentiates, in its order; empty if there is no backward.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Operation:
         self._empty = [_of_named(empty, names) for empty in outputs.values()]
         result = "Tensor" if len(outputs) == 1 else f"({', '.join(['Tensor'] * len(outputs))})"
         self.overload = _define(name, self._forward, result, self.body, self._fake)
-        self.operators: dict[Any, Callable[..., Any]] = {self.overload: self.body}  # what torch knows of it
+        self.operators: dict[Any, Callable[..., Any]] = {self.overload: self.body}  # registered with torch
         self._eager: Any = None
         dispatched = _without_gradient(self.overload)
         if gradients:
@@ -105,10 +105,10 @@ class Operation:
             found = self._forward(*arguments)
         return found if isinstance(found, Tensor) else found[0]
 
-    # What runs. The last of `arguments` is a plan.
+    # Execution. The last of `arguments` is a plan.
 
     def _run_backward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
-        """The gradients, None where `needs` is False."""
+        """The gradients; None if `needs` is False."""
         *given, needs, plan = arguments
         asked = needs[: len(self._made)]
         found: tuple[Tensor | None, ...] = (None,) * len(asked)
@@ -117,14 +117,14 @@ class Operation:
         return (*found, given[0].sum(0) if needs[-1] else None) if self._biased else found
 
     def _backward_now(self, *arguments: Any) -> Sequence[Tensor | None]:
-        """The gradients, by the dispatcher where something watches, or where a gradient of them may be asked for."""
+        """The gradients, through the dispatcher if not `eager` or if higher derivatives may be requested."""
         if torch.is_grad_enabled() or not eager(*arguments):
             *given, plan = arguments
             found: Sequence[Tensor] = self.backward_overload(*given, str(plan))
             return found
         return self._run_backward(*arguments)
 
-    # The operators return tensors only, in the layout that their fakes promise: an empty one stands for None.
+    # Operators return only tensors, in the layout of their fake kernels; an empty tensor represents None.
 
     def body(self, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
         return _only([arguments[0].new_empty(0) if one is None else one for one in self._forward(*arguments)])
@@ -174,7 +174,7 @@ class Operation:
 
 
 class _Pass:
-    """The forward or the backward pass of an operation: a function of its reference, and the one like it on Triton."""
+    """The forward or backward pass of an operation: a function of its reference and its Triton counterpart."""
 
     def __init__(
         self, operation: str, function: str, reference: ModuleType, sizes: Callable[..., Any], like: str | None = None
@@ -188,9 +188,9 @@ class _Pass:
         self.sizes = _of_named(sizes, self.names)
 
     def __call__(self, *arguments: Any) -> tuple[Tensor | None, ...]:
-        """What the dispatcher gives to torch's own kernels, and not to a Python function, is given here: autocast is
-        off inside (the casts are made at the door, and a backward may run under another setting than its forward), and
-        the device of the tensors is the current one, on which Triton launches."""
+        """Run the pass with autocast disabled and the tensors' device as the current one, as the dispatcher does for
+        torch's own kernels. (Casts are made in the public functions; backward may run under a different autocast
+        setting than forward; Triton launches on the current device.)"""
         *given, plan = arguments
         like = given[self.like]
         module = self.reference
@@ -212,7 +212,7 @@ class _Pass:
 
 
 def _is_library(plan: LaunchPlan | str, like: Tensor) -> bool:
-    """Whether that is plain without looking at sizes."""
+    """Whether the plan is the library's regardless of sizes."""
     if isinstance(plan, LaunchPlan):
         return plan.algorithm in LIBRARY
     return plan == "reference" or (plan == "auto" and not like.is_cuda)
@@ -224,7 +224,7 @@ def _triton(reference: str) -> ModuleType:
 
 
 def _of_named(function: Callable[..., Any], names: Sequence[str]) -> Callable[[Sequence[Any]], Any]:
-    """`function` of those arguments that it names, as a function of all."""
+    """`function`, whose parameters name some of the arguments, as a function of all arguments."""
     chosen = [names.index(name) for name in inspect.signature(function).parameters]
     return lambda arguments: function(*[arguments[at] for at in chosen])
 
@@ -233,20 +233,20 @@ def _only(outputs: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-# ---- what the dispatcher is told
+# ---- registration with the dispatcher
 
 
 def _define(name: str, one: _Pass, result: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     arguments = ", ".join(f"{kind} {argument}" for argument, kind in one.types.items())
     _OPERATORS.define(f"{name}({arguments}, str plan) -> {result}", tags=(torch.Tag.pt2_compliant_tag,))
-    # Dynamo leaves the body alone where a compiled graph calls it; it wants a function, and `body` is a method.
+    # Dynamo must not trace the body in compiled graphs; _disable_dynamo takes a function, and `body` is a method.
     kernel = torch._disable_dynamo(lambda *arguments: body(*arguments))  # type: ignore[attr-defined]
     _OPERATORS.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"genft::{name}", fake, lib=_OPERATORS)
     overload = getattr(torch.ops.genft, name).default
 
     def batched(info: Any, dims: Any, *arguments: Any) -> tuple[Any, Any]:
-        """One call after the other: what vmap is asked for here are gradients of single samples."""
+        """A loop over samples; the use case of vmap here is per-sample gradients."""
 
         def sample(at: int) -> Any:
             picked = zip(arguments, dims, strict=True)
@@ -262,8 +262,8 @@ def _define(name: str, one: _Pass, result: str, body: Callable[..., Any], fake: 
 
 
 def _register(name: str, function: Any, overload: Any) -> None:
-    """Makes `function` the autograd of an operator, within a transform of functorch too, for one level of which a
-    dispatcher's kernel is called at a time."""
+    """Register `function` as the autograd kernel of an operator, also inside functorch transforms, which call it once
+    per level."""
     below = _below_autograd(overload)
     listed = "Tensor[]" in str(overload._schema).rpartition("->")[2]
 
@@ -290,10 +290,10 @@ def _below_autograd(overload: Any) -> Callable[..., Any]:
 
 
 def _without_gradient(overload: Any) -> Any:
-    """An operator that says so if its gradient is asked for."""
+    """An autograd function whose backward raises an error."""
 
     def refuse(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(f"{overload} has no gradient: gradients of genft's operations are of first order")
+        raise RuntimeError(f"{overload} has no gradient: genft's operations support first derivatives only")
 
     run = _below_autograd(overload)
     methods = {"forward": staticmethod(lambda ctx, *arguments: run(*arguments)), "backward": staticmethod(refuse)}

@@ -1,20 +1,20 @@
-"""How an operation is executed: a pure function from shapes, dtype and device facts to a `LaunchPlan`.
+"""Launch plans: a pure function from shapes, dtype and device facts to a `LaunchPlan`.
 
-A plan is a value: print it, compare it, write it to a file, hand it back to an operation as `plan=`. Nothing is tuned
-at import or on first call. A measured table (the user's own, written by `genft tune`, or the packaged one, written by
-`python -m benchmarks.gpu`) comes first; where neither has the problem, `default_plan` follows a model of the card.
+A plan is a value: it can be printed, compared, written to a file, and passed to an operation as `plan=`. Nothing is
+tuned at import or on first call. Measured tables have priority: the user's, written by `genft tune`, then the packaged
+one, written by `python -m benchmarks.gpu`. For other problems, `default_plan` uses a cost model.
 
-Algorithms:
-- "library", or "reference": library products only (genft_kernels.reference), on any device. The second name is the
-  backend's.
-- "seeded" (low rank, slices): a pass writes the update, and the library's product is added to it in its own float32
-  accumulator: one rounding, so that an update below the rounding of y is not lost.
-- "single" (low rank): one persistent Triton product that makes t = x P on the way. With dropout on x, and with many
-  rows on AMD's cards, it is "seeded".
-- "thin" (an edit alone, features of a weight, mixed batches): one Triton pass for each stretch of skinny work.
-- "fused": one Triton product; low rank and slices: its accumulator starts from the update; generated: the tiles of ΔW
-  are made inside it; squared gradients: its tiles are reduced, not stored.
-- "panel" (generated): W0 + ΔW for a bounded panel in a reused workspace, then the library's product, panel by panel.
+Algorithms ("library" means torch's matrix products, such as cuBLAS):
+- "library" or "reference": library products only (genft_kernels.reference), on any device. "reference" is also the name
+  of the backend.
+- "seeded" (low rank, slices): one pass writes the update, and the library's product accumulates onto it in float32: one
+  rounding, so that updates below the rounding of y are not lost.
+- "single" (low rank): one persistent Triton product that also computes t = x P. With dropout on x, and for many rows on
+  AMD GPUs, it falls back to "seeded".
+- "thin" (input edit only, weight features, mixed batches): one Triton pass per skinny product.
+- "fused": one Triton product; low rank and slices: its accumulator is initialised with the update; generated: the tiles
+  of ΔW are generated inside it; squared gradients: its tiles are reduced instead of stored.
+- "panel" (generated): W0 + ΔW in a bounded, reused workspace, then the library's product, panel by panel.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LOW_RANK = (
 GENERATED = ("generated_linear", "generated_features")
 SQUARES = "squared_gradient_sums"
 LIBRARY = ("library", "reference")
-# Which algorithms an operation has beside the library's.
+# The algorithms of each operation in addition to the library's.
 ALGORITHMS_OF: dict[str, tuple[str, ...]] = {
     "lowrank_linear": ("seeded", "single", "fused"),
     "input_edit_linear": ("seeded", "single", "fused"),
@@ -60,17 +60,17 @@ ALGORITHMS_OF: dict[str, tuple[str, ...]] = {
 OPERATIONS = tuple(ALGORITHMS_OF)
 ALGORITHMS = (*LIBRARY, "seeded", "single", "thin", "fused", "panel")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_TRITON_RANK = 128  # a kernel holds a factor's whole rank in one block
-FEW_ROWS = 64  # up to here an operation is bound by reading W0, and every program makes its own t
+MAX_TRITON_RANK = 128  # kernels hold the full rank of a factor in one block
+FEW_ROWS = 64  # up to this number, operations are bound by reading W0, and every program computes its own t
 PANEL_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class SkinnyPlan:
-    """Blocks of a pass over a tall matrix [rows, columns].
+    """Block sizes of a pass over a tall matrix [rows, columns].
 
-    `groups`: as many programs as a pass should have. Where its result has fewer blocks, the contraction is split, and
-    the float32 partial sums are added by a second launch (`splits`).
+    `groups`: target number of programs. If the result has fewer blocks, the contraction is split, and a second launch
+    adds the float32 partial sums (`splits`).
     """
 
     rows: int = 64
@@ -82,11 +82,11 @@ class SkinnyPlan:
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """Blocks of a Triton product [m, k] @ [k, n]; `group` rows of tiles share columns in the L2.
+    """Block sizes of a Triton product [m, k] @ [k, n]; `group` rows of tiles share columns in the L2 cache.
 
-    `programs`: how many programs of the persistent product (algorithm "single") are resident, one for each processor.
-    `descriptors`: it reads and writes through tensor descriptors (bulk copies of sm_90 and later); operands whose rows
-    do not begin at multiples of 16 bytes are read by plain loads all the same.
+    `programs`: number of resident programs of the persistent product (algorithm "single"), one per multiprocessor.
+    `descriptors`: whether it uses tensor descriptors (bulk copies of sm_90 and later); operands whose rows are not
+    16-byte aligned still use plain loads.
     """
 
     m: int = 128
@@ -101,10 +101,11 @@ class ProductPlan:
 
 @dataclass(frozen=True)
 class ContractPlan:
-    """Blocks of the passes over a generated matrix [n, k] (`depth` of the product dYᵀ x), about `groups` programs.
+    """Block sizes of the passes over a generated matrix [n, k] (`depth`: of the product dYᵀ x); about `groups`
+    programs.
 
-    `atomic`: sum gradients by atomic additions instead of slabs of partial sums: less memory, another rounding in every
-    run. `panel`: elements of the workspace of the panel algorithm.
+    `atomic`: sum gradients by atomic additions instead of partial sums: less memory, but not deterministic. `panel`:
+    number of elements in the workspace of the panel algorithm.
     """
 
     n: int = 64
@@ -119,7 +120,7 @@ class ContractPlan:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What runs: the algorithm and the block sizes of its kernels."""
+    """The algorithm and the block sizes of its kernels."""
 
     algorithm: str = "reference"
     skinny: SkinnyPlan = SkinnyPlan()
@@ -128,22 +129,22 @@ class LaunchPlan:
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"plan: algorithm {self.algorithm!r} is unknown, expected one of {ALGORITHMS}")
+            raise ValueError(f"plan: got algorithm {self.algorithm!r}, expected one of {ALGORITHMS}")
         for part in (self.skinny, self.product, self.contract):
             for name, value in asdict(part).items():
                 block = name in ("rows", "columns", "m", "n", "k", "depth")
                 if block and (value < 16 or value & (value - 1)):
-                    raise ValueError(f"plan: {name} is {value}, expected a power of two of at least 16")
+                    raise ValueError(f"plan: got {name} = {value}, expected a power of two >= 16")
                 if not isinstance(value, bool) and value < 1:
-                    raise ValueError(f"plan: {name} is {value}, expected at least 1")
+                    raise ValueError(f"plan: got {name} = {value}, expected at least 1")
 
     def __str__(self) -> str:
-        """One line of JSON; `LaunchPlan.parse` reads it back."""
+        """One line of JSON, the inverse of `LaunchPlan.parse`."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @staticmethod
     def parse(text: str) -> LaunchPlan:
-        """The plan written by `str(plan)`. Raises ValueError on anything else."""
+        """Parse the output of `str(plan)`. Raises ValueError for anything else."""
         try:
             fields = json.loads(text)
             return LaunchPlan(
@@ -153,33 +154,34 @@ class LaunchPlan:
                 ContractPlan(**fields["contract"]),
             )
         except (TypeError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"plan: {text!r} is neither a backend of {BACKENDS} nor a printed LaunchPlan") from error
+            raise ValueError(f"plan: got {text!r}, expected a backend of {BACKENDS} or a printed LaunchPlan") from error
 
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What a plan may depend on. `architecture` is "cpu", "sm_90", "gfx942" and so on."""
+    """The device properties that plans depend on. `architecture` is "cpu", "sm_90", "gfx942" etc.; `processors` is the
+    number of multiprocessors."""
 
     architecture: str = "cpu"
     processors: int = 1
 
     @property
     def descriptors(self) -> bool:
-        """Whether the card copies tiles by tensor descriptors, into the shared memory that their plans are made for
-        (sm_120 has less than half of it)."""
+        """Whether the GPU has tensor descriptors and enough shared memory for their plans (sm_120 has less than half of
+        it)."""
         return self.architecture in ("sm_90", "sm_100", "sm_103")
 
     @property
     def flags(self) -> bool:
-        """Whether programs may wait for each other. Before AMD's barrier, stores of other waves may still be on their
-        way."""
+        """Whether programs may wait for each other. On AMD GPUs, stores of other waves may still be in flight at a
+        barrier."""
         return not self.architecture.startswith("gfx")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One call, flattened to matrices: x [m,k], weight [n,k], rank r (of slices: their number; 1 where there is none),
-    the element size of x in bytes."""
+    """One call, flattened to matrices: x [m,k], weight [n,k], rank r (for slices: their number; 1 if there is none),
+    element size of x in bytes."""
 
     operation: str
     m: int
@@ -193,7 +195,7 @@ class Problem:
             raise ValueError(f"operation: got {self.operation!r}, expected one of {OPERATIONS}")
 
 
-# ---- how a launch is cut into programs: pure functions that the launchers and the model of the card share
+# ---- how a launch is divided into programs: pure functions shared by the launchers and the cost model
 
 
 def _blocks(size: int, block: int) -> int:
@@ -201,9 +203,9 @@ def _blocks(size: int, block: int) -> int:
 
 
 def splits(programs: int, blocks: int, steps: int, result: int, moved: int) -> int:
-    """Into how many parts a contraction of `steps` blocks is split, for a result of `blocks` blocks: as many as make
-    `programs` programs, while the float32 partial sums (`result` elements each, written and read) stay below the
-    `moved` bytes of the pass itself."""
+    """The number of splits of a contraction of `steps` blocks with a result of `blocks` blocks: enough for `programs`
+    programs, while the float32 partial sums (`result` elements each, written and read) stay below the `moved` bytes of
+    the pass itself."""
     wanted = min(_blocks(programs, max(1, blocks)), steps, moved // max(1, 8 * result))
     return _blocks(steps, _blocks(steps, wanted)) if wanted > 1 else 1
 
@@ -221,7 +223,7 @@ def reduction_splits(plan: SkinnyPlan, rows: int, columns: int, r: int, itemsize
 
 
 def product_splits(plan: ProductPlan, rows: int, columns: int, depth: int, itemsize: int) -> int:
-    """Splits of O [rows, columns] = A B along the depth, in the product whose programs make their own t."""
+    """Splits of O [rows, columns] = A B along the depth, in the product whose programs compute their own t."""
     if rows > plan.m:
         return 1
     moved = (rows * depth + depth * columns) * itemsize
@@ -229,16 +231,15 @@ def product_splits(plan: ProductPlan, rows: int, columns: int, depth: int, items
 
 
 def contraction_bytes(n: int, k: int, depth: int, itemsize: int) -> int:
-    """What the partial sums of a contraction over a generated matrix [n, k] may move: what the pass itself cannot but
-    move (G = Lᵀ R of `depth` rows made and read, or its tiles made anew, which takes longer), and never more than a
-    second workspace holds, written and read."""
+    """Limit for the bytes of partial sums in a contraction over a generated matrix [n, k]: the minimal traffic of the
+    pass itself (G = Lᵀ R of `depth` rows written and read, or its tiles recomputed, which takes longer), and at most
+    those of a second workspace, written and read."""
     return min(itemsize * (2 * n * k + depth * (n + k)), 2 * PANEL_BYTES)
 
 
 def contraction_grid(plan: ContractPlan, n: int, k: int, r: int, moved: int) -> tuple[int, int]:
-    """(row tiles, column tiles) of a generated matrix [n, k] that one program of the contraction owns: about
-    `plan.groups` programs, as square as the tiles allow, which makes the partial sums smallest; fewer where those would
-    move more than `moved` bytes."""
+    """(row tiles, column tiles) of a generated matrix [n, k] per program of the contraction: about `plan.groups`
+    programs with regions as square as possible, which minimises partial sums; fewer if those exceed `moved` bytes."""
     tiles_n, tiles_k = _blocks(n, plan.n), _blocks(k, plan.k)
     programs = min(plan.groups, tiles_n * tiles_k)
     while True:
@@ -253,30 +254,30 @@ def contraction_grid(plan: ContractPlan, n: int, k: int, r: int, moved: int) -> 
 
 
 def stretches(length: int, other: int, elements: int) -> Iterator[slice]:
-    """Stretches of an index of `length` whose panels, `other` wide, hold at most `elements` (but at least 64 of it)."""
+    """Slices of range(length) for panels of width `other` with at most `elements` elements (but at least 64 rows)."""
     size = max(64, elements // other // 64 * 64)
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
 
-# ---- the model of the card, by which plans are chosen where nothing was measured
+# ---- the cost model, for problems without measurements
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One launch, or one library product: how many programs it has (0: the library's own business), the bytes that it
-    cannot but move, those of its partial sums (written and read), and its multiply-adds, times two."""
+    """One launch or library product: number of programs (0: chosen by the library), minimal bytes moved, bytes of
+    partial sums (written and read), and number of operations (two per multiply-add)."""
 
     name: str
     programs: int
     bytes: int
     partials: int = 0
     operations: int = 0
-    efficiency: float = 1.0  # of a product: against the library's; of a pass: against a large copy
+    efficiency: float = 1.0  # relative to the library's product, or for a pass, to a large copy
 
 
-# 16-bit products of a library, operations per second; bytes per second of a copy, read plus written. Of sm_90 they were
-# measured on an H200 by others, the rest are from data sheets. A table that was measured comes before all of this.
+# Operations per second of 16-bit library products; bytes per second of a copy, read plus written. sm_90: measured on an
+# H200 by others; the rest: data sheets. Measured tables have priority over this model.
 SPEEDS = {
     "sm_80": (250e12, 1.7e12),
     "sm_90": (790e12, 4.3e12),
@@ -284,14 +285,14 @@ SPEEDS = {
     "gfx942": (600e12, 4.0e12),
 }
 LAUNCH_SECONDS = 2e-6
-# Triton's products against the library's on Hopper (triton issues 5461 and 5726): with descriptors, with plain loads.
+# Efficiency of Triton's products relative to the library's on Hopper (triton issues 5461 and 5726).
 WITH_DESCRIPTORS, WITH_LOADS = 0.94, 0.76
-SKINNY_LIBRARY = 0.6  # assumed: library products with a side of r reach this part of a copy's bandwidth
+SKINNY_LIBRARY = 0.6  # assumed fraction of a copy's bandwidth in library products with a dimension r
 
 
 def passes(problem: Problem, plan: LaunchPlan) -> tuple[Pass, ...]:
-    """What a low-rank operation launches under a plan: the forward pass, and with more than `FEW_ROWS` rows (training)
-    the backward pass too."""
+    """The launches of a low-rank operation under a plan: forward, and for more than `FEW_ROWS` rows (training) also
+    backward."""
     m, n, k, r, size = problem.m, problem.n, problem.k, problem.r, problem.itemsize
     if problem.operation == "weight_features":
         return (_project(plan, n, k, r, size), _reduce(plan, n, k, r, size))
@@ -310,7 +311,7 @@ def passes(problem: Problem, plan: LaunchPlan) -> tuple[Pass, ...]:
             fused = plan.algorithm == "fused"
             if not fused:
                 found += (_update(plan, m, columns, r, size, read=False),)
-            read = 0 if fused else m * columns * size // 2  # half of the seed's reading hides behind the product
+            read = 0 if fused else m * columns * size // 2  # half of reading the seed overlaps with the product
             moved = (m * depth + depth * columns + m * columns) * size
             tiles = _blocks(m, plan.product.m) * _blocks(columns, plan.product.n) if fused else 0
             efficiency = WITH_LOADS if fused else 1.0
@@ -350,8 +351,8 @@ def _single(plan: LaunchPlan, rows: int, columns: int, depth: int, r: int, size:
     programs = min(blocks.programs, tiles)
     moved = (rows * depth + depth * columns + rows * columns + r * (depth + columns)) * size
     rounds = tiles / (_blocks(tiles, blocks.programs) * blocks.programs)  # the last round leaves processors idle
-    reuse = min(1.0, (blocks.m * blocks.n / (128 * 256)) ** 0.25)  # a smaller tile reads its operands more often
-    makers = 1 if rows > blocks.m else _blocks(columns, blocks.n)  # programs that make a row block's t
+    reuse = min(1.0, (blocks.m * blocks.n / (128 * 256)) ** 0.25)  # smaller tiles read their operands more often
+    makers = 1 if rows > blocks.m else _blocks(columns, blocks.n)  # programs that compute the t of a row block
     return Pass(
         "single",
         programs,
@@ -363,8 +364,8 @@ def _single(plan: LaunchPlan, rows: int, columns: int, depth: int, r: int, size:
 
 
 def seconds(problem: Problem, plan: LaunchPlan, facts: DeviceFacts) -> float:
-    """What the model expects of a plan: each pass takes the longer of its arithmetic and its bytes, longer still where
-    it has fewer programs than the card has processors."""
+    """The predicted time of a plan: each pass takes the maximum of its compute and memory times, and more if it has
+    fewer programs than the GPU has multiprocessors."""
     speed, bandwidth = SPEEDS.get(facts.architecture, SPEEDS["sm_80"])
     speed *= 2 / max(problem.itemsize, 2)
     total = 0.0
@@ -378,9 +379,8 @@ def seconds(problem: Problem, plan: LaunchPlan, facts: DeviceFacts) -> float:
 
 # ---- default plans
 
-# By element size: (widest rank served, skinny blocks to choose from). Past the last rank a "skinny" product is an
-# ordinary one, and without tensor cores (fp32) that comes earlier; there the plan is the library's. A test compiles
-# every entry of these tables for four targets and refuses spills.
+# By element size: (maximum rank, skinny blocks to choose from). Larger ranks use the library's plan; without tensor
+# cores (fp32) the limit is lower. A test compiles every entry of these tables for four targets and fails on spills.
 SKINNY_DEFAULTS: dict[int, tuple[tuple[int, tuple[SkinnyPlan, ...]], ...]] = {
     2: (
         (16, (SkinnyPlan(64, 128, warps=4, stages=3), SkinnyPlan(16, 128, warps=4, stages=4))),
@@ -392,7 +392,7 @@ SKINNY_DEFAULTS: dict[int, tuple[tuple[int, tuple[SkinnyPlan, ...]], ...]] = {
     ),
 }
 # The single pass in 16 bits, up to `SINGLE_RANK`: with descriptors, and for few rows with plain loads. With few rows a
-# program has the whole batch; with many, plain loads would lose more to the library than the passes that they save.
+# program has the full batch; with many, plain loads would cost more than the saved passes.
 SINGLE_RANK = 64
 SINGLE_DEFAULTS = (
     ProductPlan(128, 256, 64, warps=8, stages=3, descriptors=True),
@@ -406,7 +406,7 @@ SINGLE_DEFAULTS = (
     ProductPlan(16, 32, 128, warps=4, stages=3),
 )
 PRODUCT_DEFAULTS = {2: ProductPlan(), 4: ProductPlan(64, 64, 32, warps=4, stages=2)}
-# By element size: (widest rank served, blocks of the product on few rows, of the passes over the generated matrix).
+# By element size: (maximum rank, blocks of the product for few rows, of the passes over the generated matrix).
 GENERATED_DEFAULTS: dict[int, tuple[tuple[int, ProductPlan, ContractPlan], ...]] = {
     2: (
         (32, ProductPlan(64, 64, 32, warps=8, stages=2), ContractPlan(64, 64, 32, warps=4)),
@@ -421,15 +421,15 @@ GENERATED_DEFAULTS: dict[int, tuple[tuple[int, ProductPlan, ContractPlan], ...]]
 
 
 def default_plan(problem: Problem, facts: DeviceFacts) -> LaunchPlan:
-    """The plan of an unmeasured problem: of the plans in the tables above, the one that the model expects to be
-    fastest. A pure function."""
+    """The plan for an unmeasured problem: the one in the tables above with the shortest predicted time. A pure
+    function."""
     if problem.operation in GENERATED:
         return _generated_plan(problem, facts)
     if problem.operation == SQUARES:
         return LaunchPlan("fused", product=PRODUCT_DEFAULTS[problem.itemsize])
     listed = default_candidates(problem, facts)
     if problem.operation in ("sliced_linear", "grouped_lowrank_linear"):
-        # Passes of their own: what fills the card for the low-rank operation fills it for them.
+        # Not in the cost model: choose as for the low-rank operation.
         listed = [plan for plan in listed if plan.algorithm in ALGORITHMS_OF[problem.operation]] or listed
         low_rank = replace(problem, operation="lowrank_linear")
         return min(listed, key=lambda plan: seconds(low_rank, plan, facts))
@@ -437,7 +437,7 @@ def default_plan(problem: Problem, facts: DeviceFacts) -> LaunchPlan:
 
 
 def default_candidates(problem: Problem, facts: DeviceFacts) -> list[LaunchPlan]:
-    """What `default_plan` chooses from for a low-rank operation; the library's plan is always the last."""
+    """The candidates of `default_plan` for a low-rank operation; the last is always the library's plan."""
     own = ALGORITHMS_OF[problem.operation]
     groups = 2 * facts.processors
     found = []
@@ -455,25 +455,25 @@ def default_candidates(problem: Problem, facts: DeviceFacts) -> list[LaunchPlan]
             and (problem.m <= product.m <= FEW_ROWS or (descriptors and FEW_ROWS <= product.m < problem.m))
         ]
     if not facts.descriptors and problem.itemsize == 2 and problem.r > 32:
-        # Cards before sm_90 copy tiles by registers, which a wider block of this rank would spill.
+        # Before sm_90, tiles are copied through registers, which wider blocks of this rank would spill.
         found = [replace(plan, skinny=replace(plan.skinny, columns=32)) for plan in found]
     return [*(with_stages(plan, facts) for plan in found), LaunchPlan("library")]
 
 
 def with_stages(plan: LaunchPlan, facts: DeviceFacts) -> LaunchPlan:
-    """The plan with stages that the card has room for: AMD's have 64 KiB of shared memory, which is two."""
+    """The plan with a number of stages that fits in shared memory: two for the 64 KiB of AMD GPUs."""
     if not facts.architecture.startswith("gfx"):
         return plan
     return replace(plan, skinny=replace(plan.skinny, stages=2), product=replace(plan.product, stages=2))
 
 
 def descriptors_fit(problem: Problem, facts: DeviceFacts) -> bool:
-    """Whether rows of x, W0 and y begin at multiples of 16 bytes on a card that has tensor descriptors."""
+    """Whether the GPU has tensor descriptors and the rows of x, W0 and y are 16-byte aligned."""
     return facts.descriptors and not (problem.k * problem.itemsize % 16 or problem.n * problem.itemsize % 16)
 
 
 def _generated_plan(problem: Problem, facts: DeviceFacts) -> LaunchPlan:
-    """Panels for training; tiles made inside the product where few rows would not pay for a panel."""
+    """Panels for training; for few rows, tiles generated inside the product."""
     for widest, product, contract in GENERATED_DEFAULTS[problem.itemsize]:
         if problem.r <= widest:
             panels = problem.operation == "generated_linear" and problem.m > FEW_ROWS
@@ -486,19 +486,19 @@ def _generated_plan(problem: Problem, facts: DeviceFacts) -> LaunchPlan:
 
 
 def user_tables() -> Path:
-    """Where `genft tune` writes tables: GENFT_CACHE, else genft/ in the user's cache directory."""
+    """The directory of tables written by `genft tune`: in $GENFT_CACHE, or genft/ in the user's cache directory."""
     if cache := os.environ.get("GENFT_CACHE"):
         return Path(cache) / "plans"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genft" / "plans"
 
 
 def rank_bucket(r: int) -> int:
-    """Ranks that share an entry: kernels pad a rank to a power of two."""
+    """The rank rounded up to a power of two, as kernels pad it; ranks in a bucket share an entry."""
     return max(16, 1 << (r - 1).bit_length())
 
 
 def read_table(path: Path | Traversable) -> list[dict[str, Any]]:
-    """The entries of a table, none where there is no file. Raises ValueError, naming the path, if it is no table."""
+    """The entries of a table; empty if there is no file. Raises ValueError, naming the path, if it is invalid."""
     if not path.is_file():
         return []
     try:
@@ -507,14 +507,14 @@ def read_table(path: Path | Traversable) -> list[dict[str, Any]]:
             Problem(*(entry[field] for field in ("operation", "m_max", "n", "k", "r", "itemsize")))
             LaunchPlan.parse(json.dumps(entry["plan"]))
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: is no table of plans ({error}); delete it, or write it anew") from error
+        raise ValueError(f"{path}: is not a valid table of plans ({error}); delete or regenerate it") from error
     return entries
 
 
 @lru_cache(maxsize=8)
 def plan_table(architecture: str) -> tuple[dict[str, Any], ...]:
-    """The measured entries for an architecture, the user's own before the packaged ones: dicts with the fields of
-    `Problem`, `m_max` for the largest m that the entry speaks for, and `plan`. Empty where nothing was measured."""
+    """The measured entries for an architecture, the user's before the packaged ones: dicts with the fields of
+    `Problem`, `m_max` (the largest m for which the entry is valid) and `plan`. Empty if there are no measurements."""
     name = f"{architecture}.json"
     packaged = resources.files("genft_kernels").joinpath("plans", name)
     return tuple(
@@ -525,8 +525,8 @@ def plan_table(architecture: str) -> tuple[dict[str, Any], ...]:
 
 
 def measured_entry(problem: Problem, facts: DeviceFacts) -> dict[str, Any] | None:
-    """The measured entry that fits `problem`: same operation, n, k, element size and rank bucket, smallest m_max that
-    covers m; the user's own (`source` "user") before a packaged one ("package"). None where nothing was measured."""
+    """The measured entry for `problem`: same operation, n, k, element size and rank bucket, smallest m_max >= m; the
+    user's (`source` "user") before a packaged one ("package"). None if there is no measurement."""
     fitting = [
         entry
         for entry in plan_table(facts.architecture)
@@ -540,11 +540,11 @@ def measured_entry(problem: Problem, facts: DeviceFacts) -> dict[str, Any] | Non
 
 @lru_cache(maxsize=4096)
 def choose_plan(problem: Problem, facts: DeviceFacts) -> LaunchPlan:
-    """The measured plan that fits `problem` (see `measured_entry`), else the default plan.
+    """The measured plan for `problem` (see `measured_entry`), else the default plan.
 
     Args:
         problem: the call, as matrices.
-        facts: the device, from `device_facts`, or of one that is not there.
+        facts: the device, from `device_facts`, or of a device that is not present.
     """
     entry = measured_entry(problem, facts)
     return default_plan(problem, facts) if entry is None else LaunchPlan.parse(json.dumps(entry["plan"]))
@@ -552,7 +552,7 @@ def choose_plan(problem: Problem, facts: DeviceFacts) -> LaunchPlan:
 
 @lru_cache(maxsize=64)
 def device_facts(device: torch.device) -> DeviceFacts:
-    """The facts of a device that is present; of any that is no GPU, those of "cpu"."""
+    """The facts of a present device; those of "cpu" if it is not a GPU."""
     if device.type != "cuda":
         return DeviceFacts()
     properties = torch.cuda.get_device_properties(device)
@@ -564,7 +564,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
 
 
 def triton_can_run(device: torch.device) -> bool:
-    """True on a GPU, and for CPU tensors while Triton interprets kernels (TRITON_INTERPRET=1)."""
+    """Whether Triton can run: on a GPU, or on the CPU with Triton's interpreter (TRITON_INTERPRET=1)."""
     if device.type == "cuda":
         return True
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
@@ -574,7 +574,7 @@ def triton_can_run(device: torch.device) -> bool:
 def resolve(
     choice: LaunchPlan | str, operation: str, m: int, n: int, k: int, r: int, dtype: torch.dtype, device: torch.device
 ) -> LaunchPlan:
-    """The plan for a call whose `plan`/`backend` argument is `choice`: a plan, maybe a printed one, or a backend."""
+    """The plan for a call whose `plan`/`backend` argument is `choice`: a plan, possibly printed, or a backend."""
     if choice not in BACKENDS:
         plan = choice if isinstance(choice, LaunchPlan) else LaunchPlan.parse(choice)
         if plan.algorithm not in (*LIBRARY, *ALGORITHMS_OF[operation]):
@@ -598,6 +598,6 @@ def _require_triton(device: torch.device, dtype: torch.dtype, r: int) -> None:
             f"got tensors on {device}; use backend='auto' or 'reference'"
         )
     if dtype not in TRITON_DTYPES:
-        raise ValueError(f"backend: Triton kernels take {TRITON_DTYPES}, got {dtype}; use backend='reference'")
+        raise ValueError(f"backend: Triton kernels support {TRITON_DTYPES}, got {dtype}; use backend='reference'")
     if r > MAX_TRITON_RANK:
-        raise ValueError(f"plan: a Triton algorithm takes ranks up to {MAX_TRITON_RANK}, got {r}")
+        raise ValueError(f"plan: Triton algorithms support ranks up to {MAX_TRITON_RANK}, got {r}")

@@ -1,4 +1,4 @@
-"""Which update each sample of a batch takes, sorted on the device and without waiting for it."""
+"""Groups of samples in a mixed batch, sorted on the device without synchronisation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class RowGroups(NamedTuple):
-    """Which of G updates each of S samples takes; what `group_rows` makes.
+    """The groups of S samples, from `group_rows`; each group has one of G updates.
 
-    group: int32 [S], the group of each sample; any number outside of 0 to G - 1 stands for none.
+    group: int32 [S], the group of each sample; a number outside of 0 to G - 1 means none.
     order: int32 [S], the samples sorted by group.
     bounds: int32 [G + 1]; the samples of group g are order[bounds[g] : bounds[g + 1]].
     """
@@ -27,12 +27,12 @@ class RowGroups(NamedTuple):
 
 
 def group_rows(index: Tensor, count: int) -> RowGroups:
-    """Sorts the samples of a batch by the update that they take.
+    """Sort the samples of a batch by group.
 
     Args:
-        index: integers [S]: the group of each sample, 0 to count - 1, or -1 for none. On a GPU the numbers are not
-            looked at, for that would wait for the device: one that is out of range means none there.
-        count: G, the number of updates.
+        index: integers [S]: the group of each sample, 0 to count - 1, or -1 for none. On a GPU the values are not
+            checked, which would require a synchronisation; out-of-range values mean none.
+        count: G, the number of groups.
 
     Returns:
         `RowGroups`: group int32 [S], order int32 [S] and bounds int32 [G + 1], on the device of `index`.
@@ -43,11 +43,11 @@ def group_rows(index: Tensor, count: int) -> RowGroups:
         came = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"index: got {came}, expected a tensor of int32 or int64")
     if index.dim() != 1:
-        raise ValueError(f"index: shape {tuple(index.shape)}, expected [S], one number per sample")
+        raise ValueError(f"index: shape {tuple(index.shape)}, expected [S], one integer per sample")
     if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
         low, high = (int(value) for value in index.aminmax())
         if low < -1 or high >= count:
-            raise ValueError(f"index: numbers from {low} to {high}, expected -1 to {count - 1}")
+            raise ValueError(f"index: got values from {low} to {high}, expected -1 to {count - 1}")
     order = torch.argsort(index, stable=True)
     bounds = torch.searchsorted(index[order], torch.arange(count + 1, dtype=index.dtype, device=index.device))
     return RowGroups(index.to(torch.int32), order.to(torch.int32), bounds.to(torch.int32))

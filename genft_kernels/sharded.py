@@ -1,8 +1,8 @@
-"""A frozen weight of which every process holds a part: W0 as a `DTensor`, cut along one dimension over one mesh.
+"""A sharded frozen weight: W0 as a `DTensor`, sharded along one dimension of one mesh.
 
-The convention of everything made from such a weight: a tensor that all processes hold whole has the same values on all
-of them, and as its gradient each process has its own contribution; the gradient is the sum of the contributions. So no
-operation needs more than its own part of W0, x and dY, and the sum is taken once, of factors, at the end.
+Convention for tensors computed from it: replicated tensors have the same values on all ranks, and their gradient is the
+sum over ranks of local gradients. So operations only need the local parts of W0, x and dY, and the sum is taken once,
+for the factors, at the end.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor. (Importing its class is left to those who have one.)"""
+    """Whether this is a DTensor, without importing the class."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
 @dataclass(frozen=True)
 class Part:
-    """What this process holds of W0 [N, K]: the rows (`dim` 0) or the columns (1) `where`; the rest is on `mesh`."""
+    """The local shard of W0 [N, K]: the rows (`dim` 0) or columns (1) `where`, on `mesh`."""
 
     mesh: Any  # DeviceMesh
     dim: int
     where: slice
 
     def whole(self, tensor: Tensor, shape: tuple[int, int]) -> Tensor:
-        """The matrix of `shape` on every process: from its rows here, or, where W0 is cut along the columns that the
-        matrix was summed over, from the addends here. Backward, the contributions are summed, each to where its part
-        came from."""
+        """The full matrix of `shape` on every rank, from its local rows (`dim` 0), or by summing local partial sums
+        (1). In backward, the local gradients are summed and redistributed accordingly."""
         from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
         placed = DTensor.from_local(
@@ -49,22 +48,22 @@ class Part:
 
 
 def part_of(weight: Any) -> Part:
-    """The part of a sharded W0 [N, K] that is here.
+    """The local shard of a DTensor W0 [N, K].
 
     Raises:
-        ValueError: it is not cut in contiguous pieces along one dimension of one mesh.
+        ValueError: W0 is not sharded in contiguous pieces along one dimension of one mesh.
     """
     from torch.distributed.tensor import Shard
 
     placements = weight.placements
     if len(placements) != 1 or type(placements[0]) is not Shard:
         raise ValueError(
-            f"weight: placements {placements}, expected [Shard(0)] or [Shard(1)]; rows of W0 that lie side by side in "
-            "one weight cannot be told apart once it is cut"
+            f"weight: placements {placements}, expected [Shard(0)] or [Shard(1)]; strided shards of fused weights are "
+            "not supported"
         )
     dim = placements[0].dim % weight.dim()
     size, mesh = weight.shape[dim], weight.device_mesh
-    step = -(-size // mesh.size())  # as torch.chunk, and Shard with it: the last pieces are the short ones
+    step = -(-size // mesh.size())  # as in torch.chunk and Shard: the last pieces are shorter
     start = min(mesh.get_local_rank() * step, size)
     return Part(mesh, dim, slice(start, min(start + step, size)))
 
@@ -78,8 +77,8 @@ def features_of_parts(
     seed: Tensor | None,
     **options: Any,
 ) -> Tensor:
-    """`genft_kernels.weight_features` of a sharded W0, whole on every process: a pass over the part of W0 that is here
-    by `of_part`, and one reduction of [N, r]. Elements are dropped by another mask on each process."""
+    """`genft_kernels.weight_features` of a sharded W0, replicated on all ranks: `of_part` reads the local shard, then
+    [N, r] is reduced once. Dropout masks differ between ranks."""
     part = part_of(weight)
     local = weight.to_local()
     if seed is not None:

@@ -1,4 +1,4 @@
-"""Operations on a few rows or columns of a weight: the product with them, and the measure by which they are chosen."""
+"""Operations on a few rows or columns of a weight: the linear layer, and the criterion for selecting them."""
 
 from __future__ import annotations
 
@@ -47,26 +47,25 @@ def sliced_linear(
     backend: str = "auto",
     plan: LaunchPlan | None = None,
 ) -> Tensor:
-    """A frozen linear layer with an update of a few rows or columns: y = x (W0 + ΔW)ᵀ + b, ΔW[I] = scale·V for rows,
-    ΔW[:, I] = scale·V for columns, and zero elsewhere.
+    """A frozen linear layer with an update of a few rows or columns: y = x (W0 + ΔW)ᵀ + b with ΔW[I] = scale·V for
+    rows or ΔW[:, I] = scale·V for columns, and zero elsewhere.
 
     Args:
         x: activations [..., K].
-        weight: frozen W0 [N, K], any strides, the dtype of x.
-        values: V, [k, K] for rows, [N, k] for columns, the dtype of x or float32.
-        indices: I, int64 [k]: which rows (0 to N−1) or columns (0 to K−1), each at most once. Their values are not
-            looked at, because that would wait for a GPU: whoever makes them checks them, once. One that is out of range
-            or there twice gives an undefined result.
-        bias: [N] or None, the dtype of x.
+        weight: frozen W0 [N, K], any strides, in the dtype of x.
+        values: V, [k, K] for rows or [N, k] for columns, in the dtype of x or float32.
+        indices: I, int64 [k], unique rows (0 to N−1) or columns (0 to K−1). The values are not checked, which would
+            synchronise a GPU; out-of-range or duplicate indices give undefined results.
+        bias: [N] or None, in the dtype of x.
         orientation: "row" or "column".
         scale: s.
         backend, plan: as in `lowrank_linear`.
 
     Returns:
-        y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable once in x, values and bias;
-        of the weight's gradient only the k chosen rows or columns are computed.
+        y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable (first order) in x, values
+        and bias; only the k selected rows or columns of the weight gradient are computed.
 
-    Source: GRFT (arXiv 2507.00016); docs/mathematics.md derives the form.
+    Source: GRFT (arXiv 2507.00016); derivation in docs/mathematics.md.
     """
     check_linear(x, weight, bias)
     columns = check_orientation(orientation)
@@ -86,26 +85,26 @@ def squared_gradient_sums(
     backend: str = "auto",
     plan: LaunchPlan | None = None,
 ) -> Tensor:
-    """How much of a weight's gradient lies in each of its rows or columns: sums of the squares of G = dYᵀ x [N, K],
-    which is made tile by tile (on the reference, panel by panel) and never exists as a whole.
+    """Sums of squares of the rows or columns of a weight gradient G = dYᵀ x [N, K], which is computed tile by tile
+    (panel by panel in the reference) and never materialised in full.
 
     Args:
         dy: gradient of the layer's output [..., N].
-        x: its input [..., K], with the leading dimensions, dtype and device of dy.
+        x: the layer's input [..., K], with the leading dimensions, dtype and device of dy.
         orientation: "row": Σ_k G[n,k]² for each row n; "column": Σ_n G[n,k]² for each column k.
         backend, plan: as in `lowrank_linear`; the algorithm on Triton is "fused".
 
     Returns:
         [N] or [K], in float32 or wider. Not differentiable.
 
-    Source: the criterion of GRFT (arXiv 2507.00016), which adds these up over calibration batches.
+    Source: the criterion of GRFT (arXiv 2507.00016), which sums these over calibration batches.
     """
     columns = check_orientation(orientation)
     check_activations(x)
     if not isinstance(dy, Tensor):
         raise TypeError(f"dy: got {type(dy).__name__}, expected a tensor")
     if dy.dim() != x.dim() or dy.shape[:-1] != x.shape[:-1] or dy.shape[-1] == 0:
-        raise ValueError(f"dy: shape {tuple(dy.shape)}, expected [..., N] beside x {tuple(x.shape)}, with N >= 1")
+        raise ValueError(f"dy: shape {tuple(dy.shape)}, expected [..., N] with N >= 1 for x {tuple(x.shape)}")
     if dy.dtype != x.dtype:
         raise TypeError(f"dy: dtype {dy.dtype}, expected that of x, {x.dtype}")
     if dy.device != x.device:

@@ -1,8 +1,8 @@
-"""Timing that can be compared: everything in one run, interleaved, medians with quartiles, ceilings beside it.
+"""Comparable timing: interleaved steps in one run, reported as medians with quartiles.
 
-A step is a function of the round's index, so that it can take another input each time. `interleave` runs all steps once
-per round, in an order drawn anew each round; a clock says how long each took. Ratios are taken within a round before
-the median is, so that drift of the machine cancels.
+A step is a function of the round's index, so that it can use another input each time. `interleave` runs all steps once
+per round in random order; a clock measures each. Ratios are taken within a round, before the median, so that drift of
+the machine cancels.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Stats:
 
 class Clock(Protocol):
     def run(self, steps: Sequence[Step], index: int) -> list[float]:
-        """Runs the steps in this order with this index; milliseconds of each."""
+        """Run the steps in this order with this index. Returns the milliseconds of each."""
 
 
 class WallClock:
-    """Host time of a step. With `device`, the device is idle before a step starts but its work is not waited for:
-    the cost of issuing it, which is what Python costs. `calls` steps are timed as one."""
+    """Host time of a step. With `device`, the device is synchronised before each step but not after it: the launch
+    overhead in Python. `calls` steps are timed together."""
 
     def __init__(
         self, device: torch.device | None = None, calls: int = 1, now: Callable[[], float] = time.perf_counter
@@ -69,8 +69,8 @@ class WallClock:
 class EventClock:
     """Device time of a step on a GPU, between two events.
 
-    The host must stay ahead of the device, else the gap while it issues a small step counts as device time: each step
-    is queued behind a spin a little longer than issuing it took.
+    Each step is queued behind a spin kernel slightly longer than its launch overhead, so that the device does not wait
+    for the host during small steps.
     """
 
     CYCLES_PER_SECOND = 2.0e9
@@ -92,7 +92,7 @@ class EventClock:
             step(index)
             end.record()
             issued = time.perf_counter() - start
-            # The first run compiles and loads; after it the longest of the recent ones is what to expect.
+            # The first run includes compilation; then use the longest recent time.
             self.issue[id(step)] = issued if spin is None or issued < spin / 10 else max(issued, 0.9 * spin)
             marks.append((begin, end))
         torch.cuda.synchronize(self.device)
@@ -116,9 +116,9 @@ def interleave(
     each: Callable[[dict[str, list[float]]], None] | None = None,
     pause: float = 2.0,
 ) -> dict[str, list[float]]:
-    """Milliseconds of every step in every round. Rounds go on until `seconds` are spent, within the two bounds.
+    """Milliseconds of every step in every round. Runs for about `seconds`, between `min_rounds` and `max_rounds`.
 
-    `each` is given the rounds that are complete: about every `pause` seconds, and when it ends, whatever ended it.
+    `each` is called with the complete rounds, about every `pause` seconds and at the end, even after an exception.
     """
     order = list(steps)
     shuffle = random.Random(seed).shuffle
@@ -153,5 +153,5 @@ def interleave(
 
 
 def ratio(samples: Sequence[float], floor: Sequence[float]) -> Stats:
-    """Samples over the floor's samples of the same rounds."""
+    """The ratio of samples to the floor's samples of the same rounds."""
     return Stats.of([a / b for a, b in zip(samples, floor, strict=True)])

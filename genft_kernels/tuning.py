@@ -1,8 +1,7 @@
-"""Finding the fastest plan of a problem on the card at hand: which plans are worth measuring, their times behind the
-gate, and the tables that `choose_plan` reads.
+"""Tuning: candidate plans for a problem, their measurement on this GPU, and the tables that `choose_plan` reads.
 
-A problem's plans are timed beside the layer's own product. Then the fastest are held to the gate, one after the other,
-and the first that is right is the problem's plan; the library's is among them. What does not compile is left out.
+The candidates of a problem, including the library's plan, are timed together with the layer's own product. Then they
+are checked by the gate, fastest first, and the first correct one is selected. Plans that do not compile are skipped.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ from .timing import Clock, Stats, Step, clock_for, interleave, ratio
 
 # ---- plans worth measuring
 
-# Blocks for 16 bits; 32 bits take half of each. (rows, columns, warps, stages) of a skinny pass,
+# Blocks for 16 bits; halved for 32 bits. (rows, columns, warps, stages) of a skinny pass,
 SKINNY = (
     (16, 64, 4, 4),
     (16, 128, 4, 4),
@@ -91,16 +90,16 @@ CONTRACTS = (
     (128, 128, 64, 8, 3),
     (128, 128, 32, 8, 4),
 )
-PER_PROCESSOR = (1, 2, 4, 8)  # programs of a skinny pass
-GROUPS = (4, 8, 16)  # rows of tiles that share columns in the L2
+PER_PROCESSOR = (1, 2, 4, 8)  # programs of a skinny pass per multiprocessor
+GROUPS = (4, 8, 16)  # rows of tiles that share columns in the L2 cache
 PANELS = (16 << 20, 8 << 20, 4 << 20, 2 << 20)  # bytes of the workspace
 
 
 def candidates(problem: Problem, facts: DeviceFacts) -> list[LaunchPlan]:
-    """Plans to measure for a problem, without doubles: the default, the library's, then one of each algorithm in turn,
-    the most promising first where there is a model of it. A pure function.
+    """Plans to measure for a problem, without duplicates: the default, the library's, then those of the algorithms in
+    turns, the most promising first according to the cost model, if it covers them. A pure function.
 
-    What the card cannot run (shared memory, registers) is not guessed here: it fails or loses.
+    May include plans that the GPU cannot run (shared memory, registers); they fail in the measurement.
     """
     found = [default_plan(problem, facts), LaunchPlan("library")]
     if problem.r <= MAX_TRITON_RANK:
@@ -122,10 +121,10 @@ def _half(problem: Problem) -> int:
 
 
 def _low_rank(problem: Problem, facts: DeviceFacts) -> list[LaunchPlan]:
-    """Skinny blocks by numbers of programs; products, which take the most promising skinny blocks for their other
-    passes: persistent ones by L2 groups and descriptors, and plain ones."""
+    """All combinations of skinny blocks and numbers of programs, then products with the most promising skinny blocks:
+    persistent ones by L2 groups and descriptors, and fused ones."""
     own, half = ALGORITHMS_OF[problem.operation], _half(problem)
-    of_their_own = problem.operation in ("sliced_linear", "grouped_lowrank_linear")  # passes that the model has not
+    of_their_own = problem.operation in ("sliced_linear", "grouped_lowrank_linear")  # not in the cost model
     model = replace(problem, operation="lowrank_linear") if of_their_own else problem
 
     def expected(plan: LaunchPlan) -> float:
@@ -137,7 +136,7 @@ def _low_rank(problem: Problem, facts: DeviceFacts) -> list[LaunchPlan]:
         for groups in (per * facts.processors for per in PER_PROCESSOR)
     ]
     if not of_their_own:
-        # Numbers of programs that come to the same launches are one plan.
+        # Keep one plan per distinct set of launches.
         same = {(replace(plan.skinny, groups=1), passes(model, plan)): plan for plan in reversed(skinny)}
         skinny = list(same.values())
     skinny.sort(key=expected)
@@ -163,13 +162,13 @@ def _persistent(problem: Problem, facts: DeviceFacts, like: LaunchPlan) -> list[
         )
         for m, n, k, warps, stages in dict.fromkeys((*blocks, *PRODUCTS))
         if (m >= FEW_ROWS and facts.flags if problem.m > FEW_ROWS else problem.m <= m <= FEW_ROWS)
-        for group in (GROUPS if problem.m > m // half else (8,))  # one row of tiles has nothing to share
+        for group in (GROUPS if problem.m > m // half else (8,))  # no effect for a single row of tiles
         for descriptors in ((True, False) if descriptors_fit(problem, facts) else (False,))
     ]  # fmt: skip
 
 
 def _products(problem: Problem, like: LaunchPlan) -> list[LaunchPlan]:
-    """Blocks of the fused product."""
+    """Block sizes of the fused product."""
     half = _half(problem)
     return [
         replace(
@@ -182,7 +181,7 @@ def _products(problem: Problem, like: LaunchPlan) -> list[LaunchPlan]:
 
 
 def _generated(problem: Problem, facts: DeviceFacts) -> list[LaunchPlan]:
-    """Blocks of the passes over the generated matrix by panel sizes; for few rows blocks of the fused product too."""
+    """Block sizes of the passes over the generated matrix by panel sizes; for few rows also of the fused product."""
     half = _half(problem)
     contracts = [
         ContractPlan(n // half, k // half, max(16, depth // half), per * facts.processors, warps, stages)
@@ -207,7 +206,7 @@ def _generated(problem: Problem, facts: DeviceFacts) -> list[LaunchPlan]:
 
 @dataclass(frozen=True)
 class Timed:
-    """A plan's median time, and its ratio to the layer's own product (or the library's plan where there is none)."""
+    """A plan's median time, and its ratio to the layer's own product (or the library's plan if there is none)."""
 
     plan: LaunchPlan
     ms: float
@@ -216,10 +215,10 @@ class Timed:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What the measurement of one problem found.
+    """Results for one problem.
 
-    `best` is the fastest plan that is right; `families` has the milliseconds of each algorithm's fastest; `failed` what
-    did not run, `red` what was faster and wrong, each with the reason.
+    `best` is the fastest correct plan; `families` has the best time of each algorithm in milliseconds; `failed` the
+    plans that did not run, and `red` those that were faster but wrong, with reasons.
     """
 
     problem: Problem
@@ -233,20 +232,20 @@ class Tuned:
     red: dict[LaunchPlan, str]
 
     def entry(self) -> dict[str, Any]:
-        """As in a table."""
+        """The entry for a table."""
         return table_entry(self.problem, self.best.plan, self.best.ms, self.families)
 
 
 def operation_of(problem: Problem) -> Operation:
-    """Its formula. (Of slices that of rows: columns have the same plans.)"""
+    """The operation of a problem. (For slices, the row variant; columns have the same plans.)"""
     return next(op for op in OPERATIONS.values() if op.called == problem.operation)
 
 
 def steps(
     problem: Problem, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[LaunchPlan], Step], Step | None]:
-    """A maker of steps from plans, forward and backward (forward alone for decode's few rows), and the step of the
-    layer's own product, None where the operation has none."""
+    """A function from a plan to a step, forward and backward (forward only for few rows, as in decoding), and the step
+    of the layer's own product, None if the operation has none."""
     operation = operation_of(problem)
     sizes = (problem.m, problem.n, problem.k, problem.r)
     tensors, cotangent = draw(operation, sizes, dtype, device, bias=False)
@@ -289,16 +288,16 @@ def measure(
     rounds: int = 10,
     clock: Clock | None = None,
 ) -> Tuned:
-    """Times plans of a problem and finds the fastest that is right.
+    """Time the plans of a problem and find the fastest correct one.
 
     Args:
-        dtype: of the activations and the weight, of the problem's element size.
-        plans: as `candidates` gives them, the default first, the library's among them. These two are always measured.
-        failed: those of them that are known not to run, with the reason.
-        until: after this time (`time.monotonic`) no further plan is compiled.
-        rounds: at least so many of the last measurement, in which the default, the library's and the six plans take
-            part that were fastest in a short one.
-        clock: None for the device's.
+        dtype: dtype of activations and weight, with the problem's element size.
+        plans: from `candidates`: the default first, and including the library's. These two are always measured.
+        failed: plans known to fail, with the reason.
+        until: no plans are compiled after this time (`time.monotonic`).
+        rounds: minimum number of rounds of the final measurement, with the default, the library's and the six plans
+            that were fastest in a short measurement.
+        clock: None for the device's default clock.
     """
     make, floor = steps(problem, dtype, device)
     default, library = plans[0], next(plan for plan in plans if plan.algorithm in LIBRARY)
@@ -312,7 +311,7 @@ def measure(
             found[plan] = step
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a compiler has many ways to say no
+        except Exception as error:  # compilers raise many types
             if plan == library:
                 raise
             failed[plan] = f"{type(error).__name__}: {error}"[:200]
@@ -354,7 +353,7 @@ def measure(
 def _fastest_right(
     problem: Problem, dtype: torch.dtype, device: torch.device, ranked: Sequence[LaunchPlan], library: LaunchPlan
 ) -> tuple[LaunchPlan, dict[LaunchPlan, str]]:
-    """The first of the plans that passes the gate, else the library's; and why those before it did not."""
+    """The first plan that passes the gate, else the library's; and the reasons why earlier ones failed."""
     operation = operation_of(problem)
     sizes = (problem.m, problem.n, problem.k, problem.r)
     options = {**operation.options[0], **operation.sweep(problem.r)}
@@ -384,9 +383,9 @@ def tune(
     budget: float,
     clock: Clock | None = None,
 ) -> Iterator[Tuned]:
-    """Measures one problem after the other, each with an equal share of the seconds that are left of `budget`; ends
-    when they are spent, with the first problem measured in any case. What finds no place in the card's memory is passed
-    over. Problems of another element size than that of `dtype` are measured in float32."""
+    """Measure the problems in sequence, each with an equal share of the remaining seconds of `budget`, until the budget
+    is spent; the first problem is always measured. Problems that run out of memory are skipped. Problems with another
+    element size than `dtype` are measured in float32."""
     begun, facts = time.monotonic(), device_facts(device)
     for index, problem in enumerate(problems):
         now = time.monotonic()
@@ -394,7 +393,7 @@ def tune(
         if left <= 0 and index:
             return
         own = dtype if problem.itemsize == dtype.itemsize else torch.float32
-        # Compiling takes most of the time. What is compiled for one problem serves the others of its kind.
+        # Compilation takes most of the time. Kernels compiled for one problem are reused for similar ones.
         until = now + 0.7 * left / (len(problems) - index)
         try:
             yield measure(problem, own, device, candidates(problem, facts), until=until, clock=clock)
@@ -406,7 +405,7 @@ def tune(
 
 
 def table_entry(problem: Problem, plan: LaunchPlan, ms: float, families: dict[str, float]) -> dict[str, Any]:
-    """What a table says of one problem: its plan, for up to `m_max` rows, and what was measured."""
+    """A table's entry for one problem: its plan, for up to `m_max` rows, and the measurement."""
     return {
         "operation": problem.operation,
         "m_max": problem.m,
@@ -420,8 +419,8 @@ def table_entry(problem: Problem, plan: LaunchPlan, ms: float, families: dict[st
 
 
 def merged(*tables: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries of tables as those of one: of the same problem the last one holds, and the largest batch that was
-    measured of a shape speaks for all larger ones."""
+    """Merge the entries of several tables: later entries replace earlier ones for the same problem, and the entry of
+    the largest batch measured for a shape is also used for larger ones."""
     latest = {
         (_shape(entry), entry.get("measured", {}).get("m", entry["m_max"])): entry
         for table in tables
@@ -438,15 +437,15 @@ def _shape(entry: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def write_table(path: Path, entries: Iterable[dict[str, Any]], **about: str) -> None:
-    """Adds entries to the table at `path`, or makes it. The file changes as a whole, and from here on plans of this
-    process follow it.
+    """Add entries to the table at `path`, or create it. The file is replaced atomically, and plans of this process use
+    it from now on.
 
     Args:
-        about: what the file says beside its entries: device, versions.
+        about: other fields of the file: device, versions.
 
     Raises:
-        ValueError: naming the path, if what is there is no table.
-        OSError: if it cannot be written.
+        ValueError: the existing file is not a valid table; the message names the path.
+        OSError: the file cannot be written.
     """
     table = {**about, "entries": merged(read_table(path), entries)}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
 """Drop-in modules and peft methods on top of genft_kernels.
 
-Importing this package makes its methods known to peft: `get_peft_model`, `PeftModel.from_pretrained` and transformers'
-`add_adapter` and `load_adapter` then take their configs and checkpoints.
+Importing this package registers its methods with peft: `get_peft_model`, `PeftModel.from_pretrained` and transformers'
+`add_adapter` and `load_adapter` then accept their configs and checkpoints.
 
-Invalid arguments and fields raise ValueError or TypeError before any work is done; the message names the argument, what
-it got and what it expects.
+Invalid arguments and fields raise ValueError or TypeError before any work is done; the message names the argument, the
+value it got and what it expects.
 """
 
 from genft_modules.disk.adapters import check_adapter, load_adapter, restore_adapter, save_adapter

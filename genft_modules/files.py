@@ -1,14 +1,14 @@
-"""Files on disk: directories that appear whole, adapters that are replaced whole and fit their model, no pickles.
+"""Files on disk: atomic directories, atomic replacement of adapters, checks of adapter files; no pickles.
 
-How an adapter takes the place of another, so that a process may die at any moment, and at the next one again:
+An adapter is two files. It is replaced so that the process may die at any step, and during the next save again:
 
-1. adapter_config.json is put aside, unless it stays the same.
-2. adapter_model.safetensors is replaced. Its header carries a copy of its configuration.
-3. adapter_config.json is put in place, and the former one goes.
+1. adapter_config.json is renamed to adapter_config.json.old, unless it does not change.
+2. adapter_model.safetensors is replaced. Its header contains a copy of its config.
+3. adapter_config.json is put in place, and the old one is removed.
 
-So an adapter_config.json that is there belongs to the weights; where there is none, the weights say which is theirs (or
-the one put aside is, if something else saved them). `load_adapter` goes by that; stock peft finds no adapter between
-steps 1 and 3. Writers of one directory wait for each other.
+So if there is an adapter_config.json, it belongs to the weights. If there is none, the config in the header does (or
+the .old one, if the weights were saved by other code). `load_adapter` follows these rules; stock peft finds no adapter
+between steps 1 and 3. Processes that save to the same directory wait for each other.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ except ImportError:  # Windows
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # of every key in a peft checkpoint, and of a module's name in a PeftModel
-FORMER = CONFIG + ".old"  # put aside while CONFIG and WEIGHTS change places with newer ones
+PREFIX = "base_model.model."  # of every key in a peft checkpoint and every module name in a PeftModel
+FORMER = CONFIG + ".old"  # the previous config while CONFIG and WEIGHTS are being replaced
 PARTIAL = ".partial"
 CARRIED = "adapter_config"  # in the metadata of WEIGHTS: the text of their CONFIG
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to write into, which gets its name `path` when the block ends without an error: nobody ever sees it
-    half-written, and what is written is on the disk before it has the name.
+    """Create the directory `path` atomically: a temporary directory to write into, synced to disk and renamed to `path`
+    when the block ends without an error.
 
     Raises:
-        ValueError: `path` is a file, or a directory that is not empty.
+        ValueError: `path` is a file or a non-empty directory.
     """
     check_new(path)
     path = Path(os.path.realpath(path))
@@ -53,7 +53,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         yield partial
         _sync(*partial.rglob("*"), partial)
         check_new(path)
-        if path.is_dir():  # an empty one may be a place where a disk is mounted, which keeps its name
+        if path.is_dir():  # an empty one may be a mount point, which cannot be replaced
             for new in partial.iterdir():
                 os.replace(new, path / new.name)
         else:
@@ -62,7 +62,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
-    """Raises ValueError if `path` is a file, or a directory that is not empty."""
+    """Raises ValueError if `path` is a file or a non-empty directory."""
     if path.is_dir():
         if any(path.iterdir()):
             raise ValueError(f"{path}: exists and is not empty, expected a new directory")
@@ -72,8 +72,8 @@ def check_new(path: Path) -> None:
 
 @contextmanager
 def replaced_adapter(path: Path) -> Iterator[Path]:
-    """A directory to write an adapter's files into, which take the place of those in `path` when the block ends without
-    an error, as this module's docstring says. Other files in `path` stay.
+    """A temporary directory for an adapter's files, which replace those in `path` when the block ends without an error,
+    in the order that this module's docstring describes. Other files in `path` are kept.
 
     Raises:
         ValueError: `path` is a file.
@@ -92,7 +92,7 @@ def replaced_adapter(path: Path) -> Iterator[Path]:
                 os.replace(partial, path)
                 _sync(path.parent)
                 return
-            except OSError:  # unless another process was faster
+            except OSError:  # another process may have created it meanwhile
                 if not path.is_dir():
                     raise
         with _locked(path):
@@ -114,7 +114,7 @@ def _put(partial: Path, path: Path) -> None:
 
 
 def _carry(weights: Path, config: str) -> None:
-    """Puts the text of their configuration into the header of weights; the tensors are copied as they are."""
+    """Write the text of the config into the header of the weights. The tensors are copied unchanged."""
     written = weights.with_name(weights.name + PARTIAL)
     with weights.open("rb") as source, written.open("wb") as target:
         header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
@@ -128,11 +128,11 @@ def _carry(weights: Path, config: str) -> None:
 
 @contextmanager
 def whole_adapter(directory: Path) -> Iterator[Path]:
-    """The directory itself; or, while CONFIG is missing because a save was interrupted, one that has the configuration
-    of its weights beside them, for the length of the block.
+    """The directory itself or, if CONFIG is missing after an interrupted save, a temporary one with the config that
+    belongs to the weights.
 
     Raises:
-        ValueError: as of `check_files`.
+        ValueError: as in `check_files`.
     """
     if (directory / CONFIG).is_file() or (text := _config_of_weights(directory)) is None:
         check_files(directory)
@@ -163,14 +163,14 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def _partial(parent: Path, name: str) -> Iterator[Path]:
-    """A directory of this process in `parent`, for what is to become `name` or part of `parent`; gone afterwards."""
+    """A temporary directory of this process in `parent`, for what becomes `name` or part of `parent`."""
     _clear(parent, name)
     while True:
         partial = parent / f"{_start(name)}{uuid.uuid4().hex}"
         partial.mkdir()
         with _locked(partial):
             if not partial.is_dir():
-                continue  # another process took it for left behind before the lock was held
+                continue  # another process removed it before the lock was held
             try:
                 yield partial
             finally:
@@ -183,7 +183,7 @@ def _start(name: str) -> str:
 
 
 def _clear(parent: Path, name: str) -> None:
-    """Removes what killed processes have left of `name`: what nobody holds."""
+    """Remove the temporary directories of killed processes: those that nobody has locked."""
     for old in parent.iterdir():
         if old.name.startswith(_start(name)):
             with _locked(old, wait=False) as free:
@@ -193,8 +193,8 @@ def _clear(parent: Path, name: str) -> None:
 
 @contextmanager
 def _locked(directory: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds the directory's lock, which a process that dies lets go; yields whether it is held. A file system, or a
-    system, without locks has none."""
+    """Hold the directory's lock, which the system releases if the process dies; yields whether it is held. Where the
+    file system or the system has no locks, it is not."""
     descriptor = None
     held = False
     if fcntl is not None:
@@ -212,10 +212,10 @@ def _locked(directory: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def _sync(*paths: Path) -> None:
-    """Waits until files' contents, and directories' lists of names, are on the disk."""
+    """fsync files and directories."""
     for path in paths:
         if os.name == "nt" and path.is_dir():
-            continue  # Windows opens no directories
+            continue  # Windows cannot open directories
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -224,42 +224,40 @@ def _sync(*paths: Path) -> None:
 
 
 def check_files(directory: Path, *, weights: bool = True) -> None:
-    """Raises ValueError, naming the file, if the directory holds no adapter in whole safetensors. `weights=False`: a
-    configuration on its own will do."""
+    """Raises ValueError, naming the file, unless the directory contains a config and a valid safetensors file.
+    `weights=False`: the weights may be missing."""
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory, expected one with {CONFIG} and {WEIGHTS}")
     if not (directory / CONFIG).is_file():
         interrupted = _config_of_weights(directory) is not None
-        hint = "; a save was interrupted here: genft_modules.load_adapter loads it all the same" if interrupted else ""
-        raise ValueError(f"{directory}: holds no {CONFIG}{hint}")
+        hint = "; a save was interrupted here, genft_modules.load_adapter can load it" if interrupted else ""
+        raise ValueError(f"{directory}: contains no {CONFIG}{hint}")
     path = directory / WEIGHTS
     if path.is_file():
         try:
             with safe_open(path, framework="pt"):
                 return
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: is not a whole safetensors file ({error})") from None
+            raise ValueError(f"{path}: is not a valid safetensors file ({error})") from None
     if (directory / "adapter_model.bin").exists():
-        raise ValueError(
-            f"{directory}: holds adapter_model.bin, a pickle, which genft does not read; expected {WEIGHTS}"
-        )
+        raise ValueError(f"{directory}: got adapter_model.bin, a pickle, which genft does not load; expected {WEIGHTS}")
     if weights:
-        raise ValueError(f"{directory}: holds no {WEIGHTS}")
+        raise ValueError(f"{directory}: contains no {WEIGHTS}")
 
 
 def refuse_misfits(
     what: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> None:
-    """Raises ValueError unless `found` has all tensors that are `wanted`, beside them only some of the `others`, and
-    each in the right shape and floating point."""
+    """Raises ValueError unless `found` has all `wanted` tensors, otherwise only tensors of `others`, and each has the
+    right shape and kind of dtype."""
     known = {**others, **wanted}
     shapes = [
-        f"{key} is {tuple(tensor.shape)} for {tuple(known[key].shape)}"
+        f"{key}: got {tuple(tensor.shape)}, expected {tuple(known[key].shape)}"
         for key, tensor in found.items()
         if key in known and tensor.shape != known[key].shape
     ]
     kinds = [
-        f"{key} is {tensor.dtype}"
+        f"{key}: got {tensor.dtype}"
         for key, tensor in found.items()
         if key in known and known[key].is_floating_point() != tensor.is_floating_point()
     ]
@@ -269,15 +267,15 @@ def refuse_misfits(
             ("missing", [key for key in wanted if key not in found]),
             ("unknown", [key for key in found if key not in known]),
             ("shape mismatch", shapes),
-            ("of the wrong kind", kinds),
+            ("wrong dtype", kinds),
         )
         if entries
     ]
     if complaints:
-        raise ValueError(f"{what}: does not fit the model: {'; '.join(complaints)}")
+        raise ValueError(f"{what}: does not match the model: {'; '.join(complaints)}")
 
 
 def some(entries: Collection[str], most: int = 3) -> str:
-    """The first entries, and how many more there are."""
+    """The first entries and the number of the rest."""
     shown = ", ".join(list(entries)[:most])
     return shown if len(entries) <= most else f"{shown} and {len(entries) - most} more"

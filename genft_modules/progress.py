@@ -1,4 +1,4 @@
-"""Progress bars for what takes longer than a moment."""
+"""Progress bars."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tqdm import tqdm  # type: ignore[import-untyped] # its types are a package 
 
 
 class _Lines(io.TextIOBase):
-    """A log file's view of a progress bar: every refresh is a line of its own instead of a carriage return."""
+    """A stream for progress bars in log files: each refresh is a new line instead of a carriage return."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         line = text.strip()
-        if line and "| 0/" not in line:  # nothing done yet is not worth a line
+        if line and "| 0/" not in line:  # skip the empty bar
             self._stream.write(line + "\n")
         return len(text)
 
@@ -30,8 +30,8 @@ def bar(
 ) -> Any:
     """A progress bar over `total` units: live in a terminal, a line every 10 seconds in a log file.
 
-    `total=None` where nobody knows how many there are. `leave=False` marks work of a few seconds: its bar vanishes from
-    a terminal and never enters a log. `show=False` shows none.
+    `total=None`: unknown total. `leave=False`: the bar is removed from the terminal when done and is not logged, for
+    work of a few seconds. `show=False`: no bar.
     """
     common: dict[str, Any] = {"total": total, "desc": title, "unit": unit, "initial": initial, "leave": leave}
     if sys.stderr.isatty():

@@ -65,7 +65,7 @@ def generated_linear_backward(
 
 
 def _input_gradient(dy: Tensor, weight: Tensor, made: GeneratedMatrix, scale: float, plan: LaunchPlan) -> Tensor:
-    """dX = dY (W0 + s T). Panels lie along K, so that their results are disjoint."""
+    """dX = dY (W0 + s T). Panels are along K, so that their results are disjoint."""
     if plan.algorithm == "fused":
         return launch_generated_product(dy, weight, made, scale, plan.product, swapped=True)
     dx = dy.new_empty(dy.shape[0], weight.shape[1])

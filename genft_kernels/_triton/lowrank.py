@@ -13,7 +13,7 @@ from .kernels.skinny import launch_project, launch_reduce, launch_update
 
 
 def _single(a: Tensor, seed: Tensor | None, plan: LaunchPlan) -> bool:
-    """Whether a plan's single pass serves this call; else the seeded algorithm does."""
+    """Whether this call can use a plan's single pass; else it uses the seeded algorithm."""
     waits = a.shape[0] > plan.product.m
     return plan.algorithm == "single" and seed is None and not (waits and torch.version.hip is not None)
 

@@ -1,4 +1,4 @@
-"""y = x W0ᵀ + b, and a few of its outputs or inputs with more; how large the rows of a weight's gradient are."""
+"""y = x W0ᵀ + b with an update of a few outputs or inputs; sums of squares of a weight gradient's rows."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _add_some(
     plan: LaunchPlan,
 ) -> Tensor:
     """`result` [M,N] = source @ weight + bias with scale · source @ values [·,k] added to the columns `indices`. In 16
-    bits those columns are made once more: both products ride on one pass over the source, and the sum is rounded once.
+    bits those columns are recomputed: both products in one pass over the source, and the sum is rounded once.
     """
     if not narrow(result):
         return result.index_add_(1, indices, launch_project(source, values, plan.skinny, scale=scale))

@@ -1,4 +1,4 @@
-"""Products with a side of r, with dropout where a seed is given, and the sum of one with a product with W0."""
+"""Products with a dimension r, with optional dropout, and their sum with a product with W0."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from ..dropout import keep_mask
 
-PANEL_ELEMENTS = 1 << 16  # a panel and its mask stay in a core's L2 ...
-GPU_PANEL_ELEMENTS = 1 << 23  # ... or keep a whole GPU busy
+PANEL_ELEMENTS = 1 << 16  # a panel and its mask fit in a core's L2 cache
+GPU_PANEL_ELEMENTS = 1 << 23  # enough to fill a GPU
 _TILE = 16
 
 
 def panels(rows: int, columns: int, elements: int = PANEL_ELEMENTS) -> Iterator[slice]:
-    """Stretches of rows that make panels of at most `elements`, whole register tiles of a product if they are many."""
+    """Slices of rows for panels of at most `elements`; large ones have a multiple of the register tile's height."""
     height = max(1, elements // max(columns, 1))
     if height > _TILE:
         height -= height % _TILE
@@ -25,7 +25,7 @@ def panels(rows: int, columns: int, elements: int = PANEL_ELEMENTS) -> Iterator[
 
 
 def parts(source: Tensor) -> Iterator[slice]:
-    """The panels of a matrix that element-wise work goes through, of a size for its device."""
+    """The panels of a matrix for element-wise work, of a size that suits the device."""
     rows, columns = source.shape
     return panels(rows, columns, PANEL_ELEMENTS if source.device.type == "cpu" else GPU_PANEL_ELEMENTS)
 
@@ -37,12 +37,12 @@ def dropped(panel: Tensor, rows: slice, dropout: float, seed: Tensor) -> Tensor:
 
 
 def total(like: Tensor, *shape: int) -> Tensor:
-    """Zeros to sum panels in: float32 where the half precision of `like` would be rounded to at every panel."""
+    """Zeros for summing panels: in float32 if `like` has 16 bits, to avoid rounding after every panel."""
     return like.new_zeros(shape, dtype=torch.float32 if narrow(like) else like.dtype)
 
 
 def narrow(tensor: Tensor) -> bool:
-    """Whether a tensor has 16 bits, in which an update may be smaller than the rounding of what it is added to."""
+    """Whether a tensor has 16 bits, where small updates may be lost in rounding."""
     return tensor.dtype.itemsize == 2
 
 
@@ -84,7 +84,7 @@ def add_update(
 ) -> Tensor:
     """source @ weightᵀ + scale · drop(left @ factor) + bias: [M,K], [N,K], [M,r] and [r,N] -> [M,N].
 
-    In 16 bits the update is written first (`add_base_`); wider, an update of rank r is the cheaper product to add.
+    In 16 bits the update is written first (`add_base_`); else it is added last, because it is the cheaper product.
     """
     if narrow(source):
         out = source.new_empty(source.shape[0], factor.shape[1])
@@ -104,8 +104,8 @@ def add_update(
 def add_base_(update: Tensor, source: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """update + source @ weight + bias, in the memory of `update` [M,N]: source [M,K], weight [K,N].
 
-    The product is added in float32 and the sum rounded once. A bias comes last: in the update it would set the place
-    that the update is rounded to.
+    The product is added in float32 and the sum rounded once. The bias is added last: added to the update, it would
+    increase the update's rounding error.
     """
     update.addmm_(source, weight)
     return update if bias is None else update.add_(bias)
@@ -118,5 +118,5 @@ def scaled(factor: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
 
 
 def cast(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`factor.to(dtype)`, which takes Python a microsecond also where there is nothing to do."""
+    """`factor.to(dtype)`, which takes a microsecond even if there is nothing to do."""
     return factor if factor.dtype == dtype else factor.to(dtype)

@@ -11,13 +11,12 @@ from .lowrank import lowrank_linear_backward, lowrank_linear_forward
 
 
 def _edited(source: Tensor, left: Tensor, factor: Tensor, scale: float, *, overwrite: bool = False) -> Tensor:
-    """source + scale · left @ factor: [M,C] + [M,r] @ [r,C], in source's memory if it may; 16 bits keep the sum's
-    mean."""
+    """source + scale · left @ factor: [M,C] + [M,r] @ [r,C], in place with `overwrite`; dithered in 16 bits."""
     if not narrow(source):
         return (source.addmm_ if overwrite else source.addmm)(left, factor, alpha=scale)
     out = source if overwrite else source.new_empty(source.shape)
     for rows in parts(source):
-        # In float32: the update may be below what float16 can hold.
+        # In float32, because the update may underflow in float16.
         update = left[rows].float() @ factor.float()
         add_dithered(source[rows], update.mul_(scale), range(source.shape[1]), out[rows])
     return out
@@ -40,7 +39,7 @@ def input_edit_backward(
     *,
     overwrite: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """From g = dL/dx': u = g φᵀ; dX = g + s u ψ, dψ = s uᵀ x, dφ = s tᵀ g. `overwrite`: dX may be written into g."""
+    """From g = dL/dx': u = g φᵀ; dX = g + s u ψ, dψ = s uᵀ x, dφ = s tᵀ g. `overwrite`: dX may overwrite g."""
     need_x, need_psi, need_phi = needs
     dx = dpsi = dphi = None
     if need_phi:
@@ -55,10 +54,10 @@ def input_edit_backward(
 
 
 def edit_by_features(x: Tensor, weight: Tensor) -> bool:
-    """Whether an edited linear layer makes y from the features Q = W0 φᵀ [N,r], y = x W0ᵀ + t Qᵀ + b, and not from x'.
+    """Whether to compute y from the features Q = W0 φᵀ [N,r], y = x W0ᵀ + t Qᵀ + b, instead of from x'.
 
-    In 16 bits always, forward and backward: x' would round the update away, and dY W0 that of dX. Else where x' is the
-    larger of the two, forward.
+    In 16 bits always, because rounding x' (and dY W0 in backward) would discard the update. Else in forward if x' is
+    larger than Q.
     """
     return narrow(x) or x.shape[0] > weight.shape[0]
 
@@ -66,7 +65,7 @@ def edit_by_features(x: Tensor, weight: Tensor) -> bool:
 def input_edit_linear_forward(
     x: Tensor, weight: Tensor, psi: Tensor, phi: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y = x' W0ᵀ + b [M,N], t [M,r] and, in 16 bits, the features Q [N,r]; x' is not kept."""
+    """y = x' W0ᵀ + b [M,N], t [M,r] and, in 16 bits, the features Q [N,r]; x' is not saved."""
     if not edit_by_features(x, weight):
         edited, t = input_edit_forward(x, psi, phi, scale)
         return F.linear(edited, weight, bias), t, None
@@ -86,7 +85,7 @@ def input_edit_linear_backward(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """With the features, the backward of a low-rank update and dφ = dQᵀ W0; else that of the edit at g = dY W0."""
+    """With features, the backward of a low-rank update and dφ = dQᵀ W0; else that of the edit with g = dY W0."""
     if not narrow(x):
         return input_edit_backward(dy @ weight, x, psi, phi, t, scale, needs, overwrite=True)
     dx, dp, dq = lowrank_linear_backward(dy, x, weight, psi.t(), q, t, scale, 0.0, None, needs)

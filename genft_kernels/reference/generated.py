@@ -1,5 +1,5 @@
-"""The generated matrix T = drop(σ(H Bᵀ + row + column)) [N,K], of which only a panel exists at a time:
-y = x (W0 + s T)ᵀ + b, and the features z = Tᵀ Aᵀ + bias that a next stage starts from."""
+"""The generated matrix T = drop(σ(H Bᵀ + row + column)) [N,K], computed one panel at a time: y = x (W0 + s T)ᵀ + b, and
+the features z = Tᵀ Aᵀ + bias for the next stage."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..dither import add_dithered
 from ..dropout import keep_mask
 from .common import GPU_PANEL_ELEMENTS, PANEL_ELEMENTS, add_product_, narrow, panels, parts, total
 
-_GENERATED_ELEMENTS = 1 << 19  # a panel of a generated matrix meets products, which want it larger ...
-_GENERATED_SHARE = 48  # ... and of a large matrix, this part of it
+_GENERATED_ELEMENTS = 1 << 19  # larger panels than elsewhere, because they are used in products
+_GENERATED_SHARE = 48  # for large matrices, the panel is this fraction of it
 _LARGE = 1 << 23
 
 
 @dataclass(frozen=True)
 class GeneratedMatrix:
-    """What T is made from: H [N,r], B [K,r], row [N] or None, column [K] or None, σ, p and the seed of drop."""
+    """The inputs of T: H [N,r], B [K,r], row [N] or None, column [K] or None, σ, dropout probability and seed."""
 
     h: Tensor
     b: Tensor
@@ -31,7 +31,7 @@ class GeneratedMatrix:
     seed: Tensor | None
 
     def part(self, rows: slice | None = None, columns: slice | None = None) -> GeneratedMatrix:
-        """What a stretch of rows or columns of T is made from (but for the mask, which is that of the whole)."""
+        """The inputs of a slice of rows or columns of T (except for the mask, which is that of the full matrix)."""
         rows, columns = rows or slice(None), columns or slice(None)
         return replace(
             self,
@@ -42,8 +42,8 @@ class GeneratedMatrix:
         )
 
     def with_biases_inside(self) -> GeneratedMatrix:
-        """The same T with each bias as one more rank, [H row 1] [B 1 column]ᵀ: no pass of its own over a panel, and its
-        gradient falls out of the products for H and B."""
+        """The same T with each bias as an extra rank, [H row 1] [B 1 column]ᵀ: needs no separate pass over a panel, and
+        the gradients are computed with those of H and B."""
         h, b = [self.h], [self.b]
         if self.row is not None:
             h.append(self.row[:, None])
@@ -54,17 +54,17 @@ class GeneratedMatrix:
         return self if len(h) == 1 else replace(self, h=torch.cat(h, 1), b=torch.cat(b, 1), row=None, column=None)
 
     def preactivation(self, rows: slice, columns: slice, memory: Tensor) -> Tensor:
-        """Z of a part of T, in the flat `memory`. The biases have to be inside."""
+        """Z of a part of T, in the flat buffer `memory`. Requires `with_biases_inside`."""
         h, b = self.h[rows], self.b[columns]
         return torch.mm(h, b.t(), out=memory[: h.shape[0] * b.shape[0]].view(h.shape[0], b.shape[0]))
 
     def value(self, rows: slice, columns: slice, memory: Tensor) -> Tensor:
-        """T of a part, in `memory`."""
+        """A part of T, in `memory`."""
         t = activation_named(self.activation).forward_(self.preactivation(rows, columns, memory))
         return self.drop_(t, rows, columns)
 
     def drop_(self, t: Tensor, rows: slice, columns: slice) -> Tensor:
-        """drop of a part of T, in place."""
+        """Apply dropout to a part of T, in place."""
         if self.seed is not None:
             for part in parts(t):
                 here = range(rows.start + part.start, rows.start + part.stop)
@@ -73,7 +73,7 @@ class GeneratedMatrix:
         return t
 
     def added_to(self, weight: Tensor, scale: float, rows: slice, columns: slice, memory: Tensor) -> Tensor:
-        """W0 + s T of a part, in W0's dtype; in `memory` where the dtypes agree. 16 bits keep the sum's mean."""
+        """A part of W0 + s T, in W0's dtype; in `memory` if the dtypes are equal. Dithered in 16 bits."""
         t, part = self.value(rows, columns, memory), weight[rows, columns]
         if narrow(weight):
             out = weight.new_empty(part.shape)
@@ -84,7 +84,7 @@ class GeneratedMatrix:
         return torch.add(part, t, alpha=scale, out=t)
 
     def backward_(self, dt: Tensor, rows: slice, memory: Tensor) -> Tensor:
-        """dL/dZ of rows of T, from dL/dT and in its place; Z passes through `memory`, as many rows as it holds."""
+        """dL/dZ for rows of T from dL/dT, in place; Z is computed in `memory`, a few rows at a time if it is small."""
         columns = slice(0, dt.shape[1])
         self.drop_(dt, rows, columns)
         for part in panels(dt.shape[0], dt.shape[1], memory.numel()):
@@ -94,27 +94,27 @@ class GeneratedMatrix:
 
 
 class GeneratedGradients:
-    """Sums dL/dH, dL/dB, dL/drow and dL/dcolumn over panels of E = dL/dZ, which may lack a constant `scale`. `needs`
-    follows that order."""
+    """Sums dL/dH, dL/dB, dL/drow and dL/dcolumn over panels of E = dL/dZ, up to a constant `scale`. `needs` is in this
+    order."""
 
     def __init__(self, made: GeneratedMatrix, needs: tuple[bool, bool, bool, bool], scale: float = 1.0) -> None:
         self.inside = made.with_biases_inside()
         self.scale = scale
         self.r = made.h.shape[1]
         self.needs = (needs[0], needs[1], needs[2] and made.row is not None, needs[3] and made.column is not None)
-        # Biases among the ranks. The second as [r,K]: a library makes such wide rows in half the time.
+        # With biases as ranks. The second is [r,K], which is twice as fast in library products.
         self.h = torch.empty_like(self.inside.h) if self.needs[0] or self.needs[2] else None
         self.b_t = total(self.inside.b, *self.inside.b.t().shape) if self.needs[1] or self.needs[3] else None
 
     def add(self, e: Tensor, rows: slice) -> None:
-        """Takes E of a panel, in the dtype of the factors."""
+        """Add E of a panel, in the dtype of the factors."""
         if self.h is not None:
             torch.mm(e, self.inside.b, out=self.h[rows])
         if self.b_t is not None:
             add_product_(self.b_t, self.inside.h[rows].t(), e)
 
     def results(self) -> tuple[Tensor | None, ...]:
-        """Of the columns, the first r are the factor's, the next is the row bias, the last the column bias."""
+        """Split the columns: the first r are the factor, the next the row bias, the last the column bias."""
         b = None if self.b_t is None else self.b_t.t()
         found = (self.h, b, self.h, b)
         columns: tuple[slice | int, ...] = (slice(0, self.r), slice(0, self.r), self.r, -1)
@@ -125,8 +125,8 @@ class GeneratedGradients:
 
 
 def _panel_memory(made: GeneratedMatrix) -> Tensor:
-    """Memory for a panel of T [N,K], rows or columns: half of T at most, unless T is as small as panels elsewhere. All
-    panels of an operation use it in turn: new memory costs more than what is done in it."""
+    """A buffer for a panel of T [N,K], of rows or columns: at most half of T, unless T is small. Reused for all panels
+    of an operation, because allocation is more expensive than the computation."""
     n, k = made.h.shape[0], made.b.shape[0]
     return made.h.new_empty(_panel_elements(n, k, made.h.device))
 
@@ -141,7 +141,7 @@ def _panel_elements(n: int, k: int, device: torch.device) -> int:
 
 
 def _memory_for_z(memory: Tensor, elements: int, k: int) -> Tensor:
-    """For the Z of a panel in `memory`, beside dL/dT of it: all of it, of a large T an eighth at a time."""
+    """A buffer for Z of a panel, in addition to `memory` with dL/dT: of the same size, or an eighth for a large T."""
     return torch.empty_like(memory) if elements <= _LARGE else memory.new_empty(max(memory.numel() // 8, k))
 
 
@@ -158,7 +158,7 @@ def generated_linear_forward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor]:
-    """y [M,N]. Nothing is kept: the backward generates the panels again."""
+    """y [M,N]. Nothing is saved: the backward pass recomputes the panels."""
     made = GeneratedMatrix(h, b, row, column, activation, dropout, seed)
     n, k = weight.shape
     y = x.new_empty(x.shape[0], n)
@@ -189,8 +189,8 @@ def generated_linear_backward(
 ) -> tuple[Tensor | None, ...]:
     """dX = dY (W0 + s T); E = s drop(dYᵀ x)·σ'(Z); dH = E B, dB = Eᵀ H, drow = E 1, dcolumn = Eᵀ 1.
 
-    dX goes by panels of columns and the factors by panels of rows: either way the results are disjoint, so nothing is
-    summed in a low-precision tensor.
+    dX uses panels of columns and the factors panels of rows: the results are disjoint, so nothing is summed in a
+    low-precision tensor.
     """
     made = GeneratedMatrix(h, b, row, column, activation, dropout, seed)
     need_x, need_h, need_b, need_row, need_column = needs
@@ -212,7 +212,7 @@ def generated_linear_backward(
 
 
 def _product(left: Tensor, right: Tensor, memory: Tensor) -> Tensor:
-    """left @ right in the dtype of `memory`, and there if the product is made in it."""
+    """left @ right in the dtype of `memory`, and stored there if the product has that dtype."""
     if left.dtype != memory.dtype:
         return (left @ right).to(memory.dtype)
     return torch.mm(left, right, out=memory[: left.shape[0] * right.shape[1]].view(left.shape[0], right.shape[1]))
@@ -253,7 +253,7 @@ def generated_features_backward(
     seed: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """dT = Aᵀ dzᵀ [N,K]; dA = (T dz)ᵀ, and from E = drop(dT)·σ'(Z): dH, dB, dcolumn."""
+    """dT = Aᵀ dzᵀ [N,K]; dA = (T dz)ᵀ; dH, dB and dcolumn from E = drop(dT)·σ'(Z)."""
     made = GeneratedMatrix(h, b, None, column, activation, dropout, seed)
     need_h, need_b, need_a, need_column = needs
     da = torch.empty_like(a) if need_a else None

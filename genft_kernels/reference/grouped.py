@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .common import add_base_, panels, total
 
-_GATHERED_ELEMENTS = 1 << 20  # factors are copied for this much of a batch at a time
+_GATHERED_ELEMENTS = 1 << 20  # number of elements of factors gathered at a time
 
 
 def _per_sample(factor: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """The factor [G,C,r] of each sample, [S,C,r]; zeros for a sample of no group."""
+    """The factor [G,C,r] gathered per sample, [S,C,r]; zeros for samples without a group."""
     last = factor.shape[0] - 1
     taken = factor.index_select(0, index.clamp(0, last)).to(dtype)
     return taken.masked_fill_(((index < 0) | (index > last))[:, None, None], 0.0)
@@ -66,7 +66,7 @@ def grouped_lowrank_linear_backward(
     xs, dys, ts = _by_sample(group, x, dy, t)
     for part in panels(xs.shape[0], max(p.shape[1], q.shape[1]) * p.shape[2], _GATHERED_ELEMENTS):
         index = group[part]
-        # Samples of no group are added to a group of their own, whose sum is thrown away.
+        # Samples without a group are added to an extra group, which is discarded.
         slot = torch.where((index < 0) | (index > groups), groups, index)
         if need_x or need_p:
             u = torch.bmm(dys[part], _per_sample(q, index, dy.dtype))

@@ -37,7 +37,7 @@ def lowrank_linear_backward(
     """u = s dY Q; dX = dY W0 + drop(u Pᵀ), dP = drop(x)ᵀ u, dQ = s dYᵀ t."""
     need_x, need_p, need_q = needs
     dx = dp = dq = None
-    # What reads dY and x comes first, while they are in the cache; the large product pushes them out.
+    # Products that read dY and x come first, while they are in the cache; the large product evicts them.
     if need_q:
         dq = scaled(outer(t, dy).t(), q.dtype, scale)
     if need_x or need_p:

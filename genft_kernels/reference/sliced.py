@@ -1,5 +1,5 @@
-"""y = x W0ᵀ + b, and a few of its outputs or inputs with more: y[:,I] += s x Vᵀ, or y += s x[:,J] Vᵀ; and how large the
-rows of a weight's gradient are."""
+"""y = x W0ᵀ + b with an update of a few outputs, y[:,I] += s x Vᵀ, or inputs, y += s x[:,J] Vᵀ; and the sums of squares
+of a weight gradient's rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sliced_linear_forward(
     columns: bool,
     scale: float,
 ) -> tuple[Tensor]:
-    """y [M,N]; V is [k,K] for rows, [N,k] for columns. Nothing is kept: both directions gather again."""
+    """y [M,N]; V is [k,K] for rows, [N,k] for columns. Nothing is saved: backward gathers again."""
     v_t = cast(values, x.dtype).t()
     if columns:
         return (add_update(x, weight, x.index_select(1, indices), v_t, bias, scale=scale),)
@@ -65,7 +65,7 @@ def _add_some(
     bias: Tensor | None = None,
 ) -> Tensor:
     """`result` [M,N] = source @ weightᵀ + bias, with scale · `update` [M,k] added to the columns `indices`. In 16 bits
-    those columns are made once more, from the update: k/N of a product."""
+    those columns are recomputed on top of the update: k/N of a product."""
     if not narrow(result):
         return result.index_add_(1, indices, update, alpha=scale)
     part_bias = None if bias is None else bias.index_select(0, indices)
@@ -74,17 +74,16 @@ def _add_some(
 
 
 def columns_of(matrix: Tensor, indices: Tensor) -> Tensor:
-    """matrix[:, indices]; of a transpose its rows, which a CPU gathers 250 times as fast as columns of it."""
+    """matrix[:, indices]; for a transposed matrix, gathers rows, which is 250 times faster on a CPU."""
     if matrix.stride(0) == 1:
         return matrix.t().index_select(0, indices).t()
     return matrix.index_select(1, indices)
 
 
 def squared_gradient_sums_forward(dy: Tensor, x: Tensor) -> tuple[Tensor]:
-    """Sums over k of G[n,k]², G = dYᵀ x [N,K], of which only a panel of rows exists at a time; float32 or wider [N].
+    """Sums over k of G[n,k]², G = dYᵀ x [N,K], computed one panel of rows at a time; float32 or wider [N].
 
-    A panel is summed over M in float32, with a bounded stretch of 16-bit rows made wider at a time: rounded to float16
-    it could overflow.
+    Panels are summed over M in float32, converting a bounded number of 16-bit rows at a time; float16 could overflow.
     """
     n, k = dy.shape[1], x.shape[1]
     sums = total(dy, n)

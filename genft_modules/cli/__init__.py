@@ -1,1 +1,1 @@
-"""The command `genft`: `python -m genft_modules.cli` is the same."""
+"""The `genft` command, also available as `python -m genft_modules.cli`."""

@@ -1,4 +1,4 @@
-"""`python -m genft_modules.cli`, which torchrun can start."""
+"""Entry point of `python -m genft_modules.cli`, for use with torchrun."""
 
 import sys
 

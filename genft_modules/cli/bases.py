@@ -1,4 +1,4 @@
-"""What the commands read: a base model, a saved adapter, the device to put them on."""
+"""Loading for the commands: the base model, a saved adapter, the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from genft_modules.files import check_new
 from genft_modules.methods import GeneratorConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# The class that a task is trained with. An adapter without a task names its class.
+# The Auto class of each task type. An adapter without a task type stores its class.
 _KINDS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -28,23 +28,24 @@ _KINDS = {
 
 
 def launched() -> int:
-    """How many processes torchrun has started; 1 without it."""
+    """The number of processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_device(name: str) -> torch.device:
-    """The device of this process; of several that torchrun started on a machine, each has the GPU of its number."""
+    """The device of this process; under torchrun, the GPU of its local rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here")
+        raise UserError("--device cuda: torch finds no GPU")
     if name not in {"cuda", "cpu"}:
         raise UserError(f"--device {name}: choose from auto, cuda, cpu")
     if name == "cuda" and launched() > 1:
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise UserError(
-                f"--nproc-per-node: process {local} of a machine whose torch sees {torch.cuda.device_count()} GPUs"
+                f"--nproc-per-node: local rank {local} needs a GPU of its own, but torch finds only "
+                f"{torch.cuda.device_count()}"
             )
         torch.cuda.set_device(local)
         return torch.device(name, local)
@@ -57,13 +58,13 @@ def model_config(model: str) -> Any:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"--model {model}: the directory holds no config.json")
+            raise UserError(f"--model {model}: no config.json in this directory")
     elif path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise UserError(f"--model {model}: no such directory")
     try:
         return AutoConfig.from_pretrained(place(model))
-    except Exception as error:  # the hub's client has many ways to say that there is no such model
-        what = "cannot be read" if path.is_dir() else "no such directory, and not read from the hub"
+    except Exception as error:  # the Hub's client raises many types for a missing model
+        what = "cannot be read" if path.is_dir() else "no such directory, and cannot be read from the Hub"
         raise UserError(f"--model {model}: {what} ({one_line(error)[:200]})") from None
 
 
@@ -75,8 +76,8 @@ def place(model: str) -> str:
 def load_base(
     model: str, dtype: torch.dtype | str, kind: str = "AutoModelForCausalLM", found_elsewhere: Collection[str] = ()
 ) -> Any:
-    """The model, by the class `kind` of transformers. UserError if weights are missing, but for those of the modules
-    whose names are in `found_elsewhere`."""
+    """Load the model with the transformers class `kind`. Raises UserError if weights are missing, except those of
+    the modules named in `found_elsewhere`."""
     import transformers
     from safetensors import SafetensorError
 
@@ -86,7 +87,7 @@ def load_base(
         raise UserError(f"--model {model}: its weights cannot be read ({one_line(error)[:200]})") from None
     parts = [f".{name}." for name in found_elsewhere]
     if missing := sorted(key for key in info["missing_keys"] if not any(part in f".{key}" for part in parts)):
-        raise UserError(f"--model {model}: {len(missing)} of its weights are missing, {missing[0]} first")
+        raise UserError(f"--model {model}: {len(missing)} weights are missing, the first is {missing[0]}")
     return loaded
 
 
@@ -105,7 +106,7 @@ def genft_config(adapter: str, command: str) -> GeneratorConfig:
     config = config_of(adapter)
     if not isinstance(config, GeneratorConfig):
         method = method_of(config)
-        raise UserError(f"{adapter}: is of peft's own method {method}; genft {command} is for those of genft")
+        raise UserError(f"{adapter}: got an adapter of peft's own method {method}; genft {command} takes only genft's")
     return config
 
 
@@ -128,10 +129,10 @@ def base_of(config: Any, adapter: str, model: str | None) -> str:
 
 
 def load(adapter: str, config: Any, base: str, device: str, dtype: torch.dtype | str = "auto") -> Any:
-    """The base model with the adapter. UserError if the one or the other cannot be read, or they do not fit."""
+    """Load the base model with the adapter. Raises UserError if either cannot be read or they do not match."""
     where = check_device(device)
     kind = _kind(config, model_config(base))
-    say(f"reading {base}")
+    say(f"loading {base}")
     loaded = load_base(base, dtype, kind, found_elsewhere=config.modules_to_save or ()).to(where)
     try:
         return load_adapter(loaded, path_of(adapter))
@@ -140,11 +141,13 @@ def load(adapter: str, config: Any, base: str, device: str, dtype: torch.dtype |
 
 
 def _kind(config: Any, base_config: Any) -> str:
-    """The class of the model: the adapter's, its task's, or else the base model's."""
+    """The model class: from the adapter, its task type, or the base model's configuration."""
     import transformers
 
     named = (config.auto_mapping or {}).get("base_model_class")
     for kind in (named, _KINDS.get(config.task_type), *(base_config.architectures or ())):
         if kind and hasattr(transformers, kind):
             return str(kind)
-    raise UserError(f"--model: transformers knows no class for it: neither {named} nor {base_config.architectures}")
+    raise UserError(
+        f"--model: transformers has no class for this model: neither {named} nor {base_config.architectures}"
+    )

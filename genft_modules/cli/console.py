@@ -1,6 +1,6 @@
-"""What the user of the command sees: one-line errors, messages, tables.
+"""Terminal output: one-line errors, messages, tables.
 
-Progress goes to stderr, results go to stdout.
+Progress goes to stderr, results to stdout.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Sequence
 
 from tqdm import tqdm  # type: ignore[import-untyped] # its types are a package of their own
 
-INTERRUPTED = 130  # the exit code of a process that Ctrl-C ended
+INTERRUPTED = 130  # exit code after Ctrl-C
 
 
 class UserError(Exception):
-    """Something the user can put right: the command says it in one line and exits with code 2."""
+    """A user's mistake: the command prints it on one line and exits with code 2."""
 
 
 def quiet() -> None:
-    """Our own progress bars tell what happens: silence those of the libraries, and their chatter."""
+    """Silence the libraries' progress bars and log messages; the command has its own."""
     from transformers.utils import logging
 
-    # The Trainer would spread one process over all GPUs with DataParallel, which no adapter is made for.
+    # On several GPUs the Trainer would wrap a single process in DataParallel, which adapters do not support.
     if "WORLD_SIZE" not in os.environ:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,24 +33,24 @@ def quiet() -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that speaks, of those that torchrun started."""
+    """Whether this is rank 0, the only one that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def one_line(error: BaseException | str) -> str:
-    """The text of an error with line breaks and indentation folded away."""
+    """The text of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def say(text: str = "") -> None:
-    """One line about what happens now; to stderr, so that stdout holds results alone."""
+    """Print a progress message to stderr."""
     if is_first():
         with tqdm.external_write_mode(file=sys.stderr):
             print(text, file=sys.stderr, flush=True)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns: the first column to the left, figures to the right."""
+    """A Markdown table: the first column left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

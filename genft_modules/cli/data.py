@@ -1,7 +1,7 @@
-"""From a user's file, or a data set on the hub, to windows of token ids.
+"""Data loading: from a user's file or a dataset on the Hub to windows of token ids.
 
-`read_records` reads and checks, `split_records` holds some of it out, `encode` makes windows, `collate` makes batches.
-Nothing here touches a model.
+`read_records` reads and checks, `split_records` makes the held-out split, `encode` makes windows, `collate` makes
+batches. No model is needed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from genft_modules.cli.console import UserError, one_line
 from genft_modules.progress import bar
 
-IGNORED = -100  # the label that transformers' losses leave out
+IGNORED = -100  # the label that transformers' losses ignore
 
 
 @dataclass(frozen=True)
 class Record:
-    """A piece of text to learn; with a prompt, the text is the completion and the prompt is only read."""
+    """A training text; with a prompt, the text is its completion and only the completion has labels."""
 
     text: str
     prompt: str | None = None
@@ -34,13 +34,13 @@ class Record:
 
 
 def read_records(source: str, split: str = "train") -> list[Record]:
-    """Read `source`: a .txt file, a .jsonl file, or the name of a data set on the hub (then its `split`).
+    """Read `source`: a .txt file, a .jsonl file, or the `split` of a dataset on the Hub.
 
-    Raises UserError naming the file, and the line where there is one, for anything that cannot be learned from.
+    Raises UserError, with file and line number, if the data cannot be used.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        raise UserError(f"--dataset {source}: is a directory; give a .txt or .jsonl file")
+        raise UserError(f"--dataset {source}: is a directory, expected a .txt or .jsonl file")
     if path.is_file():
         records = _read_jsonl(path) if path.suffix in {".jsonl", ".json"} else _read_text(path)
     elif path.suffix in {".txt", ".jsonl", ".json"} or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
@@ -49,7 +49,7 @@ def read_records(source: str, split: str = "train") -> list[Record]:
         records = _read_hub(source, split)
     records = [record for record in records if record.text.strip()]
     if not records:
-        raise UserError(f"--dataset {source}: holds no text")
+        raise UserError(f"--dataset {source}: contains no text")
     if len({record.prompt is None for record in records}) > 1:
         raise UserError(f'--dataset {source}: mixes records with "text" and records with "prompt"')
     return records
@@ -70,7 +70,7 @@ def _read_text(path: Path) -> list[Record]:
 
 def _read_jsonl(path: Path) -> list[Record]:
     records = []
-    # Only "\n" ends a line of jsonl: str.splitlines would also break inside strings, at U+2028 and its like.
+    # Not str.splitlines, which also splits at U+2028 and other separators inside strings.
     for number, line in enumerate(_decode(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -84,19 +84,21 @@ def _read_jsonl(path: Path) -> list[Record]:
 
 def _read_hub(name: str, split: str) -> list[Record]:
     if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"--dataset {name}: no such file; to read it from the hub, pip install datasets")
+        raise UserError(f"--dataset {name}: no such file; to read it from the Hub, pip install datasets")
     from datasets import load_dataset
 
     try:
         rows = load_dataset(name, split=split)
-    except Exception as error:  # whatever the hub or its client raises is, to the user, one thing
-        raise UserError(f"--dataset {name}: no such file, and not read from the hub ({one_line(error)})") from None
+    except Exception as error:  # the Hub's client raises many types
+        raise UserError(
+            f"--dataset {name}: no such file, and cannot be read from the Hub ({one_line(error)})"
+        ) from None
     return [_record(row, f"--dataset {name}: row {number}") for number, row in enumerate(rows)]
 
 
 def _record(row: Any, where: str) -> Record:
     if not isinstance(row, dict):
-        raise UserError(f"{where} is not an object with fields")
+        raise UserError(f"{where} is not a JSON object")
     names = ("prompt", "completion") if "text" not in row else ("text",)
     for name in names:
         if not isinstance(row.get(name), str):
@@ -108,13 +110,13 @@ def _record(row: Any, where: str) -> Record:
 
 
 def split_records(records: Sequence[Record], fraction: float, blocks: int = 4) -> tuple[list[Record], list[Record]]:
-    """(training, held out): `fraction` of the text is held out, in `blocks` contiguous blocks spread over the whole.
+    """Split into (training, held out): `fraction` of the text is held out, in `blocks` evenly spread blocks.
 
-    Contiguous, because neighbouring text is alike: records drawn singly would be half known from their neighbours.
-    A single text is cut at its paragraphs (its lines, if it has few). What is held out and stands word for word
-    in the training part as well is dropped from the held-out part.
+    Contiguous blocks, because neighbouring records are similar and random ones would leak. A single text is split at
+    paragraphs, or at lines or words if it has too few. Held-out text that also occurs verbatim in the training part is
+    dropped.
 
-    Raises UserError if there is too little to hold anything out.
+    Raises UserError if the data is too small to split.
     """
     single = len(records) == 1
     units = [Record(piece) for piece in _pieces(records[0].text, 2 * blocks)] if single else list(records)
@@ -125,16 +127,14 @@ def split_records(records: Sequence[Record], fraction: float, blocks: int = 4) -
         unit for unit, out in zip(units, chosen, strict=True) if out and (unit.prompt, normal(unit.text)) not in known
     ]
     if not train or not held:
-        raise UserError(
-            "the data set is too small, or repeats itself too much, to hold anything out; give --eval-dataset"
-        )
+        raise UserError("--dataset: too small, or too repetitive, for a held-out split; use --eval-dataset")
     if single:
         return [Record("".join(unit.text for unit in train))], [Record("".join(unit.text for unit in held))]
     return train, held
 
 
 def hold_out(sizes: Sequence[int], fraction: float, blocks: int = 4) -> list[bool]:
-    """Which of the units of these sizes are held out: `blocks` contiguous runs, each at the end of an equal share."""
+    """Which units of these sizes are held out: `blocks` contiguous runs, each at the end of an equal share."""
     total = sum(sizes)
     chosen, before = [], 0
     for size in sizes:
@@ -147,7 +147,7 @@ def hold_out(sizes: Sequence[int], fraction: float, blocks: int = 4) -> list[boo
 
 
 def normal(text: str) -> str:
-    """The text with every run of white space as one blank: the same words in other lines are the same text."""
+    """The text with each run of whitespace collapsed to one space."""
     return " ".join(text.split())
 
 
@@ -163,10 +163,10 @@ def _pieces(text: str, least: int) -> list[str]:
 
 
 class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Stretches of one row of token ids, with what is to be predicted in each.
+    """Windows over one sequence of token ids, with a mask of the tokens to predict.
 
-    ids [T] int32; predicted [T] bool; spans: (first, last + 1) of each window; `bytes`: how many bytes of UTF-8 the
-    predicted tokens stand for, so that losses of different tokenizers compare.
+    ids [T] int32; predicted [T] bool; spans: (first, last + 1) of each window; `bytes`: the number of UTF-8 bytes of
+    the predicted tokens, to compare losses across tokenizers.
     """
 
     def __init__(self, ids: torch.Tensor, predicted: torch.Tensor, spans: list[tuple[int, int]], bytes_: int) -> None:
@@ -179,23 +179,23 @@ class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         first, end = self.spans[index]
         ids = self.ids[first:end].long()
         labels = torch.where(self.predicted[first:end], ids, IGNORED)
-        labels[0] = IGNORED  # nothing stands before it to predict it from
+        labels[0] = IGNORED  # has no context
         return {"input_ids": ids, "labels": labels}
 
     @property
     def targets(self) -> int:
-        """How many tokens are predicted in all."""
+        """The total number of predicted tokens."""
         return sum(int(self.predicted[first + 1 : end].sum()) for first, end in self.spans)
 
 
 def encode(records: Sequence[Record], tokenizer: Any, seq_len: int, *, title: str = "reading") -> Windows:
     """Token windows of at most `seq_len` ids.
 
-    Texts are laid end to end, each with the tokenizer's first and last token where it has them, and cut into windows
-    that overlap by one token: each token but the very first is predicted exactly once. A record with a prompt is a
-    window of its own, only its completion is predicted; where it is too long the prompt loses its beginning first.
+    Texts are concatenated, each with the tokenizer's BOS and EOS tokens if it has them, and cut into windows that
+    overlap by one token: every token except the first is predicted exactly once. A record with a prompt is a window of
+    its own, with labels on the completion only; if it is too long, the prompt is truncated from the left first.
 
-    Raises UserError if nothing is left to predict.
+    Raises UserError if there is nothing to predict.
     """
     start = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
     stop = [i for i in (tokenizer.eos_token_id,) if i is not None]
@@ -220,21 +220,21 @@ def encode(records: Sequence[Record], tokenizer: Any, seq_len: int, *, title: st
             progress.update()
     if not spans:
         spans = [(i, min(i + seq_len, length)) for i in range(0, length - 1, seq_len - 1)]
-        if not start and length:  # then the first token has no predecessor and is never predicted
+        if not start and length:  # without BOS the first token is never predicted
             size -= len(tokenizer.decode(ids[0][:1].tolist()).encode())
     spans = [(first, end) for first, end in spans if end - first > 1]
     windows = Windows(torch.cat(ids), torch.cat(predicted), spans, max(size, 1))
     if not windows.targets:
-        raise UserError(f"{title}: too little text: not one token to predict")
+        raise UserError(f"{title}: too little text, no token to predict")
     return windows
 
 
 def _fit(
     start: list[int], prompt: list[int], text: list[int], stop: list[int], seq_len: int
 ) -> tuple[list[int], int, list[int]]:
-    """(ids of the window, where the predicted part begins, tokens of the completion that did not fit)."""
+    """(ids of the window, index of the first predicted token, truncated tokens of the completion)."""
     room = seq_len - len(start) - len(stop)
-    # One token of the prompt stays where no start token stands before the completion.
+    # Without BOS, keep at least one token of the prompt.
     kept_text = text[: room if start else room - 1]
     space = room - len(kept_text)
     kept_prompt = prompt[len(prompt) - min(space, len(prompt)) :]
@@ -243,7 +243,7 @@ def _fit(
 
 
 def collate(rows: Sequence[dict[str, torch.Tensor]], pad_id: int = 0) -> dict[str, torch.Tensor]:
-    """A batch: rows padded on the right to the longest, [B,T]; an attention mask only where something was padded."""
+    """A batch: rows right-padded to the longest, [B,T]; an attention mask only if there is padding."""
     longest = max(len(row["input_ids"]) for row in rows)
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     batch = {}
@@ -257,12 +257,12 @@ def collate(rows: Sequence[dict[str, torch.Tensor]], pad_id: int = 0) -> dict[st
 
 
 def byte_tokenizer() -> Any:
-    """A tokenizer whose ids 0 to 255 are the bytes themselves, then start, end and padding: 259 in all."""
+    """A byte-level tokenizer: ids 0 to 255 are the bytes, then start, end and padding; 259 in total."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    # The `tokenizers` library shows bytes as printable characters: those that are printable in Latin-1 as they
-    # stand, the rest as the characters from U+0100 on.
+    # The `tokenizers` library maps bytes to printable characters: those printable in Latin-1 to themselves, the rest
+    # to U+0100 and up.
     shown: Iterable[int] = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = iter(range(256, 512))
     vocab = {chr(byte if byte in shown else next(spare)): byte for byte in range(256)}

@@ -1,4 +1,4 @@
-"""`genft doctor`: what is installed, what will run, and whether it computes the right thing."""
+"""`genft doctor`: installed versions, devices and plans, and a numerical self-check."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _SHAPE = {"m": 8192, "n": 4096, "k": 4096, "r": 16}  # a projection of an 8B mod
 
 
 def run(seconds: float = 10.0) -> int:
-    """Print the report; 0, or 1 if an operation computes something else than its formula in float64."""
+    """Print the report. Returns the exit code: 1 if an operation differs from its float64 formula, else 0."""
     print(versions())
     print()
     print(devices())
     print()
     try:
         print(plan())
-    except ValueError as error:  # a table that cannot be read
+    except ValueError as error:  # an unreadable table of plans
         raise UserError(one_line(error)) from None
     print()
     ok, report = self_check(seconds)
@@ -37,7 +37,7 @@ def run(seconds: float = 10.0) -> int:
 
 
 def versions() -> str:
-    """Python's version and those of the packages that matter, one line each."""
+    """Versions of Python and of the packages in use, one per line."""
     lines = [f"{'python':<14}{platform.python_version()} on {platform.system()} {platform.machine()}"]
     for name in _PACKAGES:
         try:
@@ -48,25 +48,25 @@ def versions() -> str:
 
 
 def device() -> torch.device:
-    """The device that `genft finetune` takes."""
+    """The device that `genft finetune` uses by default."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def devices() -> str:
-    """Every device, and the backend that "auto" means here."""
+    """All devices, and the backend selected by "auto"."""
     lines = [f"{'device':<14}cpu, {torch.get_num_threads()} threads"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         architecture = device_facts(torch.device("cuda", index)).architecture
         memory = properties.total_memory / 2**30
         lines.append(f"{'device':<14}cuda:{index}, {properties.name}, {architecture}, {memory:.0f} GiB")
-    backend = "triton" if device().type == "cuda" else "reference (plain PyTorch: no GPU here)"
-    lines.append(f"{'backend':<14}auto means {backend}")
+    backend = "triton" if device().type == "cuda" else "reference (plain PyTorch, no GPU found)"
+    lines.append(f"{'backend':<14}auto selects {backend}")
     return "\n".join(lines)
 
 
 def plan() -> str:
-    """The launch plan for one shape; on a machine without a GPU, the one that an H100 would follow as well."""
+    """The launch plan for one shape; without a GPU, also the plan for an H100."""
     problem = Problem("lowrank_linear", **_SHAPE, itemsize=2)
     shape = ", ".join(f"{name} = {value}" for name, value in _SHAPE.items())
     here = device()
@@ -82,7 +82,7 @@ def _source(problem: Problem, facts: DeviceFacts) -> str:
     """Where the plan of a problem comes from."""
     entry = measured_entry(problem, facts)
     if entry is None:
-        return "from the model of the card, not measured"
+        return "from the cost model, not measured"
     return "measured by genft tune" if entry["source"] == "user" else "measured, packaged"
 
 
@@ -90,10 +90,10 @@ def _source(problem: Problem, facts: DeviceFacts) -> str:
 
 
 def self_check(seconds: float) -> tuple[bool, str]:
-    """(whether all is well, a table): outputs and every gradient of the operations against float64, on this device, by
-    the rule of `genft_kernels.gate`.
+    """(passed, table): checks outputs and all gradients of the operations on this device against float64, by the rule
+    of `genft_kernels.gate`.
 
-    Goes through all operations and dtypes once, then over further random shapes until the time is up.
+    Covers all operations and dtypes at least once, then random shapes until the time is up.
     """
     here, began = device(), time.monotonic()
     dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if here.type == "cuda" else [])
@@ -118,7 +118,7 @@ def self_check(seconds: float) -> tuple[bool, str]:
     ]
     ok = all(verdict.ok for _, verdict in worst.values())
     head = f"self-check on {here}: {rounds} shapes, outputs and gradients against float64"
-    result = "all operations are right" if ok else "AN OPERATION IS WRONG: please report this output"
+    result = "all operations are correct" if ok else "AN OPERATION IS WRONG: please report this output"
     return ok, "\n".join([head, table(("operation", "error / allowed", "largest in", ""), rows), result])
 
 

@@ -1,4 +1,4 @@
-"""`genft export-lora`: an adapter as plain LoRA."""
+"""`genft export-lora`: convert an adapter to LoRA."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def export(
     rank: int | None = None,
     device: str = "auto",
 ) -> str:
-    """Writes a LoRA adapter of stock peft; says what became of each layer."""
+    """Write the adapter as a peft LoRA adapter. Returns a report with rank and error of each layer."""
     config = genft_config(adapter, "export-lora")
     check_output(output)
     base = base_of(config, adapter, model)
@@ -40,7 +40,7 @@ def export(
             "",
             f"exported   {method_of(config)} as LoRA: {exact} of {len(layers)} layers exactly, largest error "
             f"{max(layer.error for layer in layers):.1e}",
-            f"base       {base}, whose weights the exported adapter was made from: it fits no other",
+            f"base       {base}; the exported adapter is valid for these base weights only",
             f"saved      {output}",
         ]
     )

@@ -1,4 +1,4 @@
-"""`genft finetune --model ... --dataset ...`: check everything, train, save, and prove that what was saved is whole."""
+"""`genft finetune --model ... --dataset ...`: check the options, train, save, and verify the saved adapter."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from genft_modules.disk.adapters import save_adapter
 from genft_modules.files import new_directory
 from genft_modules.model import distributed
 
-SEQ_LEN = 512  # the default, where the model allows it
-CALIBRATION_BATCHES = 16  # the default, for methods that look at gradients before they train
-LAUNCH = ".launch"  # in OUTPUT while it runs: which torchrun the run is of
+SEQ_LEN = 512  # default, if the model allows it
+CALIBRATION_BATCHES = 16  # default, for methods that select by gradients before training
+LAUNCH = ".launch"  # in OUTPUT during the run: identifies the torchrun that started it
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # Settings that may change between an interrupted run and its continuation.
 _FREE_ON_RESUME = {"output", "save_every", "verify"}
@@ -38,7 +38,7 @@ _FREE_ON_RESUME = {"output", "save_every", "verify"}
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The options of one run, as the command line names them."""
+    """The options of one run, named as on the command line."""
 
     model: str
     dataset: str
@@ -73,7 +73,7 @@ class Job:
 
 @dataclasses.dataclass
 class Checked:
-    """A job whose every part was seen to fit; nothing was loaded or written yet."""
+    """A checked job; the model is not loaded and nothing is written yet."""
 
     job: Job
     device: torch.device
@@ -95,7 +95,7 @@ class Checked:
 
 
 def check(job: Job) -> Checked:
-    """Everything that can be wrong with a job, found before any heavy work. Raises UserError."""
+    """Check all options before any heavy work. Raises UserError."""
     _check_numbers(job)
     config = recipes.peft_config(
         job.method,
@@ -107,7 +107,7 @@ def check(job: Job) -> Checked:
         backend=job.backend,
     )
     if job.calibration_batches is not None and getattr(config, "selection", None) != "gradient":
-        raise UserError(f"--calibration-batches: {job.method} selects nothing by gradients")
+        raise UserError(f"--calibration-batches: {job.method} does not select by gradients")
     device = check_device(job.device)
     dtype = _dtype(job.dtype, device)
     _check_backend(job.backend, device, dtype)
@@ -144,7 +144,7 @@ def _check_numbers(job: Job) -> None:
 
 
 def _check_backend(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Ask the operations themselves, with the smallest problem there is."""
+    """Check the backend by running the smallest possible operation."""
     from genft_kernels import input_edit
 
     one = torch.ones(1, 1, device=device, dtype=dtype)
@@ -169,31 +169,33 @@ def _tokenizer(job: Job, model_config: Any) -> Any:
     path = Path(job.model).expanduser()
     if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZER_FILES):
         if not job.byte_level:
-            raise UserError(f"--model {job.model}: holds no tokenizer; --byte-level reads the text as bytes")
+            raise UserError(f"--model {job.model}: has no tokenizer; use --byte-level to read the text as bytes")
         tokenizer = byte_tokenizer()
     elif job.byte_level:
         raise UserError(f"--byte-level: the model {job.model} has a tokenizer of its own")
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(place(job.model))
-        except Exception as error:  # missing packages, broken files, the hub: one thing to the user
+        except Exception as error:  # missing packages, broken files, errors of the Hub
             raise UserError(f"--model {job.model}: its tokenizer cannot be read ({one_line(error)[:200]})") from None
     if len(tokenizer) > vocabulary:
-        raise UserError(f"--model {job.model}: the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}")
+        raise UserError(
+            f"--model {job.model}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {vocabulary}"
+        )
     return tokenizer
 
 
 def _seq_len(job: Job, model_config: Any) -> int:
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if job.seq_len is not None and limit is not None and job.seq_len > limit:
-        raise UserError(f"--seq-len {job.seq_len}: the model takes at most {limit} tokens")
+        raise UserError(f"--seq-len {job.seq_len}: the model accepts at most {limit} tokens")
     return job.seq_len or min(SEQ_LEN, limit or SEQ_LEN)
 
 
 def rehearse(model_config: Any, peft_config: Any, what: str) -> tuple[int, int]:
-    """(trainable, all) parameters, counted on a copy of the model without memory: the adapter is put in for trial.
+    """Count (trainable, all) parameters of the adapted model on the meta device.
 
-    Raises UserError where a target module does not exist or the method refuses the model.
+    Raises UserError if a target module does not exist or the method does not support the model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -203,33 +205,33 @@ def rehearse(model_config: Any, peft_config: Any, what: str) -> tuple[int, int]:
 
 
 def adapted_on_meta(model_config: Any, peft_config: Any, what: str, kind: Any) -> Any:
-    """The model of a configuration with its adapter (None: without one), both without memory.
+    """Build the model on the meta device, with its adapter unless `peft_config` is None.
 
     Args:
-        what: of the user's options, for the message.
-        kind: the class of transformers that makes the model.
+        what: the user's options, for the error message.
+        kind: the transformers class of the model.
 
     Raises:
-        UserError: a target module does not exist, or the method refuses the model.
+        UserError: a target module does not exist, or the method does not support the model.
     """
     from peft import get_peft_model
 
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)  # how the methods say that a pattern fits no layer
+            warnings.simplefilter("error", RuntimeWarning)  # raised by the methods if a pattern matches no layer
             model: Any = kind.from_config(model_config)
             if peft_config is not None:
                 _check_targets(model, peft_config)
                 model = get_peft_model(model, copy.deepcopy(peft_config))
     except UserError:
         raise
-    except Exception as error:  # peft and transformers raise many kinds; all mean that these options do not fit
+    except Exception as error:  # peft and transformers raise many types for options that do not fit
         raise UserError(f"{what}: {one_line(error)[:300]}") from None
     return model
 
 
 def _check_targets(model: torch.nn.Module, peft_config: Any) -> None:
-    """peft is content when one of several names is found; a name that is nowhere is a slip of the pen."""
+    """Raise UserError for a target that matches no module; peft only requires one match over all targets."""
     targets = getattr(peft_config, "target_modules", None)
     if targets is None or targets == "all-linear":
         return
@@ -251,13 +253,13 @@ def _check_targets(model: torch.nn.Module, peft_config: Any) -> None:
 
 
 def run(job: Job, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Do the job; what came of it, as written to OUTPUT/run.json.
+    """Run the job. Returns the record that is written to OUTPUT/run.json.
 
-    OUTPUT then holds adapter/ (or model/), run.json, loss.png, and the logits that `verify` compares with. If the job
-    fails before its first checkpoint, nothing is left.
+    OUTPUT contains adapter/ (or model/), run.json, loss.png, and the logits that `verify` compares with. If the job
+    fails before its first checkpoint, OUTPUT is removed.
 
-    Where torchrun started several processes, each trains on its share of every batch and the first one writes. What
-    torchrun starts again, after one of them died, goes on from the last checkpoint.
+    Under torchrun, each process trains on its share of every batch and only rank 0 logs and saves. After a restart by
+    torchrun, training resumes from the last checkpoint.
     """
     checked = check(job)
     with _together(job, checked.device), _directory(job, resume, overwrite) as (directory, resume_from):
@@ -267,13 +269,13 @@ def run(job: Job, *, resume: bool = False, overwrite: bool = False) -> dict[str,
 
 @contextmanager
 def _together(job: Job, device: torch.device) -> Iterator[None]:
-    """Joins the processes that torchrun started, if all of them have the same job."""
+    """Initialise the process group of torchrun and check that all processes have the same options."""
     if launched() == 1:
         yield
         return
     from torch.distributed.rendezvous import rendezvous
 
-    # What torchrun starts again may find the addresses of those before in its store, so each attempt has its own names.
+    # After a restart, torchrun's store may still contain addresses of the previous attempt, so each has its own prefix.
     store, rank, size = next(rendezvous("env://"))
     store = torch.distributed.PrefixStore(  # type: ignore[attr-defined] # torch's own list of exports lacks it
         f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
@@ -290,7 +292,7 @@ def _together(job: Job, device: torch.device) -> Iterator[None]:
 
 
 def _launch() -> str | None:
-    """What tells the processes that one torchrun starts, and starts again, from those of another."""
+    """An identifier of this torchrun, the same after its restarts."""
     run = os.environ.get("TORCHELASTIC_RUN_ID")
     return None if run is None else f"{run} {os.getppid()}"
 
@@ -303,7 +305,7 @@ def _started_again(directory: Path) -> bool:
 
 @contextmanager
 def _directory(job: Job, resume: bool, overwrite: bool) -> Iterator[tuple[Path, Path | None]]:
-    """(where the run writes, the checkpoint it goes on from); cleaned up if it fails with nothing to go on from."""
+    """(output directory, checkpoint to resume from); the directory is removed if the run fails without a checkpoint."""
     from genft_modules.cli.training import checkpoints, drop_checkpoints
 
     directory, resume_from = distributed.from_first(lambda: _prepared(job, resume, overwrite))
@@ -311,9 +313,9 @@ def _directory(job: Job, resume: bool, overwrite: bool) -> Iterator[tuple[Path, 
         yield directory, resume_from
     except BaseException:
         if distributed.rank() != 0 or (directory / "run.json").exists():
-            pass  # another process sees to it; or trained and saved: what failed came after
+            pass  # rank 0 cleans up; a complete run is kept
         elif checkpoints(directory):
-            say(f"stopped; go on with: the same command and --resume (last: {checkpoints(directory)[-1].name})")
+            say(f"stopped; to resume, add --resume to the same command (last: {checkpoints(directory)[-1].name})")
         else:
             shutil.rmtree(directory, ignore_errors=True)
         raise
@@ -333,20 +335,20 @@ def _prepared(job: Job, resume: bool, overwrite: bool) -> tuple[Path, Path | Non
     resume_from = None
     if resume:
         if not settings.is_file():
-            raise UserError(f"--resume: {directory} holds no run to go on with")
+            raise UserError(f"--resume: no run to resume in {directory}")
         if (directory / "run.json").exists():
             raise UserError(f"--resume: the run in {directory} is finished")
         _check_same(job, json.loads(settings.read_text(encoding="utf-8")))
         found = checkpoints(directory)
         if not found:
-            raise UserError(f"--resume: {directory} holds no complete checkpoint (see --save-every)")
+            raise UserError(f"--resume: no complete checkpoint in {directory} (see --save-every)")
         resume_from = found[-1]
     elif directory.exists():
         if not directory.is_dir():
             raise UserError(f"--output {directory}: is a file")
         if any(directory.iterdir()):
             if not (overwrite and settings.is_file()):
-                hint = "give another, --resume it, or --overwrite it" if settings.is_file() else "give another"
+                hint = "use another, --resume or --overwrite" if settings.is_file() else "use another"
                 raise UserError(f"--output {directory}: exists and is not empty; {hint}")
             shutil.rmtree(directory)
     try:
@@ -364,7 +366,7 @@ def _check_same(job: Job, before: dict[str, Any]) -> None:
     for name, value in now.items():
         if name not in _FREE_ON_RESUME and before.get(name) != value:
             option = "--" + name.replace("_", "-")
-            raise UserError(f"--resume: the run was begun with {option} {before.get(name)}, not {value}")
+            raise UserError(f"--resume: the run was started with {option} {before.get(name)}, not {value}")
 
 
 def _train(checked: Checked, directory: Path, resume_from: Path | None) -> dict[str, Any]:
@@ -378,12 +380,12 @@ def _train(checked: Checked, directory: Path, resume_from: Path | None) -> dict[
     memory = PeakMemory(checked.device)
     idle = memory.now()
     set_seed(job.seed)
-    # Full fine-tuning keeps 32-bit weights and lowers the products alone: small updates would be lost in 16 bits.
+    # Full fine-tuning keeps fp32 weights and uses mixed precision: 16-bit weights would lose small updates.
     stored = torch.float32 if checked.peft_config is None else checked.dtype
     model = load_base(job.model, stored).to(checked.device)
     batch = job.batch_size
     before = bits_per_byte(model, checked.held_out, batch, checked.pad_id, "held out, before")
-    # A checkpoint has what was selected.
+    # When resuming, the selection comes from the checkpoint.
     model = adapt(model, checked.peft_config, _calibration(checked) if resume_from is None else ())
     distributed.align_adapters(model)
     schedule = Schedule(
@@ -406,7 +408,7 @@ def _train(checked: Checked, directory: Path, resume_from: Path | None) -> dict[
     adapter = checked.peft_config is not None
     _save(model, checked.tokenizer, directory, adapter)
     if distributed.rank() != 0:
-        return {}  # the first process tells, and proves
+        return {}  # only rank 0 logs and verifies
     verify.save_probe(model, checked.held_out[0]["input_ids"][None], directory / "probe.safetensors")
     record: dict[str, Any] = {
         "method": job.method,
@@ -434,15 +436,15 @@ def _train(checked: Checked, directory: Path, resume_from: Path | None) -> dict[
     gc.collect()
     if job.verify:
         if checked.device.type == "cuda":
-            torch.cuda.empty_cache()  # the other process needs the room
+            torch.cuda.empty_cache()  # for the verifying process
         record["reload"] = verify.verify_in_new_process([directory])[0]
         _write_json(directory / "run.json", record)
     return record
 
 
 def adapt(model: Any, peft_config: Any, calibration: Collection[Mapping[str, torch.Tensor]] = ()) -> Any:
-    """The model with a fresh adapter; with every weight trainable where there is no configuration. A method that
-    selects what trains by gradients takes those of the loss on the batches of `calibration`, if there are any."""
+    """Add a new adapter to the model; without a configuration, return the model itself (full fine-tuning). A method
+    that selects by gradients uses the loss on the `calibration` batches, if there are any."""
     from peft import get_peft_model
 
     from genft_modules.model.slices import needs_slices, select_slices
@@ -452,7 +454,7 @@ def adapt(model: Any, peft_config: Any, calibration: Collection[Mapping[str, tor
     model = get_peft_model(model, copy.deepcopy(peft_config))
     if calibration and needs_slices(model):
         try:
-            # The factor changes no choice, and keeps gradients of float16 from vanishing.
+            # The factor does not change the selection and prevents fp16 gradients from underflowing.
             select_slices(model, calibration, loss=lambda model, batch: 4096 * model(**batch).loss)
         except ValueError as error:
             raise UserError(f"--calibration-batches {len(calibration)}: {one_line(error)}") from None
@@ -460,7 +462,7 @@ def adapt(model: Any, peft_config: Any, calibration: Collection[Mapping[str, tor
 
 
 def _calibration(checked: Checked) -> list[Mapping[str, torch.Tensor]]:
-    """Batches of the training text, drawn without regard to the order of training."""
+    """Random batches of the training text."""
     job, train = checked.job, checked.train
     count = (job.calibration_batches or CALIBRATION_BATCHES) * job.batch_size
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(job.seed))[:count].tolist()
@@ -469,7 +471,7 @@ def _calibration(checked: Checked) -> list[Mapping[str, torch.Tensor]]:
 
 
 def _save(model: Any, tokenizer: Any, directory: Path, adapter: bool) -> None:
-    """Write adapter/ or model/: a directory of that name is whole."""
+    """Write adapter/ or model/ atomically."""
     if adapter:
         save_adapter(model, directory / "adapter")
         return
@@ -488,17 +490,17 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def summary(record: dict[str, Any], output: str) -> str:
-    """The result of a run, for reading."""
+    """A readable summary of a run."""
     share = record["trainable_parameters"] / record["all_parameters"]
     lines = [
-        ("method", f"{record['method']}, {record['steps']} steps at a learning rate of {record['learning_rate']:g}"),
+        ("method", f"{record['method']}, {record['steps']} steps, learning rate {record['learning_rate']:g}"),
         ("trainable", f"{record['trainable_parameters']:,} of {record['all_parameters']:,} parameters ({share:.2%})"),
         (
             "held out",
             f"{record['bits_per_byte_before']:.4f} bits per byte before, {record['bits_per_byte_after']:.4f} after",
         ),
-        ("time", f"{record['seconds_per_step'] or math.nan:.3f} s per step, {record['seconds']:.0f} s in all"),
-        ("memory", f"{record['peak_memory_mib']:.0f} MiB at most while training"),
+        ("time", f"{record['seconds_per_step'] or math.nan:.3f} s per step, {record['seconds']:.0f} s in total"),
+        ("memory", f"{record['peak_memory_mib']:.0f} MiB peak during training"),
         ("saved", str(Path(output) / ("adapter" if record["adapter"] else "model"))),
     ]
     if reload := record.get("reload"):
@@ -507,7 +509,7 @@ def summary(record: dict[str, Any], output: str) -> str:
 
 
 def reload_line(reload: dict[str, Any]) -> str:
-    """One line on what a new process found when it loaded the run."""
+    """One line with the result of `verify`."""
     merged = "" if reload["merged"] is None else f", {reload['merged']:.1e} merged"
     verdict = "logits agree" if reload["agree"] else "LOGITS DIFFER"
     return (

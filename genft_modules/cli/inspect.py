@@ -1,4 +1,4 @@
-"""`genft inspect`: what is in an adapter, and how much it changes each layer."""
+"""`genft inspect`: show an adapter's contents and the size of each layer's ΔW."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from genft_modules.progress import bar
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """What there is to say of one adapted layer. rank: None for a full one."""
+    """Measurements of one adapted layer. rank: None for full rank."""
 
     name: str
     rank: int | None
@@ -32,7 +32,7 @@ class _Layer:
 
 
 def inspect(adapter: str, *, model: str | None = None, plot: str | None = None, device: str = "auto") -> str:
-    """A description of an adapter; where its base model is at hand, with every layer's ΔW measured, and drawn."""
+    """Describe an adapter; if its base model is available locally, also measure and plot each layer's ΔW."""
     from genft_modules.cli import plotting
 
     config = genft_config(adapter, "inspect")
@@ -40,7 +40,7 @@ def inspect(adapter: str, *, model: str | None = None, plot: str | None = None, 
     base = model or (recorded if recorded and (path_of(recorded) / "config.json").is_file() else None)
     if plot is not None:
         if base is None:
-            raise UserError("--plot: ΔW is made from the base model's weights: give --model")
+            raise UserError("--plot: needs the base model to compute ΔW; use --model")
         try:
             plotting.check_format(path_of(plot))
         except ValueError as error:
@@ -50,7 +50,7 @@ def inspect(adapter: str, *, model: str | None = None, plot: str | None = None, 
     tensors = load_file(path_of(adapter) / WEIGHTS)
     parts = [_summary(adapter, config, recorded, tensors), _groups(tensors)]
     if base is None:
-        parts += [_own(tensors), "ranks and norms of ΔW need the base model: give --model"]
+        parts += [_own(tensors), "ranks and norms of ΔW need the base model: use --model"]
     else:
         layers = _measure(load(adapter, config, base, device))
         parts.append(_layers(layers))
@@ -82,7 +82,7 @@ def _size(count: int) -> str:
 
 
 def _settings(config: GeneratorConfig) -> dict[str, Any]:
-    """The fields that differ from their defaults, but for those of peft's own housekeeping."""
+    """The fields that differ from their defaults, without peft's metadata."""
     fields = {field.name for field in dataclasses.fields(config)}
     peft = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
     plain, given = type(config)().to_dict(), config.to_dict()
@@ -96,22 +96,24 @@ def _shown(value: Any) -> str:
 
 
 def _groups(tensors: Mapping[str, Tensor]) -> str:
-    """A table of the tensors that layers share."""
+    """A table of the tensors shared by layers."""
     return _tensors("shared by layers", tensors, f"{SHARED}.{SharedGenerators.adapter_layer_names[0]}.", "")
 
 
 def _own(tensors: Mapping[str, Tensor]) -> str:
-    """A table of the tensors that layers have for themselves, and of those that are no method's."""
+    """A table of the layers' own tensors, and one of the fully trained modules (`modules_to_save`)."""
     rest = {key: t for key, t in tensors.items() if f".{GenFTModel.prefix}" not in key}
     tables = [
         _tensors("a layer's own", tensors, f".{FusedGenLinear.adapter_layer_names[0]}.", "layer"),
-        table(("saved whole", "shape"), [(k.removeprefix(PREFIX), _shape(t)) for k, t in rest.items()]) if rest else "",
+        table(("saved in full", "shape"), [(k.removeprefix(PREFIX), _shape(t)) for k, t in rest.items()])
+        if rest
+        else "",
     ]
     return "\n\n".join(part for part in tables if part)
 
 
 def _tensors(title: str, tensors: Mapping[str, Tensor], container: str, owner: str) -> str:
-    """The tensors whose keys have the container in them, by layer or by the group that they are shared under."""
+    """The tensors whose keys contain `container`, grouped by layer or by shared group."""
     found: dict[str, list[str]] = {}
     counts: dict[str, int] = {}
     for key, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Peak memory and seconds per step, measured so that methods compare."""
+"""Peak memory and step time, measured so that methods are comparable."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MIB = 1 << 20
 class PeakMemory:
     """Peak memory between `start()` and `peak()`, in MiB.
 
-    On a GPU: what torch's allocator had handed out at most. On the CPU: the most physical memory the process held
-    (VmHWM of /proc/self/status, set back at the start where the kernel allows it). Not `ru_maxrss`: a child process
-    inherits that from its parent, so it serves only where there is no /proc. Runs that are compared should each
-    have a process of their own, for freed memory does not always return to the system.
+    On a GPU: peak memory allocated by torch. On the CPU: peak resident memory of the process (VmHWM of
+    /proc/self/status, reset by `start()` if the kernel allows it; without /proc, `ru_maxrss`, which a child process
+    inherits from its parent). Compare runs in separate processes, because freed memory is not always returned to the
+    system.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -35,7 +35,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif _CLEAR.exists():
-            # Not permitted in some containers: then the peak counts from the start of the process.
+            # Some containers forbid it; the peak then counts from the start of the process.
             with contextlib.suppress(OSError):
                 _CLEAR.write_text("5")
 
@@ -45,7 +45,7 @@ class PeakMemory:
         return _resident("VmHWM")
 
     def now(self) -> float:
-        """What is held at this moment, in MiB."""
+        """Current memory in MiB."""
         if self.device.type == "cuda":
             return float(torch.cuda.memory_allocated(self.device)) / MIB
         return _resident("VmRSS")
@@ -73,10 +73,10 @@ def step_seconds(
     rounds: int = 15,
     title: str = "timing",
 ) -> dict[str, list[float]]:
-    """Seconds of each training step (forward, backward, AdamW) of each model on the same batch, `rounds` of them.
+    """Seconds per training step (forward, backward, AdamW) of each model on the same batch, over `rounds` rounds.
 
-    The models take turns, one step each, in an order that rotates: whatever slows the machine for a while slows all of
-    them alike. So ratios are best taken within a round, and their median over the rounds (`ratio`).
+    The models take turns, one step each, in rotating order, so that slow phases of the machine affect all of them
+    equally. Compare models with `ratio`.
     """
     optimizers = {
         name: torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-6, fused=True)
@@ -104,5 +104,5 @@ def step_seconds(
 
 
 def ratio(times: Mapping[str, list[float]], name: str, to: str) -> float:
-    """The median over the rounds of `name`'s time by `to`'s time in the same round."""
+    """The median over the rounds of `name`'s time divided by `to`'s time in the same round."""
     return statistics.median(a / b for a, b in zip(times[name], times[to], strict=True))

@@ -1,4 +1,4 @@
-"""`genft merge`: a model with an adapter merged into it."""
+"""`genft merge`: merge an adapter into its base model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from genft_modules.cli.bases import DTYPES, base_of, check_output, config_of, lo
 from genft_modules.cli.console import UserError, one_line, say
 from genft_modules.files import new_directory
 
-# What a model's directory has beside config and weights: tokenizer, processors, chat template.
+# Files of a model directory other than config and weights: tokenizer, processors, chat template.
 _COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
     "*processor_config.json",
@@ -17,7 +17,7 @@ _COMPANIONS = (
 
 
 def merge(adapter: str, output: str, *, model: str | None = None, dtype: str = "auto", device: str = "auto") -> str:
-    """Writes the base model with W0 + ΔW in the place of W0; says what was done."""
+    """Write the base model with weights W0 + ΔW. Returns a report."""
     config = config_of(adapter)
     check_output(output)
     if dtype != "auto" and dtype not in DTYPES:

@@ -1,4 +1,4 @@
-"""Charts: loss curves, and how much each layer was changed."""
+"""Charts: loss curves and norms of ΔW."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Okabe and Ito's colours: told apart by colour-blind readers too.
+# The colour-blind-safe palette of Okabe and Ito.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def loss_curves(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Draw `training_curve` and `held_out_curve` of each run, pairs of (step, bits per byte), side by side."""
+    """Plot `training_curve` and `held_out_curve` of each run, lists of (step, bits per byte), side by side."""
     figure = _figure(11, 4.5)
     left, right = figure.subplots(1, 2)
     for (name, run), colour in zip(runs.items(), _COLOURS * len(runs), strict=False):
@@ -30,9 +30,9 @@ def loss_curves(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def update_norms(norms: Mapping[str, tuple[float, float]], path: Path, title: str) -> None:
-    """Draw (‖ΔW‖, ‖ΔW‖/‖W0‖) of each layer over its depth, a line for each kind of layer; layer name → the pair.
+    """Plot (‖ΔW‖, ‖ΔW‖/‖W0‖) of each layer over depth, one line per kind of layer; `norms` is keyed by layer name.
 
-    A layer's depth is the first number in its name, its kind is the name without that number.
+    A layer's depth is the first number in its name; its kind is the name without that number.
     """
     kinds: dict[str, list[tuple[int, tuple[float, float]]]] = {}
     for name, pair in norms.items():
@@ -55,10 +55,10 @@ def update_norms(norms: Mapping[str, tuple[float, float]], path: Path, title: st
 
 
 def check_format(path: Path) -> None:
-    """Raises ValueError if the file's name asks for a format that charts are not drawn in."""
+    """Raises ValueError if the format given by the file name is not supported."""
     known = _figure(1, 1).canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:
-        raise ValueError(f"{path}: expected a name that ends in one of .{', .'.join(sorted(known))}")
+        raise ValueError(f"{path}: expected one of the suffixes .{', .'.join(sorted(known))}")
 
 
 def _figure(width: float, height: float) -> Any:
@@ -71,7 +71,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    """In the format of the file's name, beside it first: a file of that name is whole."""
+    """Write atomically, in the format given by the file name."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         figure.savefig(partial, format=path.suffix.removeprefix(".").lower(), dpi=120)
@@ -81,7 +81,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """An exponential mean, with the weight of the missing past taken out."""
+    """An exponential moving average with bias correction."""
     out, mean, weight = [], 0.0, 0.0
     for value in values:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)

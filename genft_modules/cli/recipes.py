@@ -1,4 +1,4 @@
-"""The methods that `genft finetune` knows, their defaults, and how its options become a peft configuration."""
+"""The methods of `genft finetune`, their defaults, and the peft configuration built from its options."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from genft_modules.cli.console import UserError, one_line
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Defaults of one method. `None` leaves the matter to the method's own configuration.
+    """Defaults of one method. `None` means the default of the method's configuration.
 
-    With `variant_of`, the name stands for another method with `fields` of its configuration.
+    With `variant_of`, the name is an alias of that method with the given `fields`.
     """
 
     lr: float = 2e-4
@@ -26,9 +26,9 @@ class Recipe:
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# For models of billions of parameters. WeGeFT's and LoRA's values are those of the commands that WeGeFT's authors
-# publish for Llama-2-7B; the others' learning rates are set by analogy, as points to start from. A small model takes
-# ten times as much: see LEARNING_RATES in genft_modules.cli.demo.run.
+# For models with billions of parameters. The values for WeGeFT and LoRA are from the commands published by WeGeFT's
+# authors for Llama-2-7B; the other learning rates are chosen by analogy, as starting points. A small model needs about
+# ten times more: see LEARNING_RATES in genft_modules.cli.demo.run.
 RECIPES: dict[str, Recipe] = {
     "wegeft": Recipe(lr=2e-4, r=64, alpha_by_r=2),
     "gift": Recipe(lr=2e-4, r=64),
@@ -46,7 +46,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def methods() -> list[str]:
-    """Every name that --method takes."""
+    """All names accepted by --method."""
     return [*_configs(), *(name for name, recipe in RECIPES.items() if recipe.variant_of), "full"]
 
 
@@ -74,9 +74,9 @@ def peft_config(
 ) -> Any:
     """The peft configuration of `method`, or None for "full".
 
-    `r`, `alpha` and `dropout` go to the fields that the method has for them (`wegeft_alpha`, `lora_alpha`, ...; GenFT's
-    and SaS's rank is half shared, half specific), `extra` to fields by their own names. Raises UserError for an option
-    that the method has no field for, or refuses.
+    `r`, `alpha` and `dropout` set the corresponding fields of the method (`wegeft_alpha`, `lora_alpha`, ...; for GenFT
+    and SaS, half of the rank is shared and half specific), `extra` sets fields by name. Raises UserError for an option
+    without a field or an invalid value.
     """
     if method not in methods():
         raise UserError(f"--method {method}: unknown; choose from {', '.join(methods())}")
@@ -104,7 +104,7 @@ def peft_config(
     if "backend" in known:
         fields["backend"] = backend
     if target_modules:
-        # peft reads a string as a regular expression, or as the word "all-linear", and a list as names.
+        # peft takes a string as a regular expression or "all-linear", and a list as names.
         only = target_modules[0] if len(target_modules) == 1 else ""
         pattern = only == "all-linear" or not re.fullmatch(r"[\w.]*", only)
         fields["target_modules"] = only if pattern else list(target_modules)
@@ -129,21 +129,21 @@ def peft_config(
 
 
 def _field(option: str, known: set[str], config: type) -> str | None:
-    """The configuration's own name for --r, --alpha or --dropout."""
+    """The configuration's field for --r, --alpha or --dropout."""
     if option in known:
         return option
     if option == "r":
-        return "k" if "k" in known else None  # GRFT has no rank, but a number of rows or columns
+        return "k" if "k" in known else None  # GRFT: number of rows or columns
     stem = config.__name__.removesuffix("Config").lower()  # WeGeFTConfig: wegeft_alpha; LoRAConfig: lora_alpha
     names = (f"{stem}_{option}", f"lora_{option}", option.removesuffix("out"))  # wegeft_dropout, lora_dropout, drop
     return next((name for name in names if name in known), None)
 
 
 def parse_field(text: str) -> tuple[str, Any]:
-    """KEY=VALUE with the value as a Python literal, or as plain text where it is none. ValueError without "="."""
+    """Parse KEY=VALUE, with the value as a Python literal or else as text. Raises ValueError without "="."""
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise ValueError(f"{text}: not of the form KEY=VALUE")
+        raise ValueError(f"{text}: expected KEY=VALUE")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

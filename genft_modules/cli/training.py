@@ -1,4 +1,4 @@
-"""One training run: transformers' Trainer with a progress bar, held-out measurements, time and memory."""
+"""Training with transformers' Trainer: progress bar, held-out evaluation, step time and memory."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from genft_modules.cli.measure import PeakMemory, synchronize
 from genft_modules.model.slices import PenaltyMixin
 from genft_modules.progress import bar
 
-WARMUP_STEPS = 3  # left out of the median time per step
+WARMUP_STEPS = 3  # excluded from the median step time
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train. `warmup` counts steps, or below 1 is a share of them."""
+    """Training hyperparameters. `warmup` is a number of steps, or a share of them if below 1."""
 
     steps: int
     lr: float
@@ -38,14 +38,14 @@ class Schedule:
     beta2: float = 0.999
     seed: int = 0
     save_every: int = 0  # 0: never
-    evaluations: int = 4  # held-out measurements between the first and the last step, the last included
+    evaluations: int = 4  # number of held-out evaluations, evenly spaced, including one after the last step
     dtype: torch.dtype = torch.float32
     gradient_checkpointing: bool = False
 
 
 @dataclass
 class Outcome:
-    """What a run measured: bits per byte (in training with the penalty, where there is one), seconds, MiB."""
+    """Results of a run: bits per byte (in training including the penalty, if any), seconds, MiB."""
 
     train: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Outcome:
 def bits_per_byte(
     model: torch.nn.Module, windows: Windows, batch_size: int, pad_id: int, title: str = "held out"
 ) -> float:
-    """Mean negative log2-likelihood of the predicted tokens, over the bytes of text that they stand for."""
+    """Negative log2-likelihood of the predicted tokens per byte of their text."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
     nats = 0.0
@@ -76,11 +76,11 @@ def bits_per_byte(
 
 
 class _Trainer(PenaltyMixin, Trainer):
-    """The Trainer, with the penalty that a GRFT adapter may ask for."""
+    """The Trainer with GRFT's optional penalty."""
 
 
 class _Watch(TrainerCallback):
-    """The progress bar, the clock, and the held-out measurements along the way."""
+    """Progress bar, step times and held-out evaluation during training."""
 
     def __init__(self, title: str, schedule: Schedule, held_out: Windows | None, pad_id: int) -> None:
         self.title, self.schedule, self.held_out, self.pad_id = title, schedule, held_out, pad_id
@@ -103,7 +103,7 @@ class _Watch(TrainerCallback):
         self.bar.update()
         if self.held_out is not None and state.global_step in self.measure_at:
             bits = bits_per_byte(kwargs["model"], self.held_out, self.schedule.batch_size, self.pad_id)
-            # In the Trainer's own history, so that a checkpoint carries it.
+            # In the Trainer's history, so that it is saved in checkpoints.
             state.log_history.append({"step": state.global_step, "held_out": bits})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -126,7 +126,7 @@ def train(
     resume_from: Path | None = None,
     device: torch.device | None = None,
 ) -> Outcome:
-    """Train `model` in place. Checkpoints, if any, go into `directory`; `resume_from` is one of them."""
+    """Train `model` in place. Checkpoints are saved in `directory`; `resume_from` is one of them."""
     device = device or next(model.parameters()).device
     checkpointing: dict[str, Any] = {}
     if schedule.gradient_checkpointing:
@@ -154,7 +154,7 @@ def train(
         remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,
-        ddp_find_unused_parameters=False,  # an adapter has none
+        ddp_find_unused_parameters=False,  # adapters have none
         **checkpointing,
     )
     watch = _Watch(title, schedule, held_out, pad_id)
@@ -174,7 +174,7 @@ def train(
         if watch.bar is not None:
             watch.bar.close()
     peak = memory.peak()
-    # Mixed precision wraps the model's forward; what is measured and saved from here on is the model itself.
+    # Mixed precision wraps the model's forward; evaluate and save the model itself from here on.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     steady = watch.seconds[WARMUP_STEPS:] or watch.seconds
     bits = windows.targets / windows.bytes / math.log(2)  # from nats per token to bits per byte
@@ -188,8 +188,8 @@ def train(
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints in `directory`, oldest first. The Trainer writes trainer_state.json last of all; of
-    several processes, each writes its random state besides."""
+    """The complete checkpoints in `directory`, oldest first. The Trainer writes trainer_state.json last; with several
+    processes, each also writes its RNG state."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     random_states = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else []
     found = []
@@ -204,7 +204,7 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def drop_checkpoints(directory: Path, *, keep: Path | None = None) -> None:
-    """Remove every checkpoint but `keep`, the torn ones included."""
+    """Remove all checkpoints except `keep`, including incomplete ones."""
     for path in directory.glob("checkpoint-*"):
         if path != keep:
             shutil.rmtree(path, ignore_errors=True)

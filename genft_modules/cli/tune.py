@@ -1,4 +1,4 @@
-"""`genft tune`: measures the shapes of a model on the GPU at hand, and keeps the fastest plans for later runs."""
+"""`genft tune`: measure a model's shapes on this GPU and save the fastest plans for later runs."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def run(
     dtype: str = "bfloat16",
     minutes: float = MINUTES,
 ) -> str:
-    """Measures, writes the user's table for this GPU, and says what was found.
+    """Measure plans and save them in the user's table for this GPU. Returns a report.
 
     Args:
-        model: a local model directory, or its name on the hub; only its configuration is read.
-        method, r, target_modules: of the adapter, as `genft finetune` takes them.
-        rows: numbers of tokens in a batch.
-        dtype: of the model.
-        minutes: how long to measure.
+        model: a local model directory, or a model on the Hub; only its configuration is read.
+        method, r, target_modules: of the adapter, as in `genft finetune`.
+        rows: numbers of tokens per batch.
+        dtype: dtype of the model.
+        minutes: time budget in minutes.
 
     Raises:
-        UserError: naming the option; or there is no GPU.
+        UserError: an option is invalid, or there is no GPU.
     """
     if not rows or min(rows) < 1:
-        raise UserError(f"--rows {','.join(map(str, rows))}: must be at least 1 each")
+        raise UserError(f"--rows {','.join(map(str, rows))}: each must be at least 1")
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
     if not (math.isfinite(minutes) and minutes > 0):
@@ -60,12 +60,12 @@ def run(
         raise UserError(f"--method {method}: runs none of genft's operations")
     problems = problems_of(_adapted(model, config, method), sorted(set(rows)), DTYPES[dtype].itemsize)
     if not torch.cuda.is_available():
-        raise UserError("tune: no GPU here, nothing to measure")
+        raise UserError("tune: needs a GPU")
     return _measured(problems, DTYPES[dtype], torch.device("cuda", torch.cuda.current_device()), 60 * minutes)
 
 
 def _adapted(model: str, config: Any, method: str) -> Any:
-    """The model with the adapter in it, without memory."""
+    """The adapted model on the meta device."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel, AutoModelForCausalLM
 
     base = model_config(model)
@@ -83,7 +83,7 @@ def _measured(problems: Sequence[Problem], dtype: torch.dtype, device: torch.dev
     try:
         with bar(len(problems), "measuring plans", unit="problem") as progress:
             for tuned in tune(problems, dtype, device, budget=budget):
-                # At once: what was measured is kept if the next one is interrupted.
+                # Written at once, so that finished problems survive an interruption.
                 write_table(path, [tuned.entry()], device=name, torch=torch.__version__)
                 found.append(tuned)
                 progress.update()
@@ -92,12 +92,12 @@ def _measured(problems: Sequence[Problem], dtype: torch.dtype, device: torch.dev
     except ValueError as error:
         raise UserError(one_line(error)) from None
     if len(found) < len(problems):
-        say(f"{len(found)} of {len(problems)} problems measured: give more --minutes, or fewer --rows, for the others")
+        say(f"{len(found)} of {len(problems)} problems measured; for the rest, increase --minutes or use fewer --rows")
     return f"{report(found)}\n\nsaved      {path}"
 
 
 def report(found: Sequence[Tuned]) -> str:
-    """A table: each problem's best algorithm, its time, and that over the plain layer's and over the library's plan."""
+    """A table of each problem's best algorithm and its time, also relative to the plain layer and the default plan."""
     lines = []
     for tuned in found:
         problem, best = tuned.problem, tuned.best
@@ -116,11 +116,11 @@ def report(found: Sequence[Tuned]) -> str:
     text = table(("operation", "rows", "fastest", "ms", "× layer", "× library"), lines)
     wrong = sum(len(tuned.red) for tuned in found)
     if wrong:
-        text += f"\n\n{wrong} faster plans were wrong on this GPU and are not taken: please report this output"
-    trained = "; where ΔW is generated, W0 is trained in it" if any(_is_generated(tuned) for tuned in found) else ""
+        text += f"\n\n{wrong} faster plans gave wrong results on this GPU and were discarded: please report this output"
+    trained = "; for generated ΔW, with a trainable W0" if any(_is_generated(tuned) for tuned in found) else ""
     return (
-        f"{text}\n\nforward and backward, up to {FEW_ROWS} rows forward alone; layer: the same one without an adapter"
-        + trained
+        f"{text}\n\nforward and backward, up to {FEW_ROWS} rows forward only; × layer: relative to the layer "
+        f"without an adapter{trained}; × library: relative to the default plan"
     )
 
 
@@ -132,11 +132,11 @@ def _is_generated(tuned: Tuned) -> bool:
 
 
 class _Watched(QuantisedWeight):
-    """Stands for a W0 without elements, and notes the features that a generator wants of it."""
+    """A stand-in for W0 that records which features a generator requests."""
 
     def __init__(self, layer: FusedGenLinear) -> None:
         super().__init__(layer)
-        self.asked: list[tuple[int, int, Tensor]] = []  # N and K of W0, or of the part of it; A [r, K]
+        self.asked: list[tuple[int, int, Tensor]] = []  # N and K of W0 or of a part of it; A [r, K]
 
     def features(self, a: Tensor, *_: Any) -> Tensor:
         self.asked.append((*self.shape, a))
@@ -144,11 +144,11 @@ class _Watched(QuantisedWeight):
 
 
 def problems_of(model: torch.nn.Module, rows: Sequence[int], itemsize: int) -> list[Problem]:
-    """The distinct problems of a model's adapted layers, with `rows` tokens in a batch.
+    """The distinct problems of a model's adapted layers, with `rows` tokens per batch.
 
     Args:
-        model: with our adapters in it; may lie on the meta device.
-        itemsize: of the elements of x and W0, in bytes.
+        model: a model with genft adapters; may be on the meta device.
+        itemsize: bytes per element of x and W0.
     """
     found: dict[Problem, None] = {}
     for layer in model.modules():
@@ -161,7 +161,7 @@ def problems_of(model: torch.nn.Module, rows: Sequence[int], itemsize: int) -> l
         for rows_of_w0, columns, a in weight.asked:
             found[Problem("weight_features", rows_of_w0, rows_of_w0, columns, a.shape[0], itemsize)] = None
             if isinstance(generator, GenFTGenerator) and len(generator.stages) == 2 and generator.outer != "none":
-                # Made from factors alone, in their dtype.
+                # Computed from the factors alone, in their dtype.
                 found[Problem("generated_features", 0, rows_of_w0, columns, a.shape[0], a.dtype.itemsize)] = None
         operation, r = _operation(form)
         found.update(dict.fromkeys(Problem(operation, m, n, k, r, itemsize) for m in rows))
@@ -169,7 +169,7 @@ def problems_of(model: torch.nn.Module, rows: Sequence[int], itemsize: int) -> l
 
 
 def _operation(form: Form) -> tuple[str, int]:
-    """What applies an update, and with which rank."""
+    """The operation that applies an update, and its rank."""
     if isinstance(form, LowRank):
         return "lowrank_linear", form.p.shape[1]
     if isinstance(form, InputEdit):

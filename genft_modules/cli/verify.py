@@ -1,4 +1,4 @@
-"""The proof that a saved run is whole: in a new process, load it on the saved base and compare its logits.
+"""Verification of a saved run: reload it in a new process and compare its logits with those of the trained model.
 
 `python -m genft_modules.cli.verify RUN...` reads RUN/run.json and RUN/probe.safetensors, writes RUN/reload.json.
 """
@@ -19,8 +19,8 @@ from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods.weights import is_quantised
 from genft_modules.progress import bar
 
-# How far logits may be apart, as a share of the largest logit. A reloaded adapter computes what the trained one did;
-# a merged one rounds W0 + ΔW to the weights' dtype, in every layer.
+# Allowed difference (reloaded, merged), relative to the largest logit. Merging rounds W0 + ΔW to the weights' dtype in
+# every layer.
 TOLERANCES = {
     torch.float32: (1e-5, 1e-4),
     torch.bfloat16: (1e-2, 1e-1),
@@ -29,7 +29,7 @@ TOLERANCES = {
 
 
 def save_probe(model: torch.nn.Module, input_ids: torch.Tensor, path: Path) -> None:
-    """Logits of `model` on `input_ids` [B,T], kept for the comparison."""
+    """Save the logits of `model` on `input_ids` [B,T] for the comparison."""
     from safetensors.torch import save_file
 
     save_file({"input_ids": input_ids.cpu(), "logits": _logits(model, input_ids)}, str(path))
@@ -43,18 +43,18 @@ def _logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def verify_in_new_process(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """`verify` for each run, in one fresh Python. Raises RuntimeError if that process fails."""
+    """`verify` for each run, in one new process. Raises RuntimeError if that process fails."""
     done = subprocess.run([sys.executable, "-m", "genft_modules.cli.verify", *map(str, runs)], check=False)
     if done.returncode == INTERRUPTED:
         raise KeyboardInterrupt
     if done.returncode:
-        raise RuntimeError(f"the process that reloads the adapters ended with exit code {done.returncode}")
+        raise RuntimeError(f"reloading the adapters in a new process failed with exit code {done.returncode}")
     return [json.loads((run / "reload.json").read_text(encoding="utf-8")) for run in runs]
 
 
 def verify(run: Path) -> dict[str, Any]:
-    """Max |difference| of the logits against the trained model's: as loaded, and merged (None for a full model, and for
-    an adapter of genft on quantised layers, which cannot be merged)."""
+    """Max |difference| of the logits from the trained model's: as loaded, and merged (None for a full model, and for
+    adapters on quantised layers, which cannot be merged)."""
     from peft import PeftModel
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM

@@ -1,1 +1,1 @@
-"""Adapters on disk: saved, loaded, exported as LoRA, converted from the methods' released code."""
+"""Adapters on disk: saving, loading, export to LoRA, conversion of released checkpoints."""

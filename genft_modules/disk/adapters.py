@@ -1,4 +1,4 @@
-"""Saving and loading of adapters with stock peft, made safe: whole files only, and nothing that does not fit."""
+"""Safe saving and loading of adapters in peft's format: atomic writes, and checks before the model is changed."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from genft_modules.model.distributed import adapter_keys, barrier, gathered_adap
 
 
 def save_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Saves an adapter as `model.save_pretrained` does, but so that the directory holds a whole adapter at any time.
+    """Save an adapter like `model.save_pretrained`, but atomically.
 
-    The files are those of peft. They are written beside, brought to the disk, and put in place one after the other:
-    a process that dies on the way leaves the former adapter or the new one, see `genft_modules.files`. Whatever the
-    adapter is called, its files are in `directory` itself. README.md names the method, the base model and what loading
-    needs; one that is there already keeps its text, see `genft_modules.card`.
+    The files are written to a temporary directory, synced to disk and then renamed: if the process dies, the directory
+    contains the previous or the new adapter, see `genft_modules.files`. The files are always in `directory` itself,
+    whatever the adapter's name. README.md names the method, the base model and what loading needs; an existing one
+    keeps its text, see `genft_modules.card`.
 
-    Where torch.distributed runs, every process calls this: what is sharded is gathered, of the adapter alone, and the
-    first process writes the file that a single one would write. `model` may be in DistributedDataParallel.
+    With torch.distributed, every rank must call this: sharded adapter tensors are gathered, and rank 0 writes the same
+    files as a single process. `model` may be wrapped in DistributedDataParallel.
 
     Args:
-        model: with the adapter.
-        directory: for adapter_config.json and adapter_model.safetensors, which take the place of others of that name.
-        adapter_name: which adapter.
+        model: a model with the adapter.
+        directory: for adapter_config.json and adapter_model.safetensors, which are replaced if they exist.
+        adapter_name: name of the adapter.
 
     Raises:
-        TypeError: `model` is no `PeftModel`.
-        ValueError: there is no such adapter, or `directory` is a file.
+        TypeError: `model` is not a `PeftModel`.
+        ValueError: the adapter does not exist, or `directory` is a file.
     """
     model = _with_adapter(model, adapter_name)
     state = gathered_adapter(model, adapter_name) if several() else None
@@ -68,7 +68,7 @@ def _with_adapter(model: Any, adapter_name: str) -> PeftModel:
 def _write_adapter(model: PeftModel, directory: Path, adapter_name: str, state: dict[str, Tensor] | None) -> None:
     with replaced_adapter(directory) as partial:
         model.save_pretrained(str(partial), selected_adapters=[adapter_name], state_dict=state)
-        if adapter_name != "default":  # peft gives it a folder
+        if adapter_name != "default":  # peft uses a subdirectory
             for path in (partial / adapter_name).iterdir():
                 os.replace(path, partial / path.name)
             (partial / adapter_name).rmdir()
@@ -83,18 +83,18 @@ def load_adapter(
     is_trainable: bool = False,
     **kwargs: Any,
 ) -> PeftModel:
-    """The model with a saved adapter, by `PeftModel.from_pretrained`, or `load_adapter` where it is a `PeftModel`; but
-    the adapter is refused before the model is touched, unless its files are whole and fit the model in every tensor.
+    """Load a saved adapter with `PeftModel.from_pretrained`, or `load_adapter` for a `PeftModel`. Before the model is
+    changed, checks that the files are valid and match the model in every tensor.
 
     Args:
-        model: the base model, or a `PeftModel` to put one more adapter into.
-        directory: with adapter_config.json and adapter_model.safetensors, of a method of genft or of stock peft.
-        adapter_name: what to call the adapter.
-        is_trainable: whether it is for more training; else it is frozen and the model in eval mode.
-        kwargs: further arguments for peft.
+        model: the base model, or a `PeftModel` to add the adapter to.
+        directory: adapter directory, with adapter_config.json and adapter_model.safetensors, of genft or peft.
+        adapter_name: name for the adapter.
+        is_trainable: whether to train the adapter further; else it is frozen and the model is in eval mode.
+        kwargs: other arguments for peft.
 
     Raises:
-        ValueError: naming the file and what is wrong with it.
+        ValueError: the adapter is invalid; the message names the file and the problem.
     """
     with whole_adapter(Path(directory)) as place:
         _checked(model, place, adapter_name)
@@ -111,16 +111,16 @@ def load_adapter(
 
 
 def restore_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
-    """Fills an adapter that the model has already, and that may be sharded, from a saved one.
+    """Load saved values into an existing, possibly sharded adapter.
 
     Args:
-        model: a `PeftModel`, under `fully_shard`, tensor parallelism, in DistributedDataParallel, or none of them.
-        directory: of an adapter of the same configuration; every process reads it.
-        adapter_name: which adapter to fill.
+        model: a `PeftModel`, with or without `fully_shard`, tensor parallelism or DistributedDataParallel.
+        directory: directory of a saved adapter with the same configuration; every rank reads it.
+        adapter_name: name of the adapter in the model.
 
     Raises:
-        TypeError: `model` is no `PeftModel`.
-        ValueError: there is no such adapter, or naming the file and what is wrong with it. Nothing was changed.
+        TypeError: `model` is not a `PeftModel`.
+        ValueError: the adapter does not exist, or the saved one is invalid; nothing is changed.
     """
     model, directory = _with_adapter(model, adapter_name), Path(directory)
     read_config(directory)
@@ -140,20 +140,20 @@ def restore_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter
 
 
 def check_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> PeftConfig:
-    """The configuration of a saved adapter that `model` can load, which is left alone: the adapter is put for trial
-    into a copy of the model that has no weights, and its tensors are compared with those of the file.
+    """Check that `model` can load a saved adapter, and return its configuration. The adapter is injected into a copy of
+    the model on the meta device, and its tensors are compared with those of the file; `model` is not changed.
 
-    `load_adapter` does this by itself. It is for transformers' `model.load_adapter`, which gives none of our classes a
-    chance to look at the file before the model has the adapter.
+    `load_adapter` includes this check. Use it before transformers' `model.load_adapter`, which changes the model before
+    the file can be checked.
 
     Args:
         model: the base model, or a `PeftModel`.
-        directory: with adapter_config.json and adapter_model.safetensors.
-        adapter_name: what the adapter would be called.
+        directory: adapter directory, with adapter_config.json and adapter_model.safetensors.
+        adapter_name: name for the adapter.
 
     Raises:
-        ValueError: naming the file and what is wrong with it: not there, torn, a pickle, of an unknown method, tensors
-            missing, unknown, or of another shape or kind.
+        ValueError: the message names the file and the problem: missing, corrupt, a pickle, an unknown method, or
+            tensors that are missing, unknown, or of the wrong shape or dtype.
     """
     with whole_adapter(Path(directory)) as place:
         return _checked(model, place, adapter_name)
@@ -163,7 +163,7 @@ def _checked(model: nn.Module, directory: Path, adapter_name: str) -> PeftConfig
     config = _config_in(directory)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if adapter_name in getattr(base, "peft_config", {}):
-        raise ValueError(f"adapter_name: {adapter_name!r} is in the model already, expected a new name")
+        raise ValueError(f"adapter_name: {adapter_name!r} already exists in the model, expected a new name")
     saved = load_file(directory / WEIGHTS)
     if not isinstance(config, GeneratorConfig):
         _check_stock(base, directory, config, saved)
@@ -171,34 +171,33 @@ def _checked(model: nn.Module, directory: Path, adapter_name: str) -> PeftConfig
     found = {_in_model(key): tensor for key, tensor in saved.items()}
     trial = _without_weights(base)
     with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # they come again when the adapter is loaded
+        warnings.simplefilter("ignore")  # repeated when the adapter is loaded
         try:
             inject_adapter_in_model(copy.deepcopy(config), trial, adapter_name)
-        except Exception as error:  # peft, transformers and torch have their own kinds
-            raise ValueError(f"{directory / CONFIG}: does not fit the model: {error}") from error
+        except Exception as error:  # peft, transformers and torch raise many types
+            raise ValueError(f"{directory / CONFIG}: does not match the model: {error}") from error
         wanted = get_peft_model_state_dict(trial, adapter_name=adapter_name, save_embedding_layers=False)
         refuse_misfits(str(directory / WEIGHTS), found, wanted, trial.state_dict())
         try:
             set_peft_model_state_dict(trial, found, adapter_name, low_cpu_mem_usage=True)
-        except RuntimeError as error:  # what a method says of its values
+        except RuntimeError as error:  # a method's check of its values
             raise ValueError(f"{directory / WEIGHTS}: {' '.join(str(error).split())}") from None
     return config
 
 
 def _in_model(key: str) -> str:
-    """The name in the base model of what a checkpoint calls `key`; a name that no model has, if that is not peft's."""
+    """The name of a checkpoint's tensor in the base model; one that no model has if `key` lacks peft's prefix."""
     return key[len(PREFIX) :] if key.startswith(PREFIX) else f"{key} (without {PREFIX!r})"
 
 
 def _check_stock(base: nn.Module, directory: Path, config: PeftConfig, saved: dict[str, Tensor]) -> None:
-    """Raises ValueError unless an adapter of one of peft's own methods fits: peft itself would load what it knows and
-    take no notice of the rest. What peft renames is renamed; a method that does not work on tensors without memory, or
-    that is not put into layers, is left to peft."""
+    """Raises ValueError unless the adapter of one of peft's own methods matches the model; peft ignores unknown and
+    missing tensors. Not checked: prompt learning, X-LoRA, and methods that do not work on the meta device."""
     if config.is_prompt_learning or str(config.peft_type.value) == "XLORA":
         return
     config = copy.deepcopy(config)
     if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # others are made from W0
+        config.init_lora_weights = True  # other initialisations read W0
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         try:
@@ -206,12 +205,14 @@ def _check_stock(base: nn.Module, directory: Path, config: PeftConfig, saved: di
         except (NotImplementedError, RuntimeError):
             return
         except Exception as error:
-            raise ValueError(f"{directory / CONFIG}: does not fit the model: {error}") from error
+            raise ValueError(f"{directory / CONFIG}: does not match the model: {error}") from error
         wanted = get_peft_model_state_dict(trial, adapter_name="trial", save_embedding_layers=False)
         try:
             result = set_peft_model_state_dict(trial, saved, "trial", low_cpu_mem_usage=True)
-        except Exception as error:  # a shape, or a key that peft did not expect
-            raise ValueError(f"{directory / WEIGHTS}: does not fit the model: {' '.join(str(error).split())}") from None
+        except Exception as error:  # a wrong shape or key
+            raise ValueError(
+                f"{directory / WEIGHTS}: does not match the model: {' '.join(str(error).split())}"
+            ) from None
     missing, unknown = (
         [key.replace(".trial", "") for key in keys] for keys in (result.missing_keys, result.unexpected_keys)
     )
@@ -221,11 +222,11 @@ def _check_stock(base: nn.Module, directory: Path, config: PeftConfig, saved: di
         if keys
     ]
     if complaints:
-        raise ValueError(f"{directory / WEIGHTS}: does not fit the model: {'; '.join(complaints)}")
+        raise ValueError(f"{directory / WEIGHTS}: does not match the model: {'; '.join(complaints)}")
 
 
 def read_config(directory: Path) -> PeftConfig:
-    """The configuration of a saved adapter whose files are whole. Raises ValueError, naming the file."""
+    """The configuration of a saved adapter. Raises ValueError, naming the file, if a file is missing or invalid."""
     with whole_adapter(directory) as place:
         return _config_in(place)
 
@@ -238,9 +239,9 @@ def _config_in(directory: Path) -> PeftConfig:
         raise ValueError(f"{path}: is not JSON ({error})") from None
     method = str(fields.get("peft_type")) if isinstance(fields, dict) else None
     if method == "GENFT":
-        raise ValueError(f"{path}: is of the released GenFT code, expected one of genft; see load_released_genft")
+        raise ValueError(f"{path}: got an adapter of the released GenFT code; use load_released_genft")
     if method not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ValueError(f"{path}: peft_type is {method!r}, which neither genft nor this version of peft knows")
+        raise ValueError(f"{path}: got peft_type {method!r}, unknown to genft and to this version of peft")
     try:
         return cast(PeftConfig, PEFT_TYPE_TO_CONFIG_MAPPING[method].from_pretrained(str(directory)))
     except Exception as error:  # of a field that is missing, too many, or of the wrong type: peft has no one kind
@@ -248,7 +249,7 @@ def _config_in(directory: Path) -> PeftConfig:
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
-    """A copy of the model whose tensors have no memory."""
+    """A copy of the model on the meta device."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
@@ -257,7 +258,7 @@ def _without_weights(model: nn.Module) -> nn.Module:
         memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
     for module in model.modules():
         for value in vars(module).values():
-            # the former's hooks may hold weights that are elsewhere, the latter's states the quantised ones
+            # not copied: accelerate's hooks may hold offloaded weights, bitsandbytes' states quantised ones
             if type(value).__module__.startswith(("accelerate.", "bitsandbytes.")):
                 memo[id(value)] = value
     return copy.deepcopy(model, memo)

@@ -1,5 +1,4 @@
-"""Adapters of any method as plain LoRA, for programs that know no other: exactly where ΔW has low rank, else by
-truncated SVD with the error measured."""
+"""Export of adapters to LoRA: exact if ΔW has low rank, else by truncated SVD with a measured error."""
 
 from __future__ import annotations
 
@@ -27,8 +26,8 @@ from genft_modules.progress import bar
 
 @dataclass(frozen=True)
 class ExportedLayer:
-    """What became of one layer: the rank of its LoRA; whether its A and B are those of ΔW = B A itself, or of a
-    truncated SVD; and ‖B A − ΔW‖ / ‖ΔW‖ in the Frobenius norm, measured on the tensors that were saved."""
+    """Result for one layer: the LoRA rank; whether A and B are exact factors of ΔW or from a truncated SVD; and the
+    error ‖B A − ΔW‖ / ‖ΔW‖ in the Frobenius norm, measured on the saved tensors."""
 
     name: str
     rank: int
@@ -45,31 +44,30 @@ def export_lora(
     rank: int | None = None,
     progressbar: bool = False,
 ) -> list[ExportedLayer]:
-    """Writes an adapter as a LoRA adapter of stock peft, which `PeftModel.from_pretrained` loads without genft.
+    """Save an adapter as a peft LoRA adapter, which `PeftModel.from_pretrained` loads without genft.
 
-    Where ΔW has low rank (WeGeFT, GIFT, LoRA, GenFT with a linear outer activation) A and B are its own factors,
-    nothing is approximated and their rank is the adapter's. An update that is generated (GenFT with another activation)
-    has full rank: it is cut off after `rank` singular values, or after as many as `max_error` asks for, layer by layer.
-    Scales are in B, so that lora_alpha is the rank everywhere. Modules to save and trained biases come along.
+    If ΔW has low rank (WeGeFT, GIFT, LoRA, GenFT with a linear outer activation), A and B are its exact factors, with
+    the adapter's rank. A generated ΔW (GenFT with a nonlinear outer activation) has full rank: it is truncated per
+    layer to `rank` singular values, or to as many as `max_error` requires. Scales are folded into B, with lora_alpha =
+    rank. modules_to_save and trained biases are included.
 
-    A and B hold for the weights of `model`, which they were made from: the exported adapter fits no other base model,
-    even where the adapter itself would.
+    A and B are computed from the weights of `model`: the exported adapter is only valid for this base model.
 
     Args:
-        model: with the adapter: a `PeftModel`, a transformers model with adapters, or any model whose layers are
-            `FusedGenLinear`. It is not changed, and may have the adapter merged.
-        directory: a new one, for adapter_config.json, adapter_model.safetensors and a README.md that names the base
-            model and the errors. It appears when it is whole.
-        adapter_name: which adapter.
-        max_error: for layers of full rank: the relative error of ΔW that is allowed, in the Frobenius norm.
-        rank: for layers of full rank: how many singular values to keep. Either this or `max_error`.
-        progressbar: show one on stderr.
+        model: a model with the adapter: a `PeftModel`, a transformers model with adapters, or any model with
+            `FusedGenLinear` layers. It is not changed; the adapter may be merged.
+        directory: a new directory for adapter_config.json, adapter_model.safetensors and a README.md that names the
+            base model and the errors, created atomically.
+        adapter_name: name of the adapter.
+        max_error: for layers with full-rank ΔW: the allowed relative error of ΔW in the Frobenius norm.
+        rank: for layers with full-rank ΔW: the LoRA rank. Mutually exclusive with `max_error`.
+        progressbar: show a progress bar on stderr.
 
     Returns:
-        What became of each layer, in the model's order.
+        The results of the layers, in the model's order.
 
     Raises:
-        ValueError, TypeError: nothing has been written then.
+        ValueError, TypeError: invalid arguments or model; nothing is written.
     """
     directory = Path(directory)
     if max_error is not None and rank is not None:
@@ -86,11 +84,11 @@ def export_lora(
         if isinstance(layer, FusedGenLinear) and adapter_name in layer.genft_generators
     }
     if not layers:
-        raise ValueError(f"adapter_name: no layer of the model has an adapter of genft called {adapter_name!r}")
+        raise ValueError(f"adapter_name: got {adapter_name!r}, but no layer has a genft adapter of that name")
     if "" in layers:
-        raise ValueError("model: is a single layer, expected a model that contains it, for LoRA goes by layers' names")
+        raise ValueError("model: got a single layer, expected a model, because LoRA identifies layers by name")
     if meta := [name for name, layer in layers.items() if stored(layer.base_layer).is_meta]:
-        raise ValueError(f"model: the weight of {meta[0]} is on the meta device, expected its values")
+        raise ValueError(f"model: the weight of {meta[0]} is on the meta device, expected a loaded weight")
     with new_directory(directory) as partial:
         exported, tensors = [], {}
         with bar(len(layers), "exporting", unit="layer", leave=False, show=progressbar) as progress:
@@ -112,7 +110,7 @@ def export_lora(
 def _factors(
     layer: FusedGenLinear, adapter_name: str, name: str, max_error: float | None, rank: int | None
 ) -> tuple[Tensor, Tensor, bool, float]:
-    """(A [r, K], B [N, r], whether they are ΔW's own, relative error)."""
+    """(A [r, K], B [N, r], whether they are exact, relative error)."""
     delta = layer.get_delta_weight(adapter_name)
     size = float(torch.linalg.matrix_norm(delta))
 
@@ -123,11 +121,11 @@ def _factors(
         return *exact, True, error(*exact)
     if rank is None and max_error is None:
         raise ValueError(
-            f"max_error, rank: got neither, expected one of them because ΔW of {name} has full rank and has to be "
+            f"max_error, rank: got neither, expected one of them because ΔW of {name} has full rank and must be "
             "approximated"
         )
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-    # What is rounded on the way can be more than the rank that just suffices has to spare: then the next one.
+    # Rounding may push the error above max_error at the smallest sufficient rank; then try the next one.
     ranks = [rank] if rank is not None else [_rank_for(s, max_error) + more for more in (0, 1)]
     for kept in ranks:
         a, b = vh[:kept], u[:, :kept] * s[:kept]
@@ -139,14 +137,14 @@ def _factors(
 
 
 def _rank_for(s: Tensor, max_error: float | None) -> int:
-    """The least number of the singular values `s` whose rest is at most `max_error` of the whole; at least 1."""
+    """The smallest number of singular values `s` to keep for a relative error of at most `max_error`; at least 1."""
     rest = s.double().square().flip(0).cumsum(0).sqrt().flip(0)  # ‖s[i:]‖
     return max(1, int((rest > (max_error or 0.0) * rest[0]).sum()))
 
 
 def _other_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """What the adapter's checkpoint has beside the method's own tensors: modules to save, trained biases, resized
-    embeddings. LoRA has them under the same keys."""
+    """The other tensors of the adapter's checkpoint: modules_to_save, trained biases, resized embeddings. Their keys
+    are the same in LoRA."""
     if adapter_name not in getattr(model, "peft_config", {}):
         return {}
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
@@ -158,18 +156,19 @@ def _other_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """safetensors takes no tensors that share memory, as the A of layers that share a factor do."""
+    """A copy, because safetensors does not allow tensors that share memory, such as the A of layers with a shared
+    factor."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _config(
     model: nn.Module, adapter_name: str, layers: dict[str, FusedGenLinear], exported: list[ExportedLayer]
 ) -> LoraConfig:
-    """Targets exactly the adapted layers. The rank is the most frequent one; others are in the patterns."""
+    """A config that targets exactly the adapted layers. r is the most frequent rank; others are in the patterns."""
     ours: Any = getattr(model, "peft_config", {}).get(adapter_name)
     bias = getattr(ours, "bias", "none")
     common = Counter(layer.rank for layer in exported).most_common(1)[0][0]
-    # ^ keeps peft, which looks at the end of names, from finding the layer of a longer name
+    # peft matches the end of names; ^ prevents a match with a longer name
     pattern = {f"^{re.escape(layer.name)}": layer.rank for layer in exported if layer.rank != common}
     return LoraConfig(
         r=common,

@@ -1,4 +1,4 @@
-"""Adapters that the methods' own code, or peft's, has saved, as adapters of ours."""
+"""Loading of adapters saved by the methods' released code or by peft."""
 
 from __future__ import annotations
 
@@ -43,34 +43,34 @@ def load_released_genft(
     backend: str = "auto",
     is_trainable: bool = False,
 ) -> PeftModel:
-    """The model with an adapter that the released GenFT code has saved. It gives the outputs that it gave there.
+    """Load an adapter saved by the released GenFT code. The model's outputs are the same as there.
 
-    Two kinds of checkpoint:
+    Two kinds of checkpoint are supported:
 
-    - Of a transformers model: a peft folder, adapter_config.json and adapter_model.safetensors (or .bin), with keys
+    - transformers models: a peft directory with adapter_config.json and adapter_model.safetensors (or .bin), with keys
       like `base_model.model.<layer>.genft_individual_weight_a` and `<...>.generator.genft_share_1_a.linear.weight`,
-      which may be there once for every layer.
-    - Of a ViT: a torch file, read with weights_only, and args.yaml beside it (best_model.pt where `path` is a folder),
-      with `blocks.<i>.attn.genft_individual_weight_a` and `<...>.gen.genft_share_1_a.linear.weight`. Block i is the
-      model's i-th attention, whatever the model calls it: one fused qkv weight, or projections of q and v.
+      the latter possibly repeated for every layer.
+    - ViT: a torch file, loaded with weights_only, and args.yaml next to it (best_model.pt if `path` is a directory),
+      with keys `blocks.<i>.attn.genft_individual_weight_a` and `<...>.gen.genft_share_1_a.linear.weight`. Block i is
+      the model's i-th attention, whatever its name: a fused qkv weight, or q and v projections.
 
-    Everything else in a checkpoint, such as a head, goes to the module of its name, which is saved with the adapter.
+    All other tensors, such as a head, are loaded into the module of that name, which is saved with the adapter.
 
     Args:
-        model: the base model, with its own weights and without adapters.
-        path: the folder, or the torch file of a ViT.
-        adapter_name: what to call the adapter.
-        target_modules: ViT only: the name of the fused qkv weights, or the names of the projections of q and of v. None
-            for what the model has of "qkv", "q_proj" and "v_proj", "query" and "value".
-        rename: names of modules in the checkpoint → in the model, such as {"head": "classifier"}.
-        settings: what takes the place of, or adds to, what adapter_config.json or args.yaml says.
+        model: the pretrained base model without adapters.
+        path: the directory, or the torch file of a ViT.
+        adapter_name: name for the adapter.
+        target_modules: ViT only: the name of the fused qkv weights, or the names of the q and v projections. None
+            detects "qkv", "q_proj" and "v_proj", or "query" and "value".
+        rename: module names in the checkpoint → in the model, such as {"head": "classifier"}.
+        settings: override or complete adapter_config.json or args.yaml.
         backend: "auto", "triton" or "reference".
-        is_trainable: whether the adapter is for more training; else it is frozen and the model in eval mode.
+        is_trainable: whether to train the adapter further; else it is frozen and the model is in eval mode.
 
     Raises:
-        ValueError: a key, setting or layer that has no counterpart, or a shape that does not fit, by name. The model
-            has its own layers then.
-        pickle.UnpicklingError: a torch file that holds more than tensors and plain values.
+        ValueError: a key, setting or layer has no counterpart, or a shape does not match. The model's layers are
+            restored.
+        pickle.UnpicklingError: the torch file contains more than tensors and plain values.
 
     Source: keys, settings and file names as in the released code (github.com/xuguangning1218/GenFT, 2026).
     """
@@ -92,34 +92,33 @@ def load_peft_peanut(
     backend: str = "auto",
     is_trainable: bool = False,
 ) -> PeftModel:
-    """The model with an adapter that peft's own PEANuT has saved. It gives the outputs that it gave there.
+    """Load an adapter saved by peft's PEANuT. The model's outputs are the same as there.
 
-    Its keys are like `base_model.model.<layer>.peanut_A.weight`, `<...>.peanut_B.weight` and, with a depth,
-    `<...>.peanut_encoders.<i>.weight` and `<...>.peanut_decoders.<i>.weight`. Modules saved in full, such as a head,
-    come along.
+    Its keys are like `base_model.model.<layer>.peanut_A.weight`, `<...>.peanut_B.weight` and, if depth > 0,
+    `<...>.peanut_encoders.<i>.weight` and `<...>.peanut_decoders.<i>.weight`. modules_to_save, such as a head, are
+    loaded too.
 
     Args:
-        model: the base model, with its own weights and without adapters.
-        path: a folder with adapter_config.json and adapter_model.safetensors (or .bin), or a name on the hub.
-        adapter_name: what to call the adapter.
+        model: the pretrained base model without adapters.
+        path: a directory with adapter_config.json and adapter_model.safetensors (or .bin), or a name on the Hub.
+        adapter_name: name for the adapter.
         backend: "auto", "triton" or "reference".
-        is_trainable: whether the adapter is for more training; else it is frozen and the model in eval mode.
+        is_trainable: whether to train the adapter further; else it is frozen and the model is in eval mode.
 
     Raises:
-        ValueError: a key or setting that has no counterpart, or a shape that does not fit, by name. The model has its
-            own layers then.
+        ValueError: a key or setting has no counterpart, or a shape does not match. The model's layers are restored.
 
     Source: keys and settings as in peft 0.21.
     """
     theirs = PeftConfig.from_pretrained(str(path))
     if not isinstance(theirs, peft.PeanutConfig):
-        hint = "; adapters of genft itself are for PeftModel.from_pretrained" * isinstance(theirs, GeneratorConfig)
+        hint = "; load genft adapters with PeftModel.from_pretrained" * isinstance(theirs, GeneratorConfig)
         raise ValueError(f"path: {path} has an adapter of type {theirs.peft_type}, expected peft's own PEANUT{hint}")
     known, usual = {each.name for each in fields(PeanutConfig)} - {"peft_type"}, type(theirs)()
     settings = {each.name: getattr(theirs, each.name) for each in fields(theirs) if each.name != "peft_type"}
     strange = {name: value for name, value in settings.items() if name not in known and value != getattr(usual, name)}
     if strange:
-        raise ValueError(f"path: settings {strange} are unknown, expected those of peft 0.21's PEANuT")
+        raise ValueError(f"path: got unknown settings {strange}, expected those of PEANuT in peft 0.21")
     tensors = load_peft_weights(str(path), device="cpu")
 
     def fill(adapted: PeftModel) -> None:
@@ -141,7 +140,7 @@ def _loaded(
     is_trainable: bool,
     fill: Callable[[PeftModel], None],
 ) -> PeftModel:
-    """The model with an adapter of `config`, its tensors set by `fill`; its own layers again if that fails."""
+    """The model with an adapter of `config` whose tensors are set by `fill`; the adapter is removed if that fails."""
     config.backend = backend
     config.inference_mode = not is_trainable
     adapted = get_peft_model(model, config, adapter_name)
@@ -155,7 +154,7 @@ def _loaded(
 
 @dataclass
 class _Released:
-    """A checkpoint, sorted: specific pairs by layer (or block), shared factors by our names, and the rest."""
+    """The parts of a checkpoint: specific pairs by layer (or block), shared factors by our names, and other tensors."""
 
     settings: dict[str, Any]
     is_vit: bool
@@ -164,10 +163,10 @@ class _Released:
     others: dict[str, Tensor] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
-        """Fields of the config that both kinds of checkpoint have."""
+        """The config fields common to both kinds of checkpoint."""
         missing = [name for name in _FIELDS if name not in self.settings]
         if missing:
-            raise ValueError(f"settings: {missing} are missing, expected them beside the checkpoint or as an argument")
+            raise ValueError(f"settings: {missing} are missing, expected in the checkpoint's config or as an argument")
         biases = any(name.startswith("bias") for name in self.shared)
         return {name: self.settings[name] for name in _FIELDS} | {"generator_bias": biases}
 
@@ -178,7 +177,7 @@ def _read(path: Path, settings: dict[str, Any]) -> _Released:
         if found.get("peft_type") != "GENFT":
             raise ValueError(
                 f"path: {path} has an adapter of type {found.get('peft_type')!r}, expected the released code's "
-                "'GENFT'; adapters of genft itself are for PeftModel.from_pretrained"
+                "'GENFT'; load genft adapters with PeftModel.from_pretrained"
             )
         weights = path / "adapter_model.safetensors"
         if weights.is_file():
@@ -193,7 +192,7 @@ def _read(path: Path, settings: dict[str, Any]) -> _Released:
         )
     found = {}
     if (file.parent / "args.yaml").is_file():
-        import yaml  # type: ignore[import-untyped] # comes with transformers; only these files need it
+        import yaml  # type: ignore[import-untyped] # a dependency of transformers
 
         found = yaml.safe_load((file.parent / "args.yaml").read_text()) or {}
     checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -214,10 +213,10 @@ def _sorted(tensors: dict[str, Tensor], released: _Released) -> _Released:
         else:
             released.others[key.removeprefix(PREFIX)] = tensor
     if unknown:
-        raise ValueError(f"path: keys {unknown} are unknown, expected those of the released GenFT code")
+        raise ValueError(f"path: got unknown keys {unknown}, expected those of the released GenFT code")
     if differing:
         raise ValueError(
-            f"path: {differing} differ from other copies of the same, expected one generator for all layers"
+            f"path: {differing} differ from other copies of the same tensor, expected one generator for all layers"
         )
     kinds = ("weight", "bias") if any(name.startswith("bias") for name in released.shared) else ("weight",)
     wanted = {
@@ -239,7 +238,7 @@ def _peft_config(released: _Released) -> GenFTConfig:
     if fields["target_modules"] is None:
         fields["target_modules"] = list(released.pairs)
     if not settings["individual_features"]:
-        fields["ratio_W0"] = 1.0  # the released code leaves W0 as it is where layers have nothing of their own
+        fields["ratio_W0"] = 1.0  # the released code ignores ratio_W0 without specific pairs
     bias = settings.get("bias", "none")
     return GenFTConfig(
         **fields,
@@ -258,7 +257,7 @@ def _vit_config(released: _Released, model: nn.Module, target_modules: list[str]
         if not found:
             raise ValueError(
                 f"target_modules: the model has none of {_PROJECTIONS}, expected the name of the fused qkv weights or "
-                "the names of the projections of q and of v"
+                "the names of the q and v projections"
             )
         target_modules = found[0]
     modules = dict(model.named_modules())
@@ -278,15 +277,15 @@ def _vit_config(released: _Released, model: nn.Module, target_modules: list[str]
 
 
 def _fill(model: PeftModel, adapter_name: str, released: _Released) -> None:
-    """Copies the tensors into the adapter, if all of both have a counterpart."""
+    """Copy the tensors into the adapter, after checking that they match one to one."""
     base = model.get_base_model()
     layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, FusedGenLinear)}
     if transposed := [name for name, layer in layers.items() if layer.transposed]:
-        raise ValueError(f"path: {transposed} are Conv1D, whose transposed weight the released code takes as it stands")
+        raise ValueError(f"path: {transposed} are Conv1D, whose transposed weights the released code does not handle")
     container = getattr(base, SHARED).genft_shared[adapter_name]
     generators = [module for module in container.values() if isinstance(module, GenFTFactors)]
     if len(generators) != 1:
-        raise ValueError(f"path: adapted layers of {len(generators)} shapes, expected one, for there is one generator")
+        raise ValueError(f"path: adapted layers of {len(generators)} shapes, expected one, as there is one generator")
     copies = [(f"genft_share ({name})", p, released.shared[name]) for name, p in generators[0].named_parameters()]
 
     own = {name: layer.adapter_parameters(adapter_name) for name, layer in layers.items()}
@@ -310,7 +309,7 @@ def _fill(model: PeftModel, adapter_name: str, released: _Released) -> None:
 
 
 def _pairs_of_layers(pairs: dict[str, dict[str, Tensor]], layers: list[str]) -> dict[str, dict[str, Tensor]]:
-    """Each layer's pair, from those of the blocks: by the name of the layer's parent, or by the order of blocks."""
+    """The pair of each layer from the pairs of the blocks, by the name of the layer's parent or by block order."""
     parents = {layer: layer.rpartition(".")[0] for layer in layers}
     blocks = list(dict.fromkeys(parents.values()))
     named = sorted(pairs, key=_natural)
@@ -318,7 +317,7 @@ def _pairs_of_layers(pairs: dict[str, dict[str, Tensor]], layers: list[str]) -> 
         return {}
     if len(named) != len(blocks):
         raise ValueError(
-            f"path: pairs for {len(named)} blocks, {named}, expected as many as the model has adapted attentions, "
+            f"path: got pairs for {len(named)} blocks, {named}, expected as many as adapted attentions in the model, "
             f"{len(blocks)}: {blocks}"
         )
     source = {block: block for block in blocks} if set(named) == set(blocks) else dict(zip(blocks, named, strict=True))
@@ -331,17 +330,19 @@ def _same(found: Iterable[str], expected: Iterable[str], key: str) -> None:
         unmapped = sorted(key.format(name) for name in found - expected)
         missing = sorted(key.format(name) for name in expected - found)
         raise ValueError(
-            "path: the checkpoint does not fit the model; "
-            + "; ".join(f"{what}: {names}" for what, names in (("keys", unmapped), ("missing", missing)) if names)
+            "path: the checkpoint does not match the model; "
+            + "; ".join(f"{what}: {names}" for what, names in (("unknown", unmapped), ("missing", missing)) if names)
         )
 
 
 def _check_shapes(pieces: Iterable[tuple[str, Tensor, Tensor]]) -> None:
-    """Pieces: key, ours, theirs."""
-    if wrong := [f"{key} {tuple(t.shape)} for {tuple(p.shape)}" for key, p, t in pieces if p.shape != t.shape]:
-        raise ValueError(f"path: shapes do not fit: {', '.join(wrong)}")
+    """Raise ValueError for mismatched shapes. Pieces: key, ours, theirs."""
+    if wrong := [
+        f"{key}: got {tuple(t.shape)}, expected {tuple(p.shape)}" for key, p, t in pieces if p.shape != t.shape
+    ]:
+        raise ValueError(f"path: shape mismatch: {', '.join(wrong)}")
 
 
 def _natural(name: str) -> list[Any]:
-    """Sorts blocks.10 behind blocks.9."""
+    """A sort key with blocks.10 after blocks.9."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

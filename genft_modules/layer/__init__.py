@@ -1,1 +1,1 @@
-"""One layer: a frozen linear layer and its adapters. Here x flows."""
+"""The adapted linear layer: forward pass, mixed batches, sharded weights, cached forms."""

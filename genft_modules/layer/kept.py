@@ -1,4 +1,4 @@
-"""What a layer keeps in inference: the forms that its generators made from weights alone, until one of them changes."""
+"""A layer's inference cache: the forms of its update, valid until one of the source tensors changes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from genft_modules.methods.forms import Form
 
 
 class Kept:
-    """The forms of one layer's update, N·r elements at most beside its parameters, and what they were made from.
+    """The cached forms of one layer's update, at most N·r elements in addition to its parameters, and their sources.
 
-    A change is seen by a tensor's version counter, by its address, and by another tensor in its place. Writing through
-    `.data` changes none of them: call `train()` or `eval()` after that, which lets the forms go.
+    Changes are detected by tensor identity, version counter and address. In-place writes through `.data` are not
+    detected: call `train()` or `eval()` afterwards, which clears the cache.
     """
 
     def __init__(self) -> None:
@@ -26,11 +26,11 @@ class Kept:
         self._sources: list[tuple[dict[str, Tensor | None], str, Tensor, int, int]] = []
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
-        """A copy of the layer, and its pickle, begin without."""
+        """Copies and pickles start with an empty cache."""
         return (Kept, ())
 
     def forms(self, key: list[Any]) -> list[Form] | None:
-        """What was kept under `key`, unless one of the tensors that it was made from has changed."""
+        """The forms cached under `key`, or None if there are none or a source tensor has changed."""
         if self._forms is None or self._key != key:
             return None
         for holder, name, tensor, version, address in self._sources:
@@ -39,11 +39,11 @@ class Kept:
         return self._forms
 
     def keep(self, key: list[Any], forms: list[Form], modules: Iterable[nn.Module]) -> None:
-        """Keeps forms that were made from tensors of `modules`."""
+        """Cache forms that were computed from the tensors of `modules`."""
         self.clear()
         held = [holder for module in modules for part in module.modules() for holder in _tensors_of(part)]
         found = [(holder, name, tensor) for holder in held for name, tensor in holder.items() if tensor is not None]
-        if not any(tensor.is_inference() for _, _, tensor in found):  # they count no versions
+        if not any(tensor.is_inference() for _, _, tensor in found):  # inference tensors have no version counter
             self._sources = [(*source, source[2]._version, source[2].data_ptr()) for source in found]
             self._key, self._forms = key, forms
 

@@ -1,4 +1,4 @@
-"""FusedGenLinear: a frozen linear layer, its adapters, and the one fused operation of their form."""
+"""FusedGenLinear: a frozen linear layer with its adapters, applied in one fused operation."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from genft_modules.methods.forms import Form, InputEdit, apply, apply_around, si
 from genft_modules.methods.weights import QuantisedWeight, can_be_base, features_of, is_quantised, stored
 
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
-_PLAIN_TENSORS = (nn.Parameter, Tensor)  # not a quantised or a distributed one
+_PLAIN_TENSORS = (nn.Parameter, Tensor)  # neither quantised nor distributed
 
 
 class FusedGenLinear(nn.Module, BaseTunerLayer):
     """y = x (W0 + ΔW)ᵀ + b [..., N] for x [..., K]: `base_layer` with the updates of its active adapters.
 
-    The forward pass is one operation of `genft_kernels`, whatever the number of active adapters (one more for each
-    further adapter whose ΔW is generated, and for each other share of x that adapters drop). Where the base layer is
-    more than its weight, because it is quantised or somebody hooked it, it makes its own product and the update is
-    applied around it. A method that reads a quantised W0 has it in floating point for a moment, panel by panel where
-    the layer allows, see `genft_modules.methods.weights`; one that edits the input (WeGeFT, GIFT) never does.
+    The forward pass is one operation of `genft_kernels` for any number of active adapters (plus one for each additional
+    adapter with a generated ΔW, and for each different dropout on x). If the base layer is quantised or has hooks, it
+    computes its own product and the update is applied around it. Methods that read a quantised W0 dequantise it
+    temporarily, in panels if the layer supports it, see `genft_modules.methods.weights`; methods that edit the input
+    (WeGeFT, GIFT) do not read it.
 
-    Two ways to get one: `FusedGenLinear.from_linear` for a single layer, `peft.get_peft_model` for a model.
+    Create one with `FusedGenLinear.from_linear` for a single layer, or `peft.get_peft_model` for a model.
 
     Args:
-        base_layer: `torch.nn.Linear` or transformers' `Conv1D`, without adapters so far; also quantised, by
-            bitsandbytes, torchao or HQQ, or by another package whose layers have in_features, out_features and a packed
-            weight, such as GPTQ's.
+        base_layer: `torch.nn.Linear` or transformers' `Conv1D` without adapters; may be quantised by bitsandbytes,
+            torchao, HQQ, or another package whose layers have in_features, out_features and a packed weight, such as
+            GPTQ.
 
     Raises:
-        TypeError: for any other layer, by name.
+        TypeError: `base_layer` is any other layer.
     """
 
     adapter_layer_names = ("genft_generators",)
@@ -67,12 +67,12 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             )
         if isinstance(base_layer, NonDynamicallyQuantizableLinear):
             raise TypeError(
-                "base_layer: got the out_proj of an nn.MultiheadAttention, which uses its weight and never calls it, "
-                'so that an adapter would do nothing; leave it out with exclude_modules=["out_proj"]'
+                "base_layer: got the out_proj of an nn.MultiheadAttention, which is never called, so an adapter would "
+                'have no effect; use exclude_modules=["out_proj"]'
             )
         self.base_layer = base_layer
         self.plain_forward = type(base_layer).forward in _PLAIN_FORWARDS
-        self.transposed = isinstance(base_layer, Conv1D)  # a Conv1D keeps W0ᵀ, [K, N]
+        self.transposed = isinstance(base_layer, Conv1D)  # Conv1D stores W0ᵀ [K, N]
         if isinstance(base_layer, Conv1D):
             self.in_features, self.out_features = base_layer.nx, base_layer.nf
         else:
@@ -80,7 +80,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         self.genft_generators = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.kept = Kept()
-        # W0 while adapters are merged. A buffer, so that it moves with the layer; not saved.
+        # W0 while adapters are merged. A buffer, to move with the layer; not saved.
         self.register_buffer("original_weight", None, persistent=False)
 
     @classmethod
@@ -93,16 +93,16 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         name: str = "",
         backend: str | None = None,
     ) -> FusedGenLinear:
-        """A layer with one adapter around `linear`, which is kept, not copied, and frozen.
+        """Wrap `linear` in a layer with one adapter. `linear` is frozen and not copied.
 
-        The adapter owns its parameters, whatever the config says of sharing. They are float32, or float64 beside a
-        float64 weight, and ΔW = 0 unless the config asks for another start.
+        The adapter owns its parameters, regardless of sharing options in the config. They are float32, or float64 for a
+        float64 weight, and ΔW = 0 unless the config specifies another initialisation.
 
         Args:
             linear: `torch.nn.Linear` or transformers' `Conv1D`.
-            config: of the method, such as `WeGeFTConfig(r=16)`.
-            adapter_name: its name.
-            name: what the patterns in the config (`rank_pattern`, `enable_gift`) are to take for the layer's name.
+            config: config of the method, such as `WeGeFTConfig(r=16)`.
+            adapter_name: name of the adapter.
+            name: the layer's name for patterns in the config (`rank_pattern`, `enable_gift`).
             backend: "auto", "triton" or "reference"; None for the config's.
         """
         layer = cls(linear)
@@ -123,19 +123,19 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         shared: nn.ModuleDict | None = None,
         backend: str | None = None,
     ) -> None:
-        """Adds an adapter on the device and in the dtype of the base layer; active if it is the first.
+        """Add an adapter with the device and dtype of the base layer. The first one becomes active.
 
         Args:
-            adapter_name: its name, not taken yet.
-            config: of the method.
+            adapter_name: a new name.
+            config: config of the method.
             name: the layer's name in its model.
-            shared: the adapter's shared factors in the model; None lets the layer own its parameters.
+            shared: the adapter's shared factors in the model; None if the layer owns its parameters.
             backend: as in `from_linear`.
         """
         if not isinstance(config, GeneratorConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected a config of genft_modules.METHODS")
         if adapter_name in self.genft_generators:
-            raise ValueError(f"adapter_name: {adapter_name!r} exists already, expected a new name")
+            raise ValueError(f"adapter_name: {adapter_name!r} already exists, expected a new name")
         if backend is not None:
             check_choice("backend", backend, BACKENDS)
         generator = config.build(name, self.in_features, self.out_features, shared)
@@ -150,9 +150,9 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, adapter_names: MixedBatch | Sequence[str] | None = None) -> Tensor:
-        """y [..., N] in the dtype of x (under autocast, in the autocast dtype) from x [..., K].
+        """y [..., N] from x [..., K], in the dtype of x (under autocast, in the autocast dtype).
 
-        `adapter_names` has a name for each x[i], "__base__" for no adapter; the active adapters do not count then.
+        `adapter_names` has one name per sample x[i], "__base__" for no adapter; it replaces the active adapters.
         """
         base = cast(Any, self._modules["base_layer"])
         if adapter_names is not None:
@@ -166,8 +166,8 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         if is_sharded(weight):
             if not self.plain_forward:
                 raise TypeError(
-                    f"base_layer: {type(base).__name__} makes its product in its own way, expected torch.nn.Linear or "
-                    "transformers' Conv1D where the weight is sharded"
+                    f"base_layer: got {type(base).__name__} with a sharded weight, expected torch.nn.Linear or "
+                    "transformers' Conv1D"
                 )
             return sharded_forward(base, x, generators, self.transposed)
         backend, plain = generators[0].backend, self._is_plain(weight)
@@ -177,8 +177,8 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         return apply_around(base, forms, x, backend)
 
     def _forms(self, generators: list[Generator], weight: Tensor, plain: bool) -> list[Form]:
-        """The update, as few forms side by side. In eval mode and without gradient they are kept, input edits as the
-        low-rank updates that they are, so that W0 is read for its product alone."""
+        """The update in as few forms as possible. In eval mode without gradients they are cached, input edits in their
+        low-rank form, so that W0 is read only for the product."""
         keeping = not self.training and not torch.is_grad_enabled() and eager()
         key = [*generators, plain]
         if keeping and (kept := self.kept.forms(key)) is not None:
@@ -193,7 +193,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         return forms
 
     def train(self, mode: bool = True) -> FusedGenLinear:
-        """As of `nn.Module`. What was kept for inference goes."""
+        """As in `nn.Module`; also clears the inference cache."""
         self.kept.clear()
         super().train(mode)
         return self
@@ -204,8 +204,8 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         return self
 
     def _mixed_forward(self, x: Tensor, batch: MixedBatch) -> Tensor:
-        """Input edits and low-rank updates of all adapters are one grouped operation each; an adapter whose ΔW has
-        full rank takes its samples out of the batch."""
+        """The input edits of all adapters are one grouped operation, the low-rank updates another; full-rank updates
+        are applied per adapter to its samples."""
         base = self.base_layer
         batch.names_of(x.shape[0])
         if self.merged_adapters:
@@ -236,19 +236,19 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         return cast(Tensor, y)
 
     def _weight(self) -> Tensor:
-        """W0 [N, K] as the base layer has it now; of a quantised one, what stands for it."""
+        """The current W0 [N, K] of the base layer; a `QuantisedWeight` if it is quantised."""
         weight: Any = _tensor_of(self._modules["base_layer"], "weight")
         if (type(weight) not in _PLAIN_TENSORS or weight.dtype not in FLOATS) and is_quantised(self.base_layer):
             return cast(Tensor, QuantisedWeight(self.base_layer))
         return cast(Tensor, weight.t() if self.transposed else weight)
 
     def _active_generators(self) -> list[Generator]:
-        # The plain dicts inside, here and in the next: this runs in every call of every layer.
+        # Direct access to _modules, here and below, because this runs in every call of every layer.
         generators = cast(nn.Module, self._modules["genft_generators"])._modules
         return [cast(Generator, generators[name]) for name in self.active_adapters if name in generators]
 
     def _is_plain(self, weight: Tensor) -> bool:
-        """Whether y = x W0ᵀ + b is all that the base layer does: no hook, no other forward, no other kind of weight."""
+        """Whether the base layer only computes y = x W0ᵀ + b: no hooks, custom forward, or special weight."""
         base = cast(Any, self._modules["base_layer"])
         hooked = (
             base._forward_hooks
@@ -260,36 +260,36 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         return self.plain_forward and type(weight) in _PLAIN_TENSORS and not hooked
 
     def adapter_parameters(self, adapter_name: str = "default") -> dict[str, nn.Parameter]:
-        """The parameters that make the adapter's ΔW, those shared with other layers included, by the released names."""
+        """The parameters of the adapter's ΔW by their released names, including those shared with other layers."""
         return self._generator(adapter_name).adapter_parameters()
 
     def get_delta_weight(self, adapter_name: str = "default") -> Tensor:
-        """ΔW [N, K], as `nn.Linear` orients it also where the base layer is a `Conv1D`; without dropout, in float32 or
-        wider. While adapters are merged, it is still made from W0."""
+        """ΔW [N, K], in the orientation of `nn.Linear` also for a `Conv1D`; without dropout, in float32 or wider.
+        Always computed from the original W0, even while adapters are merged."""
         generator = self._generator(adapter_name)
         with torch.autocast(stored(self.base_layer).device.type, enabled=False):
             return generator.delta_weight(self.frozen_weight())
 
     def low_rank_factors(self, adapter_name: str = "default") -> tuple[Tensor, Tensor] | None:
-        """A [r, K] and B [N, r] with B A = `get_delta_weight`, of the adapter's own rank r and not decomposed from ΔW;
-        None where ΔW has full rank."""
+        """A [r, K] and B [N, r] with B A = `get_delta_weight`, exact and of the adapter's rank r; None if ΔW has full
+        rank."""
         generator = self._generator(adapter_name)
         with torch.autocast(stored(self.base_layer).device.type, enabled=False):
             return generator.low_rank_factors(self.frozen_weight())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Puts W0 + Σ ΔW, summed in float32 or wider, in the place of W0.
+        """Replace W0 by W0 + Σ ΔW, summed in float32 or wider.
 
-        W0 itself is kept for `unmerge`, so a merged layer takes the memory of two weights; `merge_and_unload` lets W0
-        of one layer go before it merges the next.
+        W0 is kept for `unmerge`, so a merged layer needs the memory of two weights; `merge_and_unload` frees W0 of each
+        layer before it merges the next.
 
         Args:
-            safe_merge: refuse a merged weight that is not finite.
+            safe_merge: check that the merged weight is finite.
             adapter_names: the adapters to merge; None for the active ones.
 
         Raises:
             TypeError: the weight is quantised.
-            ValueError: `safe_merge` and the merged weight is not finite; the layer is left as it was.
+            ValueError: with `safe_merge`, the merged weight is not finite; the layer is unchanged.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.genft_generators]
         if not names:
@@ -297,8 +297,8 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         base = self.base_layer
         if type(weight := stored(base)) not in _PLAIN_TENSORS or weight.dtype not in FLOATS:
             raise TypeError(
-                f"merge: {type(base).__name__} keeps a {type(weight).__name__} of {weight.dtype}, expected a plain "
-                "floating-point weight: merge into the same model, loaded without quantisation"
+                f"merge: {type(base).__name__} has a {type(weight).__name__} of {weight.dtype}, expected a plain "
+                "floating-point weight: merge into the same model loaded without quantisation"
             )
         original: Tensor = base.weight.data if self.original_weight is None else self.original_weight
         names = [*self.merged_adapters, *names]
@@ -309,9 +309,9 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
                 merged += delta.t() if self.transposed else delta
             merged = merged.to(original.dtype)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"safe_merge: the weight merged with {names} has elements that are not finite")
+            raise ValueError(f"safe_merge: the weight merged with {names} has non-finite elements")
         if not self.merged_adapters:
-            # A parameter of its own: another layer may share W0's (embeddings tied to a head) and is not to be merged.
+            # A new parameter, because W0 may be tied to another layer, such as the embeddings.
             object.__setattr__(self, "original_parameter", base.weight)
             base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
         else:
@@ -320,7 +320,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters = names
 
     def unmerge(self) -> None:
-        """Puts W0 back, bit for bit."""
+        """Restore W0 exactly."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -332,7 +332,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True where `peft.convert_to_lora` fits: it expects ΔW of a Conv1D transposed."""
+        """Whether `peft.convert_to_lora` supports the layer: not for Conv1D, where it expects ΔW transposed."""
         return not self.transposed
 
     def extra_repr(self) -> str:
@@ -344,7 +344,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         return cast(Generator, self.genft_generators[adapter_name])
 
     def frozen_weight(self) -> Tensor:
-        """W0 [N, K] in floating point, also while adapters are merged."""
+        """W0 [N, K] in floating point, even while adapters are merged."""
         if self.original_weight is not None:
             return self.original_weight.t() if self.transposed else self.original_weight
         weight: Any = self._weight()
@@ -353,8 +353,8 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         return cast(Tensor, weight.dequantised() if isinstance(weight, QuantisedWeight) else weight)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As in peft for the adapter's own and shared factors, except for dtype: peft calls this after loading with
-        low_cpu_mem_usage, too, where its cast to a half-precision base layer would cut a float32 adapter."""
+        """As in peft, for own and shared factors, but without the cast to the base layer's dtype: peft also calls this
+        after loading with low_cpu_mem_usage, where a cast would round a float32 adapter to half precision."""
         if adapter_name not in self.genft_generators:
             return
         for module in self._generator(adapter_name).modules_with_shared():
@@ -363,6 +363,6 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
 
 
 def _tensor_of(layer: Any, name: str) -> Any:
-    """A layer's attribute or None; of a parameter without `nn.Module.__getattr__`, which takes half a microsecond."""
+    """A layer's attribute or None; parameters bypass `nn.Module.__getattr__`, which takes half a microsecond."""
     parameters = layer._parameters
     return parameters[name] if name in parameters else getattr(layer, name, None)

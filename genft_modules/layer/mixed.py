@@ -1,4 +1,4 @@
-"""Batches whose samples take different adapters: peft's `adapter_names`, as grouped operations."""
+"""Mixed batches, with a different adapter per sample: peft's `adapter_names`, as grouped operations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BASE = "__base__"  # peft's name for no adapter
 
 
 class Stack(NamedTuple):
-    """Low-rank updates side by side: P [G, K, r] and Q [G, N, r] of G adapters, filled up to one rank with zeros."""
+    """Stacked low-rank updates of G adapters: P [G, K, r] and Q [G, N, r], zero-padded to a common rank."""
 
     adapters: tuple[str, ...]
     p: Tensor
@@ -26,8 +26,8 @@ class Stack(NamedTuple):
 
 @dataclass
 class Made:
-    """The updates that one layer applies to a batch, by how they are applied: edits of its input, low-rank updates of
-    its output, and those of full rank, for which the adapter's samples are taken out of the batch."""
+    """The updates of one layer for a batch: input edits, low-rank updates of the output, and full-rank updates, which
+    are applied per adapter to its samples."""
 
     edits: Stack | None
     low_rank: Stack | None
@@ -36,14 +36,14 @@ class Made:
 
 @dataclass
 class MixedBatch:
-    """The adapter of each sample, in one call of a model.
+    """The adapter of each sample in one call of a model.
 
-    What layers have in common is made once for the call: the samples are sorted once, and while no gradients are asked
-    for, updates are made and stacked once per layer. `generate` is one call, so decoding pays for neither.
+    The samples are sorted once per call, and without gradients the updates are computed and stacked once per layer and
+    call. `generate` is one call, so decoding steps reuse both.
 
     Args:
         names: adapter names, one per sample, "__base__" for none.
-        copies: into how many each sample may be repeated, one after the other, as by beam search.
+        copies: how often samples may be repeated consecutively, as in beam search.
     """
 
     names: tuple[str, ...]
@@ -53,7 +53,7 @@ class MixedBatch:
     _stacks: dict[Any, tuple[list[Tensor], Stack]] = field(default_factory=dict, repr=False)
 
     def names_of(self, samples: int) -> list[str]:
-        """The adapter names of a batch of `samples`: as they are, or repeated. Raises ValueError for another number."""
+        """The adapter names of a batch of `samples`, repeated if needed. Raises ValueError if the number is wrong."""
         for copies in (1, self.copies):
             if samples == len(self.names) * copies:
                 return [name for name in self.names for _ in range(copies)]
@@ -63,7 +63,7 @@ class MixedBatch:
         )
 
     def rows(self, adapters: tuple[str, ...], x: Tensor) -> RowGroups:
-        """Which of the adapters each sample of x [S, ...] takes, on its device."""
+        """The index of each sample's adapter in `adapters`, on the device of x [S, ...]."""
         key = (adapters, x.shape[0], x.device)
         if key not in self._rows:
             group = {name: index for index, name in enumerate(adapters)}
@@ -72,12 +72,12 @@ class MixedBatch:
         return self._rows[key]
 
     def samples(self, adapter: str, x: Tensor) -> Tensor:
-        """The places of the adapter's samples in x [S, ...]."""
+        """The indices of the adapter's samples in x [S, ...]."""
         places = [place for place, name in enumerate(self.names_of(x.shape[0])) if name == adapter]
         return torch.tensor(places, dtype=torch.int64, device=x.device)
 
     def made(self, layer: Any, weight: Tensor) -> Made:
-        """The updates of `layer`, whose W0 is `weight`, nothing dropped."""
+        """The updates of `layer` with W0 `weight`, without dropout."""
         if id(layer) in self._made:
             return self._made[id(layer)]
         generators = layer.genft_generators
@@ -105,8 +105,8 @@ class MixedBatch:
         sources = [tensor for form in forms.values() for tensor in (form.p, form.q)]
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return _stack(forms)
-        # Layers that share their factors share the stack. The sources are kept with it: while they live, their memory
-        # is nobody else's.
+        # Layers that share factors share the stack. It holds references to the sources, so that their addresses stay
+        # unique.
         key = (
             tuple((name, form.scale) for name, form in forms.items()),
             tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in sources),
@@ -116,12 +116,12 @@ class MixedBatch:
         return self._stacks[key][1]
 
     def updates(self, stack: Stack, x: Tensor, backend: str) -> Tensor:
-        """x_i P_g Q_gᵀ [S, ..., N] for each sample i, 0 for one of another adapter or none."""
+        """x_i P_g Q_gᵀ [S, ..., N] for each sample i with adapter g; 0 for samples without an adapter in the stack."""
         return grouped_lowrank_linear(x, None, stack.p, stack.q, self.rows(stack.adapters, x), backend=backend)
 
 
 def mixed_batch(adapter_names: MixedBatch | Sequence[str], copies: int = 1) -> MixedBatch:
-    """From peft's argument. Raises TypeError for anything but a list or tuple of str."""
+    """Create a MixedBatch from peft's argument. Raises TypeError unless it is a list or tuple of str."""
     if isinstance(adapter_names, MixedBatch):
         return adapter_names
     if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):

@@ -1,10 +1,10 @@
-"""The forward pass of a layer whose W0 is a `DTensor`: cut by tensor parallelism, or by FSDP of the base layer alone.
+"""The forward pass of a layer whose W0 is a `DTensor`: sharded by tensor parallelism, or by FSDP of the base layer
+only.
 
-The base layer is called as it is, with the hooks or the forward that whoever sharded it gave it: they bring x and W0
-where they have to be, and the output where it goes. Inside that call, our operation takes the place of the product.
-With tensor parallelism it runs on the part of W0 that is here, with the parts of the factors that belong to it: y has
-the layout of the base layer's own product, and its own communication completes both. What is left is to sum the
-gradients of the factors, which every process has whole: once per backward pass and parameter.
+The base layer is called with its hooks or custom forward, which redistribute x, W0 and the output. Inside that call,
+our operation replaces the product. With tensor parallelism it runs on the local shard of W0 and the matching parts of
+the factors: y has the layout of the base layer's product, so the base layer's communication completes it. The factors
+are replicated; their gradients are summed over the processes, once per backward pass and parameter.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from genft_modules.methods.forms import InputEdit, apply, side_by_side
 
 
 def sharded_forward(base: Any, x: Tensor, generators: Sequence[Generator], transposed: bool) -> Tensor:
-    """y [..., N] as the base layer gives it out, whatever its layout, with the updates in it. `transposed`: it keeps
-    W0ᵀ."""
+    """y [..., N] with the updates, in the layout of the base layer's output. `transposed`: the layer stores W0ᵀ."""
     whole = base.weight.t() if transposed else base.weight
     backend = generators[0].backend
 
@@ -34,18 +33,18 @@ def sharded_forward(base: Any, x: Tensor, generators: Sequence[Generator], trans
         if not is_sharded(weight) and weight.shape == whole.shape:
             forms = side_by_side([generator.form(weight) for generator in generators], weight, backend)
             return apply(forms, x, weight, bias, backend)
-        # In inference, transformers hands out what is local, and `whole` still says which part that is.
+        # In inference, transformers passes local tensors; `whole` still has the placement.
         return _on_part(x, weight, bias, weight if is_sharded(weight) else whole, generators, backend)
 
     with _InThePlaceOfTheProduct(base, product) as mode:
         y: Tensor = base(x)
     if not mode.done:
-        raise TypeError("base_layer: its forward made no product with its weight, so that the adapter would do nothing")
+        raise TypeError("base_layer: its forward computed no product with its weight, so the adapter had no effect")
     return y
 
 
 class _InThePlaceOfTheProduct(TorchFunctionMode):
-    """Where the base layer multiplies by its weight, calls `product(x, weight, bias)` instead."""
+    """Replaces the base layer's product with its weight by `product(x, weight, bias)`."""
 
     def __init__(self, base: nn.Module, product: Callable[[Any, Any, Any], Tensor]) -> None:
         super().__init__()
@@ -62,7 +61,7 @@ class _InThePlaceOfTheProduct(TorchFunctionMode):
 
 
 def _on_part(x: Any, weight: Any, bias: Any, whole: Any, generators: Sequence[Generator], backend: str) -> Tensor:
-    """The product with the part of W0 + ΔW that is here, in the layout that F.linear gives it."""
+    """The product with the local shard of W0 + ΔW, in the layout of F.linear's output."""
     from torch.distributed.tensor import DTensor, Partial, Shard
 
     part = part_of(whole)
@@ -73,7 +72,7 @@ def _on_part(x: Any, weight: Any, bias: Any, whole: Any, generators: Sequence[Ge
     if part.dim == 1:
         forms = [form.low_rank(whole, backend) if isinstance(form, InputEdit) else form for form in forms]
     forms = [form.part(part.dim, part.where) for form in forms]
-    if not is_sharded(weight):  # and x neither: no layout to keep
+    if not is_sharded(weight):  # x is local too
         return apply(forms, x, weight, bias, backend)
 
     mesh, n = part.mesh, whole.shape[0]
@@ -90,7 +89,7 @@ def _on_part(x: Any, weight: Any, bias: Any, whole: Any, generators: Sequence[Ge
 
 @dataclass(frozen=True)
 class _Sum:
-    """A gradient hook: the sum over the processes of a mesh."""
+    """A gradient hook that sums over the processes of a mesh."""
 
     mesh: Any
 
@@ -102,8 +101,8 @@ class _Sum:
 
 
 def sum_gradients(generator: Generator, part: Part) -> None:
-    """Has the gradients of the adapter's parameters summed over the part's mesh, once per backward pass, however many
-    layers share them."""
+    """Register hooks that sum the gradients of the adapter's parameters over the mesh, once per parameter even if
+    layers share it."""
     for module in generator.modules_with_shared():
         for parameter in module.parameters():
             hooks = (parameter._backward_hooks or {}).values()

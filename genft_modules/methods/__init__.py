@@ -1,4 +1,4 @@
-"""The methods: one file each, all on the forms of `genft_modules.methods.forms`."""
+"""The methods, one file each, built on the forms of `genft_modules.methods.forms`."""
 
 from genft_modules.methods.base import Generator, GeneratorConfig
 from genft_modules.methods.genft import GenFTConfig

@@ -1,7 +1,7 @@
-"""What a generator yields: the form of its update, that is, which fused operation applies it.
+"""The forms of an update ΔW. Each form is applied by one fused operation.
 
-Notation: x [..., K] activations, W0 [N, K] the frozen weight as `nn.Linear` stores it, ΔW [N, K] the update. Factors
-have the dtype of W0 or a wider one. Updates are added by setting factors side by side along r.
+Notation: x [..., K] activations, W0 [N, K] the frozen weight as stored by `nn.Linear`, ΔW [N, K] the update. Factors
+have the dtype of W0 or a wider one. Updates are added by concatenating their factors along r.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from genft_modules.methods.weights import weight_features
 
 @dataclass(frozen=True)
 class LowRank:
-    """ΔW = scale·Q Pᵀ with p = P [K, r] and q = Q [N, r]; `dropout` acts on the elements of x before P."""
+    """ΔW = scale·Q Pᵀ with p = P [K, r] and q = Q [N, r]; `dropout` is applied to x before P."""
 
     p: Tensor
     q: Tensor
@@ -35,7 +35,7 @@ class LowRank:
     dropout: float = 0.0
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        """x (W0 + ΔW)ᵀ + b [..., N] as one operation."""
+        """x (W0 + ΔW)ᵀ + b [..., N] in one operation."""
         return lowrank_linear(
             x,
             weight,
@@ -49,7 +49,7 @@ class LowRank:
         )
 
     def update(self, x: Tensor, backend: str) -> Tensor:
-        """x ΔWᵀ [..., N] alone, for a base layer that has to make its own product."""
+        """Only x ΔWᵀ [..., N], for a base layer that computes its own product."""
         t = F.dropout(x, self.dropout) @ self.p.to(x.dtype)
         return (t @ self.q.to(t.dtype).t()) * self.scale
 
@@ -58,7 +58,7 @@ class LowRank:
         return _wide(self.p).t(), _wide(self.q) * self.scale
 
     def part(self, dim: int, where: slice) -> LowRank:
-        """The update of the rows (`dim` 0) or columns (1) `where` of W0 alone."""
+        """The part of the update for the rows (`dim` 0) or columns (1) `where` of W0."""
         return replace(self, q=self.q[where]) if dim == 0 else replace(self, p=self.p[where])
 
     def delta_weight(self, weight: Tensor) -> Tensor:
@@ -69,22 +69,22 @@ class LowRank:
 
 @dataclass(frozen=True)
 class InputEdit:
-    """ΔW = scale·(W0 φᵀ) ψ with psi = ψ [r, K] and phi = φ [r, K]: x is edited, the weight is not looked at."""
+    """ΔW = scale·(W0 φᵀ) ψ with psi = ψ [r, K] and phi = φ [r, K], applied as an edit of x without reading W0."""
 
     psi: Tensor
     phi: Tensor
     scale: float = 1.0
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        """x (W0 + ΔW)ᵀ + b [..., N] as one operation."""
+        """x (W0 + ΔW)ᵀ + b [..., N] in one operation."""
         return input_edit_linear(x, weight, self.psi, self.phi, bias, scale=self.scale, backend=backend)
 
     def edit(self, x: Tensor, backend: str) -> Tensor:
-        """x' [..., K] with base(x') = x (W0 + ΔW)ᵀ + b, for a base layer that has to make its own product."""
+        """x' [..., K] with base(x') = x (W0 + ΔW)ᵀ + b, for a base layer that computes its own product."""
         return input_edit(x, self.psi, self.phi, scale=self.scale, backend=backend)
 
     def low_rank(self, weight: Tensor, backend: str) -> LowRank:
-        """The same update in the other form: P = ψᵀ, Q = W0 φᵀ."""
+        """The same update as LowRank: P = ψᵀ, Q = W0 φᵀ."""
         return LowRank(self.psi.t(), weight_features(weight, self.phi, backend=backend), self.scale)
 
     def low_rank_factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ class InputEdit:
         return _wide(self.psi), (weight.to(phi.dtype) @ phi.t()) * self.scale
 
     def part(self, dim: int, where: slice) -> InputEdit:
-        """The update of some rows of W0 alone, which edit the same x. Columns have no edit of their own."""
+        """The part of the update for some rows of W0, which is the same edit of x. Not available for columns."""
         if dim != 0:
             raise ValueError(f"dim: got {dim}, expected 0; see `low_rank`")
         return self
@@ -107,7 +107,7 @@ class InputEdit:
 @dataclass(frozen=True)
 class Generated:
     """ΔW = scale·drop(σ(H Bᵀ + row_bias 1ᵀ + 1 column_biasᵀ)) with h = H [N, r], b = B [K, r], row_bias [N] or None and
-    column_bias [K] or None: of full rank, made tile by tile inside the product. `dropout` acts on the elements of ΔW.
+    column_bias [K] or None: full rank, generated tile by tile inside the product. `dropout` is applied to ΔW.
     """
 
     h: Tensor
@@ -119,7 +119,7 @@ class Generated:
     dropout: float = 0.0
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        """x (W0 + ΔW)ᵀ + b [..., N] as one operation."""
+        """x (W0 + ΔW)ᵀ + b [..., N] in one operation."""
         return generated_linear(
             x,
             weight,
@@ -136,15 +136,15 @@ class Generated:
         )
 
     def update(self, x: Tensor, backend: str) -> Tensor:
-        """x ΔWᵀ [..., N] alone: the same operation on a W0 of zeros, which are one element in memory."""
+        """Only x ΔWᵀ [..., N]: the same operation on a zero W0, an expanded tensor of one element."""
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # the operation's cast of W0 would write all zeros out
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # a cast of W0 inside would materialise the zeros
         return self.linear(x, x.new_zeros(()).expand(self.h.shape[0], self.b.shape[0]), None, backend)
 
     def low_rank(self) -> LowRank:
-        """The same update in the other form, where σ is none and nothing is dropped: a bias is one more column."""
+        """The same update as LowRank, if σ is none and there is no dropout; each bias adds one to the rank."""
         if self.activation != "none" or self.dropout:
-            raise ValueError(f"low_rank: σ is {self.activation} and dropout {self.dropout:g}, expected none and 0")
+            raise ValueError(f"low_rank: got σ = {self.activation} and dropout = {self.dropout:g}, expected none and 0")
         p, q = [self.b], [self.h]
         if self.row_bias is not None:
             p.append(self.b.new_ones(self.b.shape[0], 1))
@@ -155,11 +155,11 @@ class Generated:
         return LowRank(torch.cat(p, dim=1), torch.cat(q, dim=1), self.scale)
 
     def low_rank_factors(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        """None: as long as σ is none the generator yields a `LowRank` in the place of this; else the rank is full."""
+        """None: ΔW has full rank. (If σ is none, the generator returns `LowRank` instead.)"""
         return None
 
     def part(self, dim: int, where: slice) -> Generated:
-        """The update of the rows (`dim` 0) or columns (1) `where` of W0 alone."""
+        """The part of the update for the rows (`dim` 0) or columns (1) `where` of W0."""
         if dim == 0:
             return replace(self, h=self.h[where], row_bias=None if self.row_bias is None else self.row_bias[where])
         column_bias = None if self.column_bias is None else self.column_bias[where]
@@ -177,9 +177,9 @@ class Generated:
 
 @dataclass(frozen=True)
 class Slices:
-    """ΔW is zero but for k of its rows, ΔW[indices] = values [k, K], or of its columns, ΔW[:, indices] = values [N, k].
+    """ΔW is zero except for k rows, ΔW[indices] = values [k, K], or k columns, ΔW[:, indices] = values [N, k].
 
-    `indices` int64 [k], all different; `orientation` "row" or "column"; `size`: N for rows, K for columns.
+    `indices` int64 [k], unique; `orientation` "row" or "column"; `size`: N for rows, K for columns.
     """
 
     values: Tensor
@@ -188,11 +188,11 @@ class Slices:
     size: int
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        """x (W0 + ΔW)ᵀ + b [..., N] as one operation."""
+        """x (W0 + ΔW)ᵀ + b [..., N] in one operation."""
         return sliced_linear(x, weight, self.values, self.indices, bias, orientation=self.orientation, backend=backend)
 
     def update(self, x: Tensor, backend: str) -> Tensor:
-        """x ΔWᵀ [..., N] alone, for a base layer that has to make its own product."""
+        """Only x ΔWᵀ [..., N], for a base layer that computes its own product."""
         values_t = self.values.to(x.dtype).t()
         if self.orientation == "column":
             return x.index_select(-1, self.indices) @ values_t
@@ -200,14 +200,14 @@ class Slices:
         return t.new_zeros(*t.shape[:-1], self.size).index_copy(-1, self.indices, t)
 
     def part(self, dim: int, where: slice) -> Slices | LowRank:
-        """The update of the rows (`dim` 0) or columns (1) `where` of W0 alone. How many of the slices lie there only
-        the device knows; so where the slices themselves would be counted out, it is low rank."""
+        """The part of the update for the rows (`dim` 0) or columns (1) `where` of W0. LowRank if that dimension is the
+        indexed one: the number of indices inside `where` is known only on the device."""
         if dim == (0 if self.orientation == "row" else 1):
             return self.low_rank().part(dim, where)
         return replace(self, values=self.values[:, where] if dim == 1 else self.values[where])
 
     def low_rank(self) -> LowRank:
-        """The same update in the other form: one of its factors only selects, a column of it for each slice."""
+        """The same update as LowRank: one factor is a one-hot selection matrix with a column per slice."""
         places = torch.arange(self.size, device=self.indices.device)
         chosen = (places[:, None] == self.indices).to(self.values.dtype)
         if self.orientation == "column":
@@ -228,12 +228,11 @@ Form = LowRank | InputEdit | Generated | Slices
 
 
 def side_by_side(forms: Sequence[Form], weight: Tensor, backend: str) -> list[Form]:
-    """The sum of several updates as the fewest forms: one, unless they differ in dropout on x or are generated.
+    """The sum of several updates in as few forms as possible: one, unless they differ in dropout on x or are generated.
 
-    Input edits stay an input edit; beside another form they become low rank, at the price of one pass over W0. So do
-    slices, with a factor that only selects, for two adapters may have the same ones. A generated form stands for
-    itself, and comes first: its operation carries the base layer's product at no price, where the low-rank ones add
-    little to what is there.
+    Several input edits are concatenated; mixed with other forms they become low rank, which costs one pass over W0.
+    Slices become low rank too, because two adapters may select the same ones. Generated forms stay separate and come
+    first, because their operation includes the base product at no extra cost.
     """
     if len(forms) == 1:
         return list(forms)
@@ -265,14 +264,14 @@ def side_by_side(forms: Sequence[Form], weight: Tensor, backend: str) -> list[Fo
 
 
 def apply(forms: Sequence[Form], x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    """x (W0 + Σ ΔW)ᵀ + b [..., N]: the first form's operation, which has the product with W0 in it, and what the others
-    add to it."""
+    """x (W0 + Σ ΔW)ᵀ + b [..., N]: the first form's operation includes the product with W0; the other updates are added
+    to it."""
     first, *others = forms
     return _sum(first.linear(x, weight, bias, backend), others, x, backend)
 
 
 def apply_around(base: Callable[[Tensor], Tensor], forms: Sequence[Form], x: Tensor, backend: str) -> Tensor:
-    """The same with a base layer that makes its own product: on an edited input, or with the updates beside it."""
+    """The same for a base layer that computes its own product: on the edited input, or with the updates added."""
     first, *others = forms
     if isinstance(first, InputEdit):
         return _sum(base(first.edit(x, backend)), others, x, backend)
@@ -281,7 +280,7 @@ def apply_around(base: Callable[[Tensor], Tensor], forms: Sequence[Form], x: Ten
 
 def _sum(y: Tensor, forms: Sequence[Form], x: Tensor, backend: str) -> Tensor:
     for form in forms:
-        assert not isinstance(form, InputEdit)  # `side_by_side` leaves one only where it stands alone
+        assert not isinstance(form, InputEdit)  # `side_by_side` returns an InputEdit only on its own
         y = y + form.update(x, backend)
     return y
 

@@ -1,4 +1,4 @@
-"""GenFT: ΔW made from W0 by a column and a row transformation, each with an inner and an outer activation
+"""GenFT: ΔW generated from W0 by a column and a row transformation, each with an inner and an outer activation
 (arXiv 2506.11042 and its released code)."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from genft_modules.methods.base import (
 from genft_modules.methods.forms import Form, Generated
 from genft_modules.methods.weights import weight_features
 
-ACTIVATIONS = ("none", "relu", "leakyrelu", "gelu", "tanh")  # σ(0) = 0 for all: a row of zeros in H stays out of ΔW
+ACTIVATIONS = ("none", "relu", "leakyrelu", "gelu", "tanh")  # all have σ(0) = 0: zero rows of H give zero rows of ΔW
 STAGES = {"column": (1,), "row": (2,), "column_row": (1, 2)}
 ZERO_UPDATE = "zero_update"
 INITS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -47,50 +47,50 @@ INITS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class GenFTConfig(GeneratorConfig):
-    """GenFT. Field names and defaults are the released code's, but for the start: ours is at ΔW = 0, as every method's
-    here, so that training begins from the pretrained model. `stages`, `orientation`, `ratio_on`, `generator_bias` and
-    what follows them are no fields there.
+    """Configuration of GenFT. Field names and defaults are those of the released code, except for the initialisation:
+    ΔW = 0, as in all methods here, so that training starts from the pretrained model. `stages`, `orientation`,
+    `ratio_on`, `generator_bias` and the fields after them do not exist in the released code.
 
         D1 = drop(σ_out(σ_in(ρ W0 Ã1ᵀ + bias_1_a) B̃1ᵀ + bias_1_b))    [N, K], the column transformation
         D2 = drop(σ_out(σ_in(D1ᵀ Ã2ᵀ + bias_2_a) B̃2ᵀ + bias_2_b))      [K, N], the row transformation
 
-    with Ã = [shared_a; specific_a] and B̃ = [shared_b, specific_b]. The shared factors and the biases are one set for
-    all layers of a shape. The specific pair is the layer's own and serves both stages; where W0 is not square, there is
+    with Ã = [shared_a; specific_a] and B̃ = [shared_b, specific_b]. The shared factors and the biases are shared by all
+    layers of a shape. The specific pair belongs to one layer and is used in both stages; if W0 is not square, there is
     one pair per stage.
 
     Published settings, (generator_share_dim, individual_features, ratio_W0, scaling, σ_in, σ_out, drop): RoBERTa on
     GLUE 24, 2, 0.5, 0.05, none, none, 0.1; ViT-B/16 32, 5, 1.4, 1, none, leakyrelu, 0.1 with ratio_on="factors" and
-    generator_bias=False; LLaMA-7B 4, 4, 1, 1, gelu, gelu, 0; each on the projections of q and v.
+    generator_bias=False; LLaMA-7B 4, 4, 1, 1, gelu, gelu, 0; all on the q and v projections.
 
-    With a linear outer activation and nothing dropped the update is low rank. Otherwise it has full rank and its
-    operation costs at least as much as training the layer's whole weight, without the memory.
+    With a linear outer activation and no dropout the update has low rank. Otherwise it has full rank, and its operation
+    needs at least as much compute as training the full weight, but not the memory.
 
     Args:
         generator_share_dim: rank of the shared factors.
         individual_features: rank of the specific pair; 0 for none.
-        individual_init_a: start of specific_a: "zero", "kaiming_uniform" (√5), "xavier_uniform" or "normal" (deviation
-            0.01). "zero" for both in a generator without biases, as in the released ViT scripts, leaves the pair
-            without a gradient for good.
-        individual_init_b: start of specific_b. "zero_update", which None stands for, makes ΔW = 0: specific_b and the
-            last stage's shared_b and bias_b are zero. One of the four names above is the released start, where every
-            shared factor begins as an nn.Linear and ΔW is not zero. An outer relu has no slope at 0, so an update that
-            starts there would never train: with it, None stands for "zero" and "zero_update" is refused.
+        individual_init_a: initialisation of specific_a: "zero", "kaiming_uniform" (√5), "xavier_uniform" or "normal"
+            (standard deviation 0.01). "zero" for both a and b without biases, as in the released ViT scripts, gives the
+            pair zero gradients forever.
+        individual_init_b: initialisation of specific_b. "zero_update" (the default for None) gives ΔW = 0: specific_b
+            and the last stage's shared_b and bias_b are zero. The four names above give the released initialisation,
+            where all shared factors are initialised like nn.Linear and ΔW is not zero. With an outer relu, whose
+            gradient at 0 is zero, None means "zero" and "zero_update" is not allowed, because it would never train.
         ratio_W0: ρ.
         inner_activation, outer_activation: σ_in and σ_out, each "none", "relu", "leakyrelu", "gelu" or "tanh".
         scaling: s.
-        drop: the share of elements of D1 and of D2 that are dropped in training.
-        stages: "column_row", "column" (D1 alone, ΔW = s·D1) or "row" (D2 from ρ W0ᵀ in the place of D1ᵀ).
-        orientation: "vit": ΔW = s·D2ᵀ, as the released ViT code has it; "peft": ΔW = s·D2 as it stands, as the released
-            transformers code has it, for square weights only.
+        drop: dropout probability of the elements of D1 and D2.
+        stages: "column_row", "column" (D1 only, ΔW = s·D1) or "row" (D2 computed from ρ W0ᵀ instead of D1ᵀ).
+        orientation: "vit": ΔW = s·D2ᵀ, as in the released ViT code; "peft": ΔW = s·D2 without transposing, as in the
+            released transformers code, for square weights only.
         ratio_on: what ρ multiplies: "weight", W0 (the released transformers code), or "factors", each of the factors
             Ã and B̃ (the released ViT code).
-        generator_bias: whether there are biases (the released transformers code always has them).
-        enable_genft: for weights that hold several side by side: layer name or regular expression → one flag per row
-            block. {"qkv": [True, False, True]} adapts q and v of a fused qkv weight, as two weights that share the
-            specific pair, in one operation.
-        individual_per_block: one specific pair for the adapted layers of the same parent module (and shape), as q_proj
-            and v_proj of one attention, instead of one per layer.
-        rank_pattern: from layer name or regular expression to another individual_features.
+        generator_bias: whether to use biases (the released transformers code always does).
+        enable_genft: for fused weights: layer name or regular expression → one flag per row block.
+            {"qkv": [True, False, True]} adapts q and v of a fused qkv weight, as two weights that share the specific
+            pair, in one operation.
+        individual_per_block: share one specific pair between the adapted layers of the same parent module (and shape),
+            such as q_proj and v_proj of one attention, instead of one per layer.
+        rank_pattern: layer name or regular expression → individual_features of these layers.
 
     Source: arXiv 2506.11042 and its released code.
     """
@@ -127,7 +127,7 @@ class GenFTConfig(GeneratorConfig):
         if self.individual_init_b == ZERO_UPDATE and self.outer_activation == "relu":
             raise ValueError(
                 f"individual_init_b: got {ZERO_UPDATE!r}, expected one of {tuple(INITS)} because outer_activation is "
-                "'relu', which has no slope at 0"
+                "'relu', which has zero gradient at 0"
             )
         check_number("ratio_W0", self.ratio_W0)
         check_number("scaling", self.scaling)
@@ -151,8 +151,8 @@ class GenFTConfig(GeneratorConfig):
         k, n = in_features, out_features // len(flags)
         if self.orientation == "peft" and self.stages != "column" and k != n:
             raise ValueError(
-                f"orientation: got 'peft', which takes D2 [K, N] as ΔW as it stands and so needs a square weight, but "
-                f"{name or 'the layer'} has K = {k}, N = {n}; expected 'vit'"
+                f"orientation: got 'peft', which needs a square weight, but {name or 'the layer'} has K = {k}, "
+                f"N = {n}; expected 'vit'"
             )
         sizes = {"in_features": k, "out_features": n}
         r = pattern_value(self.rank_pattern, name, self.individual_features)
@@ -173,7 +173,7 @@ class GenFTConfig(GeneratorConfig):
         if shared is None or not self.individual_per_block:
             generator.refer("specific", pair(), own=True)
         else:
-            key = "specific_" + name.rpartition(".")[0].replace(".", "-")  # no module's name may have a dot
+            key = "specific_" + name.rpartition(".")[0].replace(".", "-")  # module names must not contain dots
             generator.refer("specific", share(shared, key, name, pair, {**sizes, "r": r}), own=False)
         return generator
 
@@ -182,10 +182,10 @@ class GenFTConfig(GeneratorConfig):
 
 
 class GenFTFactors(Factors):
-    """What all layers of a shape share. For stage t with d = K (t = 1) or N (t = 2): shared_t_a [r, d] and shared_t_b
-    [d, r], r = generator_share_dim, and with generator_bias bias_t_a and bias_t_b [d]. Only the stages in use have any.
+    """The parameters shared by all layers of a shape. For each stage t in use, with d = K (t = 1) or N (t = 2):
+    shared_t_a [r, d] and shared_t_b [d, r], r = generator_share_dim, and with generator_bias bias_t_a and bias_t_b [d].
 
-    bias_t_a has one element for each row of Ã: layers of a lower specific rank than others use its first ones.
+    bias_t_a has one element per row of Ã: layers with a lower specific rank use the first ones.
     """
 
     def __init__(self, config: GenFTConfig, in_features: int, out_features: int) -> None:
@@ -216,8 +216,8 @@ class GenFTFactors(Factors):
 
 
 class GenFTPair(Factors):
-    """What a layer has of its own, or with the layers beside it: specific_a [r, d] and specific_b [d, r] for a square
-    W0 or a single stage, else specific_t_a and specific_t_b of the size of stage t."""
+    """The specific pair of a layer, or of the layers of a block: specific_a [r, d] and specific_b [d, r] for a square
+    W0 or a single stage, else specific_t_a and specific_t_b for each stage t."""
 
     def __init__(self, config: GenFTConfig, in_features: int, out_features: int, r: int) -> None:
         super().__init__(in_features=in_features, out_features=out_features, r=r)
@@ -234,13 +234,13 @@ class GenFTPair(Factors):
             self.register_parameter(f"specific_{infix}b", nn.Parameter(b))
 
     def of(self, stage: int) -> tuple[Tensor, Tensor]:
-        """The pair that serves a stage."""
+        """The pair used in a stage."""
         infix = "" if self.single else f"{stage}_"
         return getattr(self, f"specific_{infix}a"), getattr(self, f"specific_{infix}b")
 
 
 class GenFTGenerator(Generator):
-    """A generated update; low rank while the outer activation is linear and nothing is dropped."""
+    """A generated update; low rank if the outer activation is linear and nothing is dropped."""
 
     factors: GenFTFactors
     specific: GenFTPair | None
@@ -256,13 +256,13 @@ class GenFTGenerator(Generator):
         self.factor_ratio = config.ratio_W0 if config.ratio_on == "factors" else 1.0
         self.scale = config.scaling
         self.drop = config.drop
-        # Whether the features of the last stage lie along the rows of ΔW; else they lie along its columns.
+        # Whether the features of the last stage are along the rows of ΔW, or else along its columns.
         self.features_are_rows = self.stages == (1,) or config.orientation == "peft"
 
     def form(self, weight: Tensor, *, dropout: bool = True) -> Form:
         drop = self.drop if self.training and dropout else 0.0
         rows = weight.shape[0] // len(self.flags)
-        # What ΔW is made from is small, and keeps its precision; the operation that applies ΔW follows autocast.
+        # The inputs of ΔW are small and keep their precision; the operation that applies ΔW follows autocast.
         with without_autocast(weight):
             parts = {
                 index: self._update(weight[index * rows : (index + 1) * rows], drop)
@@ -273,7 +273,7 @@ class GenFTGenerator(Generator):
             return made.low_rank() if self.outer == "none" and not drop else made
 
     def _update(self, weight: Tensor, drop: float) -> Generated:
-        """The update of W0, or of one of its row blocks, up to what its last stage is made from."""
+        """The update of W0 or of one of its row blocks."""
         stage = self.stages[0]
         a, b, bias_a, bias_b = self._factors(stage, weight)
         source = weight if stage == 1 else weight.t()
@@ -287,7 +287,7 @@ class GenFTGenerator(Generator):
         return Generated(b, h, bias_b, None, self.scale, self.outer, drop)
 
     def _factors(self, stage: int, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Ã [r, d] (without ρ), B̃ [d, r] and the biases [r] and [d] of a stage, where W0 is."""
+        """Ã [r, d] (without ρ), B̃ [d, r] and the biases [r] and [d] of a stage, on the device of W0."""
         a, b, *biases = beside(weight, *self.factors.of(stage))
         if self.specific is not None:
             own_a, own_b = beside(weight, *self.specific.of(stage))
@@ -301,7 +301,7 @@ class GenFTGenerator(Generator):
     def _features(self, first: Generated, a: Tensor, bias: Tensor | None) -> Tensor:
         """H2 = σ_in(D1ᵀ Ã2ᵀ + bias) [K, r]."""
         if first.activation == "none" and not first.dropout:
-            # D1ᵀ Ã2ᵀ = B̃1 (H1ᵀ Ã2ᵀ) + bias_1_b (Ã2 1)ᵀ: r×r products in the place of a matrix of the weight's size.
+            # D1ᵀ Ã2ᵀ = B̃1 (H1ᵀ Ã2ᵀ) + bias_1_b (Ã2 1)ᵀ: an r×r product instead of a matrix of the weight's size.
             z = first.b @ (first.h.t() @ a.t())
             if first.column_bias is not None:
                 z = torch.addr(z, first.column_bias, a.sum(1))
@@ -320,11 +320,10 @@ class GenFTGenerator(Generator):
         )
 
     def _stacked(self, parts: dict[int, Generated]) -> Generated:
-        """One update of the row blocks' updates. Blocks without one get rows of zeros in H, and σ(0) = 0.
+        """Combine the updates of the row blocks. Blocks that are not adapted get zero rows in H, and σ(0) = 0.
 
-        Where the blocks have B in common, their H are set on top of each other. Where they have H in common, it is set
-        into a block-diagonal matrix, beside which the B are set side by side. A bias along the columns becomes a column
-        of H and B, so that it misses the rows of the other blocks.
+        Blocks with a common B: their H are stacked. Otherwise, H becomes block-diagonal and the B are concatenated. A
+        bias along the columns becomes an extra column of H and B, so that it only affects its own rows.
         """
         first = next(iter(parts.values()))
 
@@ -360,7 +359,7 @@ class GenFTGenerator(Generator):
 
 
 def _activation(field: str, name: object) -> str:
-    """The released code also takes None and any case."""
+    """As in the released code, None and upper case are accepted."""
     name = "none" if name is None else name.lower() if isinstance(name, str) else name
     check_choice(field, name, ACTIVATIONS)
     return cast(str, name)

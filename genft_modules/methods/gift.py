@@ -1,4 +1,4 @@
-"""GIFT: ΔW = h(W0 φᵀ) ψᵀ, with one pair (φ, ψ) for all layers of a name (arXiv 2312.00700 v2 to v4, released code)."""
+"""GIFT: ΔW = h(W0 φᵀ) ψᵀ, with one pair (φ, ψ) per layer type (arXiv 2312.00700 v2 to v4, released code)."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ from genft_modules.methods.weights import weight_features
 
 @dataclass
 class GIFTConfig(GeneratorConfig):
-    """GIFT. Neither scale nor dropout.
+    """Configuration of GIFT, which has neither scale nor dropout.
 
     Args:
-        r: rank, the dimension that h works in.
+        r: rank, the dimension of h.
         block: h: "simple_block" (element-wise, identity by default), "mlp", "mlp_mixer", "transformer" (attention over
             the N rows), "pamcat_attn" or "pamcat_transformer" (attention to 64 clusters of the rows).
         block_kwargs: options of the block, see `genft_modules.methods.gift_blocks`; for "simple_block" act_layer
-            "identity", "gelu" or "sigmoid". `num_blocks` puts several after each other.
-        share_projections: one pair (and h) for all adapted layers, which must have equal K, instead of one per name.
-        enable_gift: for weights that hold several side by side: layer name or regular expression → one flag per row
-            block. {"qkv": [True, False, True]} adapts q and v of a fused qkv weight, each by a pair of its own.
-        in_projection_bias, out_projection_bias: ΔW = h(W0 φᵀ + 1 bᵢₙᵀ) ψᵀ + 1 bₒᵤₜᵀ.
+            "identity", "gelu" or "sigmoid". `num_blocks` is the number of blocks in sequence.
+        share_projections: share one pair (and h) between all adapted layers, which must have equal K, instead of one
+            per layer type.
+        enable_gift: for fused weights: layer name or regular expression → one flag per row block.
+            {"qkv": [True, False, True]} adapts q and v of a fused qkv weight, each with its own pair.
+        in_projection_bias, out_projection_bias: whether to use biases: ΔW = h(W0 φᵀ + 1 bᵢₙᵀ) ψᵀ + 1 bₒᵤₜᵀ.
 
     Source: arXiv 2312.00700 v2 to v4 and its released code.
     """
@@ -88,7 +89,7 @@ class GIFTConfig(GeneratorConfig):
 
 
 class GIFTFactors(Factors):
-    """φ [r, K] as nn.Linear starts it, ψ [K, r] zero, the block, and the biases [r] and [K] where asked for."""
+    """φ [r, K] initialised like nn.Linear, ψ [K, r] zero, the block, and the optional biases [r] and [K]."""
 
     phi_bias: nn.Parameter | None
     psi_bias: nn.Parameter | None
@@ -114,7 +115,7 @@ class GIFTFactors(Factors):
         return InputEdit(psi.t(), phi)
 
     def low_rank(self, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-        """P [K, r'] and Q [N, r'] with ΔW = Q Pᵀ; r' = r, and one more for the bias of the out-projection."""
+        """P [K, r'] and Q [N, r'] with ΔW = Q Pᵀ; r' = r, or r + 1 with a bias of the out-projection."""
         biases = () if self.phi_bias is None else (self.phi_bias,)
         features = weight_features(weight, *beside(weight, self.phi, *biases), backend=backend)
         q = self.block(*beside(self.psi, features))
@@ -127,8 +128,8 @@ class GIFTFactors(Factors):
 
 
 class GIFTGenerator(Generator):
-    """An input edit where h is the identity, else low rank. A weight of several row blocks is one low-rank update whose
-    Q is block-diagonal: [Q_q 0; 0 0; 0 Q_v] and P = [P_q P_v] for q and v of a fused qkv weight.
+    """An input edit if h is the identity, else low rank. A fused weight gets one low-rank update with a block-diagonal
+    Q: [Q_q 0; 0 0; 0 Q_v] and P = [P_q P_v] for q and v of a fused qkv weight.
     """
 
     def __init__(self, blocks: int) -> None:

@@ -1,9 +1,9 @@
-"""The blocks h that GIFT puts between its two projections: N rows of W0 φᵀ as tokens of r dimensions, [N, r] → [N, r].
+"""The blocks h between GIFT's two projections: the N rows of W0 φᵀ as tokens of dimension r, [N, r] → [N, r].
 
-Parameter names are the released code's. `simple_block`, `mlp` and `transformer` are held to tensors computed with that
-code. For `mlp_mixer`, `pamcat_attn` and `pamcat_transformer` there are no such tensors: structure, defaults and names
-follow the published description and code, but nothing proves that the numbers agree. Left out: stochastic depth, and
-cluster assignments other than the sigmoid.
+Parameter names are those of the released code. `simple_block`, `mlp` and `transformer` are tested against tensors
+computed with that code. `mlp_mixer`, `pamcat_attn` and `pamcat_transformer` follow the published description and code
+in structure, defaults and names, but have not been compared numerically. Not implemented: stochastic depth, and
+cluster assignments other than sigmoid.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from genft_modules.methods.base import check_choice, without_autocast
 
 
 class L2Norm(nn.Module):
-    """Each token divided by its Euclidean length."""
+    """Divide each token by its L2 norm."""
 
     def forward(self, w: Tensor) -> Tensor:
         return F.normalize(w, dim=-1)
@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
 
 class Cluster(nn.Module):
-    """Soft clusters of the tokens: z = l2norm(σ(cluster(w))ᵀ w / N), [N, r] → [num_clusters, r]."""
+    """Soft clustering of the tokens: z = l2norm(σ(cluster(w))ᵀ w / N), [N, r] → [num_clusters, r]."""
 
     def __init__(self, dim: int, num_clusters: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Cluster(nn.Module):
 
 
 class PamCatAttention(nn.Module):
-    """Attention of the N tokens to clusters of themselves: N·num_clusters scores instead of N²."""
+    """Attention of the N tokens to clusters of the tokens: N·num_clusters scores instead of N²."""
 
     def __init__(self, dim: int, num_heads: int, num_clusters: int) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class MlpBlock(nn.Module):
 
 
 class MixerBlock(nn.Module):
-    """w + MLP over tokens, then + MLP over channels, each on norm(w). Bound to its number of tokens N."""
+    """w + MLP over tokens, then + MLP over channels, each on norm(w). The number of tokens N is fixed."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class MixerBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """w + attention(norm(w)), then, unless mlp_ratio is None, + MLP(norm(w))."""
+    """w + attention(norm(w)), then + MLP(norm(w)) unless mlp_ratio is None."""
 
     def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float | None, norm_layer: str) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ def transformer(
 def pamcat_attn(
     dim: int, tokens: int, num_heads: int = 1, num_clusters: int = 64, norm_layer: str = "l2"
 ) -> AttentionBlock:
-    """w + attention of the N tokens of norm(w) to clusters of them, without an MLP."""
+    """w + attention of the N tokens of norm(w) to their clusters, without an MLP."""
     return AttentionBlock(dim, PamCatAttention(dim, num_heads, num_clusters), None, norm_layer)
 
 
@@ -183,7 +183,7 @@ def pamcat_transformer(
     num_clusters: int = 64,
     norm_layer: str = "l2",
 ) -> AttentionBlock:
-    """w + attention of the N tokens to clusters of them, then + MLP, each on norm(w)."""
+    """w + attention of the N tokens to their clusters, then + MLP, each on norm(w)."""
     return AttentionBlock(dim, PamCatAttention(dim, num_heads, num_clusters), mlp_ratio, norm_layer)
 
 
@@ -198,7 +198,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
 
 
 class Blocks(nn.Module):
-    """`num_blocks` blocks of one kind, one after the other, in the dtype of their parameters even under autocast."""
+    """`num_blocks` blocks in sequence, in the dtype of their parameters even under autocast."""
 
     def __init__(self, block: str, dim: int, tokens: int, num_blocks: int = 1, **block_kwargs: Any) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class Blocks(nn.Module):
 
 
 def check_block(block: str, block_kwargs: dict[str, Any], r: int) -> None:
-    """Refuses a block that does not exist, options that it does not have, and options that do not fit rank r."""
+    """Raises ValueError or TypeError for an unknown block, unknown options, or options incompatible with rank r."""
     check_choice("block", block, tuple(BLOCKS))
     if not isinstance(block_kwargs, dict):
         raise TypeError(f"block_kwargs: got {block_kwargs!r}, expected a dict")
@@ -220,13 +220,13 @@ def check_block(block: str, block_kwargs: dict[str, Any], r: int) -> None:
     known = {"num_blocks": 1} | {n: p.default for n, p in parameters.items() if n not in ("dim", "tokens")}
     for name, value in block_kwargs.items():
         if name not in known:
-            raise ValueError(f"block_kwargs: got {name!r}, expected for {block!r} some of {tuple(known)}")
+            raise ValueError(f"block_kwargs: got {name!r} for {block!r}, expected one of {tuple(known)}")
         if isinstance(known[name], str):
             check_choice(name, value, tuple(ACTIVATIONS if name == "act_layer" else NORMS))
         elif not isinstance(value, (int, type(known[name]))) or isinstance(value, bool):
             raise TypeError(f"{name}: got {value!r}, expected {type(known[name]).__name__}")
         elif value <= 0:
-            raise ValueError(f"{name}: got {value}, expected more than 0")
+            raise ValueError(f"{name}: got {value}, expected a positive number")
     heads = block_kwargs.get("num_heads", 1)
     if r % heads:
         raise ValueError(f"num_heads: got {heads}, expected a divisor of r = {r}")

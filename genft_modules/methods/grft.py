@@ -1,5 +1,5 @@
-"""GRFT: a few rows or columns of each weight train, those with the largest gradients (arXiv 2507.00016). No code is
-released; where the publication leaves a choice, the docstrings say that it is ours."""
+"""GRFT: train a few rows or columns of each weight, those with the largest gradients (arXiv 2507.00016). There is no
+released code; the docstrings mark choices that the paper leaves open as ours."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ from genft_modules.methods.forms import Slices
 
 @dataclass
 class GRFTConfig(GeneratorConfig):
-    """GRFT: ΔW[I] = V, or ΔW[:, I] = V, for k rows or columns I of each weight that are chosen once, before training.
+    """Configuration of GRFT: ΔW[I] = V or ΔW[:, I] = V for k rows or columns I of each weight, selected once before
+    training.
 
-    Choose them with `genft_modules.select_slices(model, batches)`: those with the largest sum of squared gradients over
-    the batches. Until then the adapter refuses to be applied and to be saved. V = 0 at the start. The file of the
-    adapter has V and the indices.
+    Select them with `genft_modules.select_slices(model, batches)`: those with the largest sum of squared gradients over
+    the batches. Before that, the adapter can be neither applied nor saved. V is initialised to 0. A checkpoint contains
+    V and the indices.
 
     Args:
-        k: how many rows or columns of each weight train.
+        k: number of trained rows or columns per weight.
         orientation: "row" (outputs, ΔW[I] = V [k, K]) or "column" (inputs, ΔW[:, I] = V [N, k]), for all layers.
-        selection: "gradient": as above; "random": drawn when the adapter is made, to compare with.
-        k_pattern: from layer name or regular expression to another k.
+        selection: "gradient": as above; "random": drawn when the adapter is created, as a baseline.
+        k_pattern: layer name or regular expression → k of these layers.
         penalty: λ of the term λ·‖ΔW‖² (squared Frobenius norm), which `genft_modules.grft_penalty` computes and
-            `genft_modules.PenaltyMixin` adds to the loss of a `Trainer`. Its published value is not known; 0 (the
-            default, ours) is no penalty.
-        penalty_modules: names of the modules that the penalty sums over, in the way of target_modules; None for all
-            adapted layers. A module of modules_to_save whose name fits, such as a head, counts with the distance from
-            the weights that it started from. The publication stresses the last layers and the head.
+            `genft_modules.PenaltyMixin` adds to the loss of a `Trainer`. The published value is not known; the default
+            0 (ours) disables the penalty.
+        penalty_modules: names of the modules to penalise, in the format of target_modules; None for all adapted layers.
+            For a matching module of modules_to_save, such as a head, the distance from its initial weights is
+            penalised. The paper emphasises the last layers and the head.
 
-    Source: the choice by squared gradients and the penalty are the publication's; one orientation for all layers, ties
-    and the number of batches are ours.
+    Source: selection by squared gradients and the penalty are from the paper; one orientation for all layers, ties and
+    the number of batches are ours.
     """
 
     method: ClassVar[str] = "grft"
@@ -84,14 +85,14 @@ class GRFTConfig(GeneratorConfig):
         return generator
 
     def penalises(self, name: str) -> bool:
-        """Whether `penalty_modules` names the module, by peft's matching of target_modules."""
+        """Whether `penalty_modules` matches the module, as peft matches target_modules."""
         if isinstance(self.penalty_modules, str):
             return bool(match_target_against_key(self.penalty_modules, name))
         return any(name == part or name.endswith(f".{part}") for part in self.penalty_modules or ())
 
 
 class GRFTGenerator(Generator):
-    """V = values, [k, K] for rows and [N, k] for columns, and `indices` int64 [k], −1 until they are selected."""
+    """V = values, [k, K] for rows or [N, k] for columns, and `indices` int64 [k], −1 before selection."""
 
     indices: Tensor
 
@@ -103,40 +104,40 @@ class GRFTGenerator(Generator):
         self.penalty = penalty
         self.values = nn.Parameter(torch.zeros((out_features, k) if columns else (k, in_features)))
         self.register_buffer("indices", torch.full((k,), -1, dtype=torch.int64))
-        # What the indices say: known once, so that no call looks at them, which would wait for a GPU.
+        # Cached, because reading the indices would synchronise with the GPU in every call.
         self.selected = False
 
     def select(self, indices: Tensor | Sequence[int]) -> None:
-        """Fixes which rows or columns train.
+        """Set the trained rows or columns.
 
         Args:
-            indices: k different integers from 0 to N−1 (rows) or K−1 (columns).
+            indices: k unique integers from 0 to N−1 (rows) or K−1 (columns).
 
         Raises:
-            ValueError: they are others, or V is not zero any more.
+            ValueError: the indices are invalid, or V is no longer zero.
         """
         found = torch.as_tensor(indices, dtype=torch.int64).cpu()
         if problem := self._problem(found):
             raise ValueError(f"indices: {problem}")
         if torch.count_nonzero(self.values):
-            raise ValueError("indices: V is not zero any more, expected to fix them before training")
+            raise ValueError("indices: V is no longer zero, expected to be set before training")
         self.indices.copy_(found.sort().values)
         self.selected = True
 
     def _problem(self, indices: Tensor) -> str:
         k = len(self.indices)
         if indices.shape != (k,) or len(indices.unique()) != k or indices.min() < 0 or indices.max() >= self.size:
-            return f"got {indices.tolist()}, expected {k} different ones from 0 to {self.size - 1}"
+            return f"got {indices.tolist()}, expected {k} unique integers from 0 to {self.size - 1}"
         return ""
 
     def check_ready(self) -> None:
         if self.selected or self.indices.is_meta:
             return
-        # Not every way to load an adapter ends in load_state_dict.
+        # Some ways of loading an adapter do not call load_state_dict.
         if self._problem(self.indices.cpu()):
             raise ValueError(
                 f"GRFT: no {self.orientation}s are selected yet; call genft_modules.select_slices(model, batches) "
-                'before training, or take GRFTConfig(selection="random")'
+                'before training, or use GRFTConfig(selection="random")'
             )
         self.selected = True
 
@@ -148,7 +149,7 @@ class GRFTGenerator(Generator):
             problem = self._problem(found)
             self.selected = not problem
             if problem and not bool((found == -1).all()):
-                args[-1].append(f"{key}: {problem}")  # load_state_dict raises these
+                args[-1].append(f"{key}: {problem}")  # raised by load_state_dict
 
     def form(self, weight: Tensor, *, dropout: bool = True) -> Slices:
         if not self.selected:

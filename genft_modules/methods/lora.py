@@ -1,4 +1,4 @@
-"""LoRA: ΔW = s·B A, s = α/r (arXiv 2106.09685), numerically peft's, on the operation that the other methods use."""
+"""LoRA: ΔW = s·B A, s = α/r (arXiv 2106.09685), numerically equivalent to peft's, on genft's fused operation."""
 
 from __future__ import annotations
 
@@ -27,19 +27,18 @@ from genft_modules.methods.row_blocks import RowBlocks
 
 @dataclass
 class LoRAConfig(GeneratorConfig):
-    """LoRA. Field names and meanings are those of `peft.LoraConfig`.
+    """Configuration of LoRA. Field names and meanings are those of `peft.LoraConfig`.
 
     Args:
         r: rank.
         lora_alpha: α; the update is scaled by α/r.
-        lora_dropout: the share of elements of x that the update does not see in training.
+        lora_dropout: dropout probability of x in the LoRA branch.
         use_rslora: scale by α/√r instead.
-        init_lora_weights: True: A Kaiming-uniform(√5), B zero; "gaussian": A normal with deviation 1/r, B zero; False:
-            both Kaiming-uniform(√5), so that ΔW is not zero.
-        enable_lora: for weights that hold several side by side: layer name or regular expression → one flag per row
-            block. {"qkv": [True, False, True]} adapts q and v of a fused qkv weight, each by its own A and B. Not a
-            field of peft's.
-        rank_pattern, alpha_pattern: from layer name or regular expression to another r or α.
+        init_lora_weights: True: A Kaiming-uniform(√5), B zero; "gaussian": A normal with standard deviation 1/r, B
+            zero; False: both Kaiming-uniform(√5), so that ΔW is not zero.
+        enable_lora: for fused weights: layer name or regular expression → one flag per row block.
+            {"qkv": [True, False, True]} adapts q and v of a fused qkv weight, each with its own A and B. Not in peft.
+        rank_pattern, alpha_pattern: layer name or regular expression → r or α of these layers.
 
     Source: arXiv 2106.09685, as in peft.
     """

@@ -1,4 +1,4 @@
-"""PEANuT: ΔWᵀ = s·f(W0ᵀ Aᵀ) Bᵀ with a small network f (arXiv 2410.01870), numerically that of peft's own layer."""
+"""PEANuT: ΔWᵀ = s·f(W0ᵀ Aᵀ) Bᵀ with a small network f (arXiv 2410.01870), numerically equivalent to peft's."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ from genft_modules.methods.base import (
 from genft_modules.methods.forms import LowRank
 from genft_modules.methods.weights import weight_features
 
-# peft makes its activation anew at every call, so what these could learn stays as it starts.
+# peft creates the activation anew in every call, so its parameters keep their initial values.
 CONSTANT: dict[str, Callable[[], nn.Module]] = {"prelu": partial(nn.LeakyReLU, 0.25)}
 
 
 @dataclass
 class PeanutConfig(GeneratorConfig):
-    """PEANuT. Field names, meanings and defaults are those of `peft.PeanutConfig`; its adapters are loaded by
-    `load_peft_peanut`.
+    """Configuration of PEANuT. Field names, meanings and defaults are those of `peft.PeanutConfig`; load peft's
+    adapters with `load_peft_peanut`.
 
         P = f(W0ᵀ Aᵀ) [K, r], ΔW = s·B Pᵀ [N, K]
 
-    f applies σ, then `depth` encoders, each h ↦ σ(h Eᵢᵀ), then as many decoders, each h ↦ σ(h Dᵢᵀ) plus what its
-    encoder was given. An activation's own parameters ("prelu", "xielu") are not trained, as in peft.
+    f applies σ, then `depth` encoders, each h ↦ σ(h Eᵢᵀ), then as many decoders, each h ↦ σ(h Dᵢᵀ) plus the input of
+    the matching encoder. Parameters of the activation ("prelu", "xielu") are not trained, as in peft.
 
     Args:
         r: rank.
-        depth: number of encoders, and of decoders; 0 leaves f(h) = σ(h).
-        act_fn: σ, a name of `transformers.activations.ACT2FN`.
+        depth: number of encoders and of decoders; with 0, f(h) = σ(h).
+        act_fn: σ, a name in `transformers.activations.ACT2FN`.
         scaling: s.
-        init_weights: True: B is zero, so that ΔW = 0, and the rest Kaiming-uniform(√5); False: B too is
-            Kaiming-uniform(√5).
+        init_weights: True: B is zero, so that ΔW = 0, and the rest Kaiming-uniform(√5); False: all Kaiming-uniform(√5).
 
     Source: arXiv 2410.01870, as in peft 0.21.
     """
@@ -90,7 +89,7 @@ class PeanutGenerator(Generator):
         coders = [*list(self.encoders), *list(self.decoders)]  # as lists, which torch 2.11's Dynamo can unpack
         a, b, *coders = beside(weight, self.A, self.B, *coders)
         depth = len(coders) // 2
-        # What ΔW is made from is small, and keeps its precision; the operation that applies ΔW follows autocast.
+        # The inputs of ΔW are small and keep their precision; the operation that applies ΔW follows autocast.
         with without_autocast(weight):
             p = self.act(weight_features(weight.t(), a, backend=self.backend))
             given = []
@@ -106,14 +105,14 @@ class PeanutGenerator(Generator):
 
 
 def activation(name: str) -> nn.Module:
-    """σ of that name, without anything to train."""
+    """σ by name, without trainable parameters."""
     function: nn.Module = CONSTANT[name]() if name in CONSTANT else ACT2FN[name]
     return MadeAnew(name) if next(function.parameters(), None) is not None else function
 
 
 class MadeAnew(nn.Module):
-    """An activation with parameters of its own, made where its argument is at every call, as peft does: they are
-    neither trained nor saved."""
+    """An activation with parameters, created on the input's device in every call as in peft: the parameters are neither
+    trained nor saved."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Weights that hold several side by side, as a fused qkv or gate and up: a generator for each adapted block of rows."""
+"""Fused weights, such as qkv or gate and up: one generator per adapted row block."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from genft_modules.methods.forms import InputEdit, LowRank
 
 
 class RowBlocks(Generator):
-    """One low-rank update for all blocks, whose Q is block-diagonal: [Q_q 0; 0 0; 0 Q_v] and P = [P_q P_v] for q and v
-    of a fused qkv weight. An input edit, which the blocks would have to disagree on, becomes low rank, at the price of
-    a pass over the block's rows.
+    """One low-rank update for all blocks, with a block-diagonal Q: [Q_q 0; 0 0; 0 Q_v] and P = [P_q P_v] for q and v of
+    a fused qkv weight. Input edits, which differ between blocks, become low rank, at the cost of a pass over the
+    block's rows.
 
     Args:
-        blocks: into how many equal blocks the rows are divided.
-        parts: block → its generator, of low rank; all drop the same share of x.
+        blocks: number of equal row blocks.
+        parts: block → its low-rank generator; all with the same dropout on x.
     """
 
     def __init__(self, blocks: int, parts: Mapping[int, Generator]) -> None:

@@ -1,4 +1,4 @@
-"""WeGeFT: ΔW = s·(W0 φᵀ) ψ, s = α/r, with one pair (φ, ψ) for all layers of a type (arXiv 2312.00700 v5, ICML 2025)."""
+"""WeGeFT: ΔW = s·(W0 φᵀ) ψ, s = α/r, with one pair (φ, ψ) per layer type (arXiv 2312.00700 v5, ICML 2025)."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ BY_TYPE = "type"
 
 @dataclass
 class WeGeFTConfig(GeneratorConfig):
-    """WeGeFT. Field names are the released code's. The paper's setting for language models: r = 64, wegeft_alpha = 128
-    on q, k, v, up and down projections, one pair per type.
+    """Configuration of WeGeFT. Field names are those of the released code. The paper's setting for language models:
+    r = 64, wegeft_alpha = 128 on the q, k, v, up and down projections, one pair per type.
 
     Args:
         r: rank of the pair.
         wegeft_alpha: α; the update is scaled by α/r.
-        wegeft_dropout: the share of elements of W0 dropped before φ in training. The update is then applied in its
-            low-rank form, at the price of one pass over W0 per call.
-        tied_modules: which layers share one pair. "type" (default): all layers of the same last name component, across
-            depth; apart where K or r differ. A list of groups of regular expressions: the layers that fit a group (the
-            first, by peft's matching of rank_pattern) share, and must have equal K and r; every other layer has its own
-            pair. None: each layer has its own.
-        enable_wegeft: for weights that hold several side by side: layer name or regular expression → one flag per row
-            block. {"qkv": [True, False, True]} adapts q and v of a fused qkv weight, each by a pair of its own (shared
-            with the same block of the layers in its group). The update is then applied in its low-rank form, at the
-            price of one pass over the adapted rows of W0 per call.
-        rank_pattern, alpha_pattern: from layer name or regular expression to another r or α.
+        wegeft_dropout: dropout probability of the elements of W0 before φ. The update is then applied in its low-rank
+            form, at the cost of one pass over W0 per call.
+        tied_modules: which layers share a pair. "type" (default): all layers with the same last name component, if K
+            and r are equal. A list of groups of regular expressions: the layers that match a group share a pair and
+            must have equal K and r (the first matching group counts, matched as peft's rank_pattern); all other layers
+            have their own. None: each layer has its own.
+        enable_wegeft: for fused weights: layer name or regular expression → one flag per row block.
+            {"qkv": [True, False, True]} adapts q and v of a fused qkv weight, each with its own pair (shared with the
+            same block of other layers in the group). The update is then applied in its low-rank form, at the cost of
+            one pass over the adapted rows of W0 per call.
+        rank_pattern, alpha_pattern: layer name or regular expression → r or α of these layers.
 
-    Source: arXiv 2312.00700 v5 (ICML 2025) and its released code; parts of fused weights are ours.
+    Source: arXiv 2312.00700 v5 (ICML 2025) and its released code; enable_wegeft is ours.
     """
 
     method: ClassVar[str] = "wegeft"
@@ -118,7 +118,7 @@ class WeGeFTConfig(GeneratorConfig):
 
 
 class WeGeFTPair(Factors):
-    """φ = 0 and ψ Kaiming-uniform(√5), both [r, K], so that ΔW = 0 before training."""
+    """φ and ψ [r, K], initialised to zero and Kaiming-uniform(√5), so that ΔW = 0."""
 
     def __init__(self, in_features: int, r: int) -> None:
         super().__init__(in_features=in_features, r=r)
@@ -128,7 +128,7 @@ class WeGeFTPair(Factors):
 
 
 class WeGeFTGenerator(Generator):
-    """An input edit; low rank while elements of W0 are dropped."""
+    """An input edit; low rank if there is dropout on W0."""
 
     pair: WeGeFTPair
 

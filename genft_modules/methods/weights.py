@@ -1,8 +1,8 @@
-"""W0 for those who read it, also where the base layer keeps it quantised: rows of it in floating point, for as long as
-they are needed. Generators read W0 through `weight_features` and in no other way.
+"""Access to W0, also if it is quantised: rows are dequantised temporarily. Generators read W0 only through
+`weight_features`.
 
-Of quantised layers, bitsandbytes' and torchao's give single rows; HQQ's, GPTQ's and any other with a `dequantize` give
-W0 as a whole, which is let go as soon as it was read. A backward pass reads W0 anew.
+bitsandbytes and torchao layers are dequantised in row panels; HQQ, GPTQ and other layers with a `dequantize` method as
+a whole. The dequantised weight is freed after use and recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from genft_kernels import weight_features as _weight_features
 from genft_kernels.activations import activation as activation_named
 from genft_kernels.checks import FLOATS
 
-PANEL = 2**22  # elements of W0 that are in floating point at a time
+PANEL = 2**22  # number of elements of W0 dequantised at a time
 
 
 def stored(layer: nn.Module) -> Tensor:
-    """The tensor that a linear layer keeps W0 in, whatever it is packed as: its device is the layer's."""
-    for name in ("weight", "W_q", "qweight"):  # of HQQ, of GPTQ and its kin
+    """The tensor in which a linear layer stores W0, possibly packed."""
+    for name in ("weight", "W_q", "qweight"):  # W_q: HQQ; qweight: GPTQ and similar
         if isinstance(tensor := getattr(layer, name, None), Tensor):
             return tensor
     return next(chain(layer.parameters(), layer.buffers()))
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """Whether W0 has to be made from what the layer stores."""
+    """Whether the layer's weight is quantised."""
     weight: Any = getattr(layer, "weight", None)
-    if type(weight).__name__ == "Params4bit":  # its bytes may be stored as floats; on the way to a GPU it has none yet
+    if type(weight).__name__ == "Params4bit":  # may be stored as float; not yet quantised before it is moved to a GPU
         return weight.quant_state is not None
     return not isinstance(weight, Tensor) or weight.dtype not in FLOATS or _of_torchao(weight)
 
 
 def can_be_base(layer: nn.Module) -> bool:
-    """Whether a layer that is no `nn.Linear` is a quantised one: it knows its sizes and stores a packed weight."""
+    """Whether a layer other than `nn.Linear` is a supported quantised layer: it has sizes and a packed weight."""
     packed = any(isinstance(getattr(layer, name, None), Tensor) for name in ("W_q", "qweight"))
     return (packed or callable(getattr(layer, "dequantize", None))) and None not in features_of(layer)
 
 
 def features_of(layer: nn.Module) -> tuple[int | None, int | None]:
-    """K and N, as packages call them."""
+    """K and N, under the attribute names used by the quantisation packages."""
     k, n = (getattr(layer, f"{side}_features", getattr(layer, f"{side}features", None)) for side in ("in", "out"))
     return (k, n) if isinstance(k, int) and isinstance(n, int) else (None, None)
 
@@ -63,7 +63,7 @@ def weight_features(
     seed: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """σ(ratio·drop(W0) Aᵀ + bias) [N, r], as `genft_kernels.weight_features`; for a quantised W0 panel by panel."""
+    """σ(ratio·drop(W0) Aᵀ + bias) [N, r] as in `genft_kernels.weight_features`; panel by panel for a quantised W0."""
     if isinstance(weight, QuantisedWeight):
         return weight.features(a, bias, ratio, activation, dropout, seed, backend)
     return _weight_features(
@@ -72,8 +72,8 @@ def weight_features(
 
 
 class QuantisedWeight:
-    """Stands where a generator expects W0 [N, K]: knows its shape and device, can be cut into row blocks and
-    transposed, and nothing is in floating point until `weight_features` reads it.
+    """A stand-in for W0 [N, K] with shape, device, slicing into row blocks and transposition; dequantised only when
+    `weight_features` reads it.
 
     Args:
         layer: the quantised base layer.
@@ -108,7 +108,7 @@ class QuantisedWeight:
         return other
 
     def dequantised(self) -> Tensor:
-        """W0, or the part of it that this stands for, as a whole."""
+        """W0, or the part of it that this represents, in floating point."""
         rows = _rows(self.layer, self.start, self.stop)
         return rows.t() if self.transposed else rows
 
@@ -122,7 +122,7 @@ class QuantisedWeight:
         seed: Tensor | None,
         backend: str,
     ) -> Tensor:
-        """See `weight_features`. W0 is not kept for the backward pass: it is read anew there, panel by panel."""
+        """See `weight_features`. W0 is not saved for the backward pass but dequantised again, panel by panel."""
         height = max(1, PANEL // self.columns) if _gives_rows(self.layer) else self.stop - self.start
         panels = [(i, min(i + height, self.stop)) for i in range(self.start, self.stop, height)]
         sigma = activation_named(activation)
@@ -158,13 +158,13 @@ def _of_torchao(weight: Tensor) -> bool:
 def _gives_rows(layer: Any) -> bool:
     weight: Any = getattr(layer, "weight", None)
     if type(weight).__name__ == "Params4bit":
-        return bool(layer.in_features % weight.quant_state.blocksize == 0)  # no block of numbers lies in two rows
+        return bool(layer.in_features % weight.quant_state.blocksize == 0)  # no quantisation block spans two rows
     return isinstance(weight, Tensor) and (_of_torchao(weight) or type(weight).__name__ == "Int8Params")
 
 
 @torch.no_grad()
 def _rows(layer: Any, start: int, stop: int) -> Tensor:
-    """Rows of W0 in floating point. Raises TypeError if the layer does not tell."""
+    """Rows of W0 in floating point. Raises TypeError if the layer cannot be dequantised."""
     if not _gives_rows(layer):
         return _whole(layer)[start:stop]
     weight = layer.weight
@@ -191,21 +191,21 @@ def _rows_of_4bit(weight: Any, start: int, stop: int) -> Tensor:
         quant_type=state.quant_type,
         dtype=state.dtype,
     )
-    packed = weight.data.reshape(-1).view(torch.uint8)  # two numbers in a byte
+    packed = weight.data.reshape(-1).view(torch.uint8)  # two 4-bit values per byte
     return cast(Tensor, dequantize_4bit(packed[start * columns // 2 : stop * columns // 2], part))
 
 
 def _whole(layer: Any) -> Tensor:
-    if callable(make := getattr(layer, "dequantize_weight", None)):  # GPTQ's, [K, N]
+    if callable(make := getattr(layer, "dequantize_weight", None)):  # GPTQ: [K, N]
         weight = make().t()
-    elif callable(make := getattr(layer, "dequantize", None)):  # HQQ's and others'
+    elif callable(make := getattr(layer, "dequantize", None)):  # HQQ and others
         weight = make()
     else:
         weight = dequantize_module_weight(layer) if isinstance(getattr(layer, "weight", None), Tensor) else None
     columns, rows = features_of(layer)
     if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or weight.shape != (rows, columns):
         raise TypeError(
-            f"base_layer: {type(layer).__name__} gives no weight [{rows}, {columns}] in floating point, from which the "
-            "method makes ΔW; adapt it with a method that edits its input, such as WeGeFT"
+            f"base_layer: {type(layer).__name__} cannot be dequantised to a weight [{rows}, {columns}], which the "
+            "method needs; use a method that edits the input, such as WeGeFT"
         )
     return weight

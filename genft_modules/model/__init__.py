@@ -1,1 +1,1 @@
-"""A whole model: the methods as peft tuners, sums of adapters, several processes, slices chosen by their gradients."""
+"""Adapted models: peft tuners, weighted sums of adapters, distributed training, GRFT's slice selection."""

@@ -1,4 +1,4 @@
-"""Weighted sums of adapters as one new adapter: Σ wᵢ ΔWᵢ = [w₁B₁ w₂B₂ …][A₁; A₂; …] has low rank where each has."""
+"""Weighted sums of low-rank adapters as a new adapter: Σ wᵢ ΔWᵢ = [w₁B₁ w₂B₂ …][A₁; A₂; …]."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ COMBINATIONS = ("cat", "svd")
 def combined(
     tuner: Any, adapters: Sequence[str], weights: Sequence[float], combination_type: str, svd_rank: int | None
 ) -> tuple[LoRAConfig, dict[str, tuple[Tensor, Tensor]]]:
-    """The config of the sum and, by layer, its A [r, K] and B [N, r]. See `GenFTModel.add_weighted_adapter`."""
+    """The config of the sum and A [r, K] and B [N, r] of each layer. See `GenFTModel.add_weighted_adapter`."""
     if not adapters or len(adapters) != len(weights):
         raise ValueError(
-            f"weights: got {len(weights)} for {len(adapters)} adapters, expected one for each, and an adapter"
+            f"weights: got {len(weights)} for {len(adapters)} adapters, expected one per adapter and at least one"
         )
     if combination_type not in COMBINATIONS:
         raise ValueError(
-            f"combination_type: got {combination_type!r}, expected one of {COMBINATIONS}; peft's others work on "
-            "the elements of A and B, which methods that generate their factors do not have"
+            f"combination_type: got {combination_type!r}, expected one of {COMBINATIONS}; peft's other types combine "
+            "the elements of A and B, which do not exist in generated updates"
         )
     if svd_rank is not None:
         check_rank("svd_rank", svd_rank)
@@ -40,11 +40,11 @@ def combined(
     for name, weight in zip(adapters, weights, strict=True):
         check_number(f"weights of {name!r}", weight)
         if name not in tuner.peft_config:
-            raise ValueError(f"adapters: {name!r} does not exist, expected some of {list(tuner.peft_config)}")
+            raise ValueError(f"adapters: {name!r} does not exist, expected names from {list(tuner.peft_config)}")
         config = tuner.peft_config[name]
         if config.modules_to_save or config.bias != "none":
             raise ValueError(
-                f"adapters: {name!r} also trains whole modules or biases (modules_to_save, bias), which do not add up"
+                f"adapters: {name!r} also trains full modules or biases (modules_to_save, bias), which cannot be added"
             )
     layers = {
         key: layer
@@ -61,7 +61,7 @@ def combined(
             if part is None:
                 raise ValueError(
                     f"adapters: ΔW of {name!r} ({tuner.peft_config[name].method}) has full rank in {key}, expected "
-                    "adapters of low rank"
+                    "low-rank adapters"
                 )
             parts.append((part[0], part[1] * weight))
         a, b = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
@@ -70,7 +70,7 @@ def combined(
         factors[key] = (a, b)
     ranks = {key: a.shape[0] for key, (a, _) in factors.items()}
     r = max(ranks.values())
-    # ^ keeps peft, which looks at the end of names, from finding the layer of a longer name
+    # peft matches the end of names; ^ prevents a match with a longer name
     pattern = {f"^{re.escape(key)}": rank for key, rank in ranks.items() if rank != r}
     config = LoRAConfig(
         r=r,
@@ -85,7 +85,7 @@ def combined(
 
 
 def truncated(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """The best B A of rank r, from products with a side of the rank alone."""
+    """The best approximation of B A with rank r, computed without forming B A."""
     q_a, r_a = torch.linalg.qr(a.t())
     q_b, r_b = torch.linalg.qr(b)
     u, s, vh = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)

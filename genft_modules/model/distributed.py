@@ -1,8 +1,8 @@
-"""Adapters in several processes: the same adapter on all of them, and whole from its shards.
+"""Adapters in distributed training: identical adapters on all ranks, and gathering of sharded adapters.
 
-Spreading the model is torch's, accelerate's and transformers' business: DistributedDataParallel, `fully_shard`,
-`parallelize_module` and `tp_plan` take an adapted model as they take any other; docs/distributed.md has the recipes.
-Every process has to call the functions here.
+Parallelism itself comes from torch, accelerate and transformers: DistributedDataParallel, `fully_shard`,
+`parallelize_module` and `tp_plan` work with adapted models as with any other; see docs/distributed.md. All functions
+here are collective: every rank must call them.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods.weights import stored
 
 T = TypeVar("T")
-TIMEOUT = 300.0  # seconds that a process waits for the others
+TIMEOUT = 300.0  # seconds to wait for the other ranks
 
 
 def align_adapters(model: nn.Module, *, timeout: float = TIMEOUT) -> None:
-    """Makes sure that all processes have the same adapters: the same configurations and shapes, or all of them raise;
-    then the values of the first process. To be called on the adapted model before it is spread, or after, where it is
-    cut by tensor parallelism.
+    """Check that all ranks have adapters with the same configurations and shapes, then broadcast the values of rank 0.
+    Call it on the adapted model before wrapping or sharding it; with tensor parallelism, afterwards.
 
     Args:
-        model: with adapters of genft; wrapped or not.
-        timeout: how long to wait for the other processes, in seconds.
+        model: a model with genft adapters, wrapped or not.
+        timeout: how long to wait for the other ranks, in seconds.
 
     Raises:
-        ValueError: on every process, naming what differs where; or shared factors that belong to layers of which only
-            some are cut, whose gradients would be wrong.
-        RuntimeError: a process did not come within `timeout`; that of process 0 says which.
+        ValueError: on every rank, with the differences; or factors are shared between sharded and unsharded layers,
+            which would give wrong gradients.
+        RuntimeError: a rank did not join within `timeout`; the error on rank 0 says which.
     """
     _check_sharing(model)
     if not several():
@@ -55,15 +54,15 @@ def align_adapters(model: nn.Module, *, timeout: float = TIMEOUT) -> None:
 
 
 def agree(what: str, entries: dict[str, str], *, timeout: float = TIMEOUT) -> None:
-    """Raises ValueError on every process unless `entries` are the same on all of them, naming what differs where; and
-    RuntimeError where a process did not come within `timeout` seconds."""
+    """Raises ValueError on every rank, with the differences, unless `entries` are the same on all ranks; RuntimeError
+    if a rank did not join within `timeout` seconds."""
     if several():
         with _meeting(timeout) as group:
             _refuse_differences(what, entries, group)
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns, or raises, on the first process; it is called there alone."""
+    """Call `make` on rank 0 only and return its result, or raise its exception, on all ranks."""
     if not several():
         return make()
     box: list[Any] = [None, None]
@@ -79,8 +78,8 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def gathered_adapter(model: Any, adapter_name: str = "default") -> dict[str, Tensor]:
-    """The tensors of an adapter by their keys in the model's state dict, whole and on the CPU, from whatever they are
-    spread over. Nothing of the base model is gathered."""
+    """The full tensors of an adapter on the CPU, by their keys in the model's state dict. The base model is not
+    gathered."""
     state = model.state_dict()
     whole = {}
     for name in adapter_keys(model, adapter_name).values():
@@ -90,7 +89,7 @@ def gathered_adapter(model: Any, adapter_name: str = "default") -> dict[str, Ten
 
 
 def adapter_keys(model: Any, adapter_name: str = "default") -> dict[str, str]:
-    """Keys of an adapter's file → of the model's state dict. peft renames the keys and looks at no value."""
+    """Keys in the adapter's file → keys in the model's state dict."""
     keys = {key: key for key in model.state_dict()}
     return get_peft_model_state_dict(  # type: ignore[no-any-return]
         model, state_dict=keys, adapter_name=adapter_name, save_embedding_layers=False
@@ -98,18 +97,18 @@ def adapter_keys(model: Any, adapter_name: str = "default") -> dict[str, str]:
 
 
 def barrier() -> None:
-    """Waits for the other processes, where there are any."""
+    """Wait for the other ranks, if there are any."""
     if several():
         dist.barrier()
 
 
 def rank() -> int:
-    """The number of this process; 0 where it is the only one."""
+    """The rank of this process; 0 if it is the only one."""
     return dist.get_rank() if several() else 0
 
 
 def unwrapped(model: Any) -> Any:
-    """The model in DistributedDataParallel and torch.compile."""
+    """The model without the wrappers of DistributedDataParallel and torch.compile."""
     while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
         model = getattr(model, "_orig_mod", None) or model.module
     return model
@@ -125,11 +124,11 @@ def _is_adapter(name: str) -> bool:
 
 
 def _description(model: nn.Module) -> dict[str, str]:
-    """What has to be equal: configurations field by field, and every trainable parameter."""
+    """What must be equal on all ranks: the fields of all configs, shapes and dtypes of the trainable parameters."""
     found = {}
     for adapter, config in getattr(unwrapped(model), "peft_config", {}).items():
         fields = config.to_dict()
-        fields.pop("base_model_name_or_path", None)  # a path may be another on each machine
+        fields.pop("base_model_name_or_path", None)  # paths may differ between machines
         for name, value in fields.items():
             text = sorted(value) if isinstance(value, set) else value
             found[f"{adapter}.{name}"] = json.dumps(text, sort_keys=True, default=str)
@@ -141,7 +140,7 @@ def _description(model: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def _meeting(timeout: float) -> Iterator[Any]:
-    """A process group on the CPU for small talk, once everybody is there."""
+    """A temporary gloo process group, after a barrier."""
     wait = datetime.timedelta(seconds=timeout)
     group = dist.new_group(backend="gloo", timeout=wait)
     try:
@@ -157,23 +156,24 @@ def _refuse_differences(what: str, mine: dict[str, str], group: Any) -> None:
     others = [rank for rank, digest in enumerate(every) if digest != every[0]]
     if not others:
         return
-    told = []  # what process 0 and the first that differs have to say
+    told = []  # the entries of rank 0 and of the first rank that differs
     for source in (0, others[0]):
         one: list[Any] = [mine]
         dist.broadcast_object_list(one, src=source, group=group)
         told.append(one[0])
     first, other = told
     names = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
-    names.sort(key=_is_adapter)  # a setting says more than the shapes that follow from it
-    shown = "; ".join(f"{name}: {other.get(name)} there, {first.get(name)} in process 0" for name in names[:3])
+    names.sort(key=_is_adapter)  # settings first: shapes follow from them
+    shown = "; ".join(f"{name}: got {other.get(name)}, rank 0 has {first.get(name)}" for name in names[:3])
     raise ValueError(
-        f"{what}: processes {others} have others than process 0, in {len(names)} entries ({shown}); expected the same "
-        "command and configuration everywhere"
+        f"{what}: ranks {others} differ from rank 0 in {len(names)} entries ({shown}); expected the same command and "
+        "configuration on all ranks"
     )
 
 
 def _check_sharing(model: nn.Module) -> None:
-    """Cut layers sum the gradients of their factors over the processes; a layer that is whole has all of it already."""
+    """Raise ValueError if factors are shared between sharded and unsharded layers: the former sum gradients over ranks,
+    the latter already have full gradients."""
     users: dict[int, set[bool]] = {}
     for name, layer in _layers(model):
         for generator in layer.genft_generators.values():
@@ -181,8 +181,8 @@ def _check_sharing(model: nn.Module) -> None:
                 users.setdefault(id(factors), set()).add(is_sharded(stored(layer.base_layer)))
                 if len(users[id(factors)]) > 1:
                     raise ValueError(
-                        f"model: {name} shares factors with layers of which only some are cut by tensor parallelism, "
-                        "expected all or none; share by another rule (tied_modules, target_modules), or cut them alike"
+                        f"model: {name} shares factors with layers of which only some are sharded, expected all or "
+                        "none; change the sharing (tied_modules, target_modules) or the parallelism plan"
                     )
 
 

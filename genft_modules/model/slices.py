@@ -1,4 +1,4 @@
-"""Around GRFT: the choice of rows or columns by their gradients, and the penalty that holds them near W0."""
+"""GRFT: selection of rows or columns by their gradients, and the penalty on ΔW."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def _generators(layers: dict[str, FusedGenLinear], adapter_name: str) -> dict[st
 
 
 def needs_slices(model: nn.Module, adapter_name: str = "default") -> bool:
-    """Whether the adapter is one of GRFT's whose rows or columns are to be selected yet."""
+    """Whether the adapter is a GRFT adapter whose rows or columns are not selected yet."""
     return any(not generator.selected for generator in _generators(_layers(model, adapter_name), adapter_name).values())
 
 
-# ---- the choice
+# ---- selection
 
 
 def select_slices(
@@ -51,41 +51,41 @@ def select_slices(
     adapter_name: str = "default",
     progressbar: bool = True,
 ) -> dict[str, Tensor]:
-    """Chooses which rows or columns a GRFT adapter trains: for each weight the k with the largest sum, over the
-    batches, of squared gradients; then they are fixed.
+    """Select the rows or columns that a GRFT adapter trains: for each weight, the k with the largest sum of squared
+    gradients over the batches.
 
-    The gradient is that of the base model: adapters of the adapted layers are left out, dropout is off, no weight gets
-    a gradient. A backward pass hands each layer the gradient of its output, which is reduced together with the layer's
-    input at once (`squared_gradient_sums`): beside the activations, nothing larger than a row of sums is kept.
+    The gradients are those of the base model: adapters and dropout are disabled. Weight gradients are never stored:
+    each layer's output gradient and input are reduced at once (`squared_gradient_sums`), so only one vector of sums per
+    layer is kept in addition to the activations.
 
-    Squares are taken of the gradient of a whole batch, so the size of batches matters, as it does in the publication;
-    how large and how many they are there is not known. A layer that is used several times in a batch counts each use
-    as a batch of its own. Where torch.distributed is initialised, sums are taken over all processes.
+    The gradient of a whole batch is squared, so the batch size matters, as in the paper, which does not give the size
+    and number of batches. If a layer is used several times in a batch, each use counts as a separate batch. If
+    torch.distributed is initialised, the sums are reduced over all ranks.
 
     Args:
-        model: any model with the adapter, not merged; from `get_peft_model`, for example.
-        batches: what `loss` takes. Tensors in a mapping are moved to the model's device.
-        loss: from (model, batch) to a scalar; None for `model(**batch).loss`.
-        adapter_name: which adapter. Its V has to be zero.
-        progressbar: show one on stderr.
+        model: a model with the adapter, not merged, for example from `get_peft_model`.
+        batches: inputs of `loss`. Tensors in a mapping are moved to the model's device.
+        loss: function of (model, batch) that returns a scalar; None for `model(**batch).loss`.
+        adapter_name: name of the adapter. Its V must be zero.
+        progressbar: show a progress bar on stderr.
 
     Returns:
         The indices int64 [k], ascending, for each adapted layer by name.
 
     Raises:
-        ValueError, TypeError: no adapter has been changed then.
+        ValueError, TypeError: invalid arguments or gradients; the adapter is unchanged.
 
-    Source: the criterion of GRFT (arXiv 2507.00016). A smaller index wins where sums are equal; that is ours.
+    Source: the criterion of GRFT (arXiv 2507.00016). If sums are equal, the smaller index wins (our choice).
     """
     layers = _layers(model, adapter_name)
     if not layers:
-        raise ValueError(f"adapter_name: no layer of the model has a GRFT adapter called {adapter_name!r}")
+        raise ValueError(f"adapter_name: got {adapter_name!r}, but no layer has a GRFT adapter of that name")
     generators = _generators(layers, adapter_name)
     for name, layer in layers.items():
         if layer.merged:
-            raise ValueError(f"model: {name} has adapters merged, expected none; call unmerge_adapter() first")
+            raise ValueError(f"model: {name} has merged adapters, expected none; call unmerge_adapter() first")
         if torch.count_nonzero(generators[name].values):
-            raise ValueError(f"model: V of {name} is not zero any more, expected to select before training")
+            raise ValueError(f"model: V of {name} is no longer zero, expected selection before training")
     sums = {name: torch.zeros(generator.size) for name, generator in generators.items()}
 
     def add(name: str, x: Tensor, dy: Tensor) -> None:
@@ -102,7 +102,7 @@ def select_slices(
             value = _own_loss(model, batch) if loss is None else loss(model, batch)
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 came = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"loss: gave {came}, expected a scalar tensor that depends on the adapted layers")
+                raise ValueError(f"loss: got {came}, expected a scalar tensor that depends on the adapted layers")
             value.backward()
             progress.update()
     if distributed.is_available() and distributed.is_initialized():
@@ -114,7 +114,7 @@ def select_slices(
 
 def _own_loss(model: nn.Module, batch: Any) -> Any:
     if not isinstance(batch, Mapping):
-        raise TypeError(f"batches: got a {type(batch).__name__}, expected mappings that the model takes, or a loss")
+        raise TypeError(f"batches: got a {type(batch).__name__}, expected mappings of model inputs, or a loss function")
     return model(**batch).loss
 
 
@@ -122,14 +122,14 @@ def _own_loss(model: nn.Module, batch: Any) -> Any:
 def _calibrating(
     model: nn.Module, layers: dict[str, FusedGenLinear], add: Callable[[str, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Inside, the base model runs in eval mode, no parameter wants a gradient, and each layer's `add` is called with
-    its name, its input and the gradient of its output. Afterwards all is as it was."""
+    """Context in which the model runs in eval mode without adapters, no parameter requires grad, and `add` is called
+    with each layer's name, input and output gradient. The previous state is restored on exit."""
 
     def begin(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return output
         if not output.requires_grad:
-            # Gradients begin here: nothing before this layer is differentiated. A copy, for the model may write to it.
+            # Backpropagation ends here. A copy, because the model may modify the output in place.
             output = output.detach().requires_grad_().clone()
         x = (args[0] if args else kwargs["x"]).detach()
         output.register_hook(lambda dy: add(name, x, dy))
@@ -166,7 +166,7 @@ def _choose(generators: dict[str, GRFTGenerator], sums: dict[str, Tensor]) -> di
         raise ValueError("batches: no adapted layer got a gradient, expected at least one batch with a loss")
     if without:
         warnings.warn(
-            f"{without} got no gradient; their first rows or columns are taken.", RuntimeWarning, stacklevel=3
+            f"{without} got no gradient; their first rows or columns are selected.", RuntimeWarning, stacklevel=3
         )
     for name, generator in generators.items():
         order = torch.argsort(sums[name], descending=True, stable=True)
@@ -178,15 +178,15 @@ def _choose(generators: dict[str, GRFTGenerator], sums: dict[str, Tensor]) -> di
 
 
 def grft_penalty(model: nn.Module) -> Tensor:
-    """λ·Σ‖ΔW‖² (squared Frobenius norms) over the modules that the active GRFT adapters' `penalty_modules` name, to be
-    added to a loss: differentiable, a float32 scalar, 0 where λ is.
+    """The penalty λ·Σ‖ΔW‖² (squared Frobenius norms) over the modules that match `penalty_modules` of the active GRFT
+    adapters: a differentiable float32 scalar to add to the loss.
 
     `PenaltyMixin` adds it in a `Trainer`.
 
     Raises:
-        ValueError: a weight is sharded: the gradient of the penalty would be reduced as if it were a part of one.
+        ValueError: a weight is sharded; the gradient of the penalty would be summed over the ranks.
 
-    Source: the publication of GRFT (arXiv 2507.00016), whose λ is not known.
+    Source: the GRFT paper (arXiv 2507.00016), whose λ is not known.
     """
     configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
     terms = []
@@ -210,11 +210,11 @@ def grft_penalty(model: nn.Module) -> Tensor:
 
 
 class PenaltyMixin:
-    """Adds `grft_penalty` to the training loss of a `transformers.Trainer`, once for each optimizer step:
+    """Adds `grft_penalty` to the training loss of a `transformers.Trainer`, once per optimizer step:
 
         class MyTrainer(PenaltyMixin, Trainer): ...
 
-    The loss of an evaluation is without it.
+    The evaluation loss does not include it.
     """
 
     def compute_loss(
@@ -228,8 +228,8 @@ class PenaltyMixin:
         loss, *outputs = found if return_outputs else (found,)
         trainer: Any = self
         penalty = grft_penalty(trainer.accelerator.unwrap_model(model))
-        # The Trainer adds up gradients of several batches. It divides their losses by the number of batches, but for
-        # those that were divided by the number of tokens in all of them.
+        # With gradient accumulation, the Trainer divides the loss by the number of batches, unless it is already
+        # divided by the total number of tokens.
         scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
         if scaled is None:
             by_tokens = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None

@@ -1,4 +1,4 @@
-"""Which names stand for which layers of a model."""
+"""Module names and target_modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from genft_modules.methods.base import module_type
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """The names of the base model's modules, without what adapters have put into it."""
+    """The names of the base model's modules, without modules added by adapters."""
     names = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -27,8 +27,8 @@ def layer_names(model: nn.Module) -> list[str]:
 
 
 def targets_of(adapted: Iterable[str], names: Iterable[str]) -> list[str] | str:
-    """Names for `target_modules` that fit the adapted layers and no other module. peft takes a name for every module
-    whose own name it ends: short ones where that is what is meant, full ones else, an expression if nothing helps."""
+    """A `target_modules` that matches the adapted layers and no other module. peft matches a name with every module
+    whose name ends in it: so short names if they are unambiguous, else full names, else a regular expression."""
     adapted = set(adapted)
     taken = {end for name in names if name not in adapted for end in _ends(name)}
     targets = {name if (kind := module_type(name)) in taken else kind for name in adapted}
@@ -38,6 +38,6 @@ def targets_of(adapted: Iterable[str], names: Iterable[str]) -> list[str] | str:
 
 
 def _ends(name: str) -> Iterable[str]:
-    """a.b.c, b.c and c of a.b.c."""
+    """a.b.c, b.c and c for a.b.c."""
     parts = name.split(".")
     return (".".join(parts[i:]) for i in range(len(parts)))

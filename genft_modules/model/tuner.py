@@ -1,4 +1,4 @@
-"""The methods as peft tuners. Matching, injection, saving, loading and merging of models are peft's own."""
+"""The methods as peft tuners. Matching, injection, saving, loading and merging are inherited from peft."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SHARED = "shared_generators"
 
 
 class SharedGenerators(nn.Module, BaseTunerLayer):
-    """The factors that layers share: adapter → key → module. A child of the adapted model, so that it is there with and
-    without a `PeftModel` around; a tuner layer, so that peft saves, casts, freezes and deletes what is in it.
+    """Factors shared by layers: adapter → key → module. A child of the adapted model, so that it also exists without a
+    `PeftModel`; a tuner layer, so that peft saves, casts, freezes and deletes its parameters.
     """
 
     adapter_layer_names = ("genft_shared",)
-    weight = None  # peft's properties of that name ask the base layer, and here is none
+    weight = None  # override peft's properties, which access the base layer
     bias = None
 
     def __init__(self) -> None:
@@ -39,11 +39,11 @@ class SharedGenerators(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: where the adapted model is an `nn.Sequential`, this is one of its steps."""
+        """The identity, because an adapted `nn.Sequential` calls all of its children."""
         return x
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Notes what the layers merge."""
+        """Record the merged adapters; the layers do the merging."""
         names = check_adapters_to_merge(self, adapter_names)
         self.merged_adapters = [*self.merged_adapters, *(name for name in names if name in self.genft_shared)]
 
@@ -52,7 +52,7 @@ class SharedGenerators(nn.Module, BaseTunerLayer):
 
 
 class GenFTModel(BaseTuner):
-    """A model whose target layers are `FusedGenLinear`; what `peft.get_peft_model` makes of any of our configs."""
+    """The tuner that `peft.get_peft_model` creates for genft configs: replaces target layers by `FusedGenLinear`."""
 
     prefix = "genft_"
     tuner_layer_cls = (FusedGenLinear, SharedGenerators)
@@ -77,14 +77,14 @@ class GenFTModel(BaseTuner):
         if shared:
             self._keep(adapter_name, shared)
         if isinstance(parent, nn.TransformerEncoderLayer):
-            # Its fast path in evaluation takes the weights of its layers and would pass the adapters by. This is the
-            # one of its conditions that means nothing else.
+            # Disables its fast path in eval mode, which reads the weights directly and would bypass the adapters. The
+            # attribute has no other use.
             parent.activation_relu_or_gelu = 0
         if layer is not target:
             self._replace_module(parent, target_name, layer.train(target.training), target)
 
     def _shared(self, adapter_name: str) -> nn.ModuleDict:
-        """The adapter's shared factors: those in the model, or an empty start."""
+        """The adapter's shared factors in the model, or an empty dict."""
         container = getattr(self.model, SHARED, None)
         if container is None or adapter_name not in container.genft_shared:
             return nn.ModuleDict()
@@ -105,15 +105,15 @@ class GenFTModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """As in peft, but a failure leaves the model's layers as they were, and patterns in the config that fit none of
-        the adapted layers are warned about."""
+        """As in peft, but restores the model if injection fails, and warns about patterns in the config that match no
+        adapted layer."""
         if _adapted(model, adapter_name):
             raise ValueError(
-                f"adapter_name: {adapter_name!r} is in the model already, expected a new name; see `unload`"
+                f"adapter_name: {adapter_name!r} already exists in the model, expected a new name; see `unload`"
             )
         _refuse_parameters(model, self.peft_config[adapter_name].target_modules)
         if state_dict and any(SharedGenerators.adapter_layer_names[0] in key for key in state_dict):
-            state_dict = None  # keys of shared factors do not say which layers are adapted; the config does
+            state_dict = None  # keys of shared factors do not identify the adapted layers; use the config
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
@@ -123,7 +123,7 @@ class GenFTModel(BaseTuner):
         for field, patterns in self.peft_config[adapter_name].module_patterns().items():
             idle = [pattern for pattern in patterns if not any(fits(pattern, name) for name in adapted)]
             if idle:
-                warnings.warn(f"{field}: {idle} fit none of the adapted layers.", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"{field}: {idle} match none of the adapted layers.", RuntimeWarning, stacklevel=2)
 
     def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
         for name, layer in _adapted(model, adapter_name).items():
@@ -137,8 +137,8 @@ class GenFTModel(BaseTuner):
                 delattr(model, SHARED)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """peft also hands over a `weight`, which a quantised layer, or a saved head of several layers, does not have;
-        ours hold the base layer itself, and put their parameters on its device."""
+        """peft also copies `weight`, which quantised layers and saved heads of several layers do not have; our layers
+        contain the base layer and move their parameters to its device."""
         setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -155,25 +155,24 @@ class GenFTModel(BaseTuner):
         combination_type: str = "cat",
         svd_rank: int | None = None,
     ) -> None:
-        """Adds an adapter with ΔW = Σ weightᵢ ΔWᵢ, whatever low-rank methods the others are of. It is a LoRA (of
-        `genft_modules.LoRAConfig`) with factors of its own, frozen and not active yet, and is saved as one.
+        """Add an adapter with ΔW = Σ weightᵢ ΔWᵢ of low-rank adapters of any methods. The new adapter is a
+        `genft_modules.LoRAConfig` with its own factors, frozen and not active.
 
-        The sum is that of the updates, computed from W0 as it is. (Of peft's LoRA, "linear" adds A and B instead.)
+        The updates ΔW are added, computed from the current W0. (peft's "linear" for LoRA adds A and B instead.)
 
         Args:
             adapters: names of adapters in the model.
-            weights: one for each; may be negative.
-            adapter_name: the new one's name.
-            combination_type: "cat", exact, with the sum of the ranks for its rank; or "svd", the best approximation
-                of rank `svd_rank` (default: the largest rank among the layer's adapters).
-            svd_rank: with "svd".
+            weights: one per adapter; may be negative.
+            adapter_name: name of the new adapter.
+            combination_type: "cat", exact, its rank is the sum of the ranks; or "svd", the best approximation of rank
+                `svd_rank` (default: the largest rank among the layer's adapters).
+            svd_rank: rank for "svd".
 
         Raises:
-            ValueError, TypeError: for an adapter that is not there, whose ΔW has full rank, or that trains whole
-                modules or biases.
+            ValueError, TypeError: an adapter does not exist, has a full-rank ΔW, or trains full modules or biases.
         """
         if adapter_name in self.peft_config:
-            raise ValueError(f"adapter_name: {adapter_name!r} is in the model already, expected a new name")
+            raise ValueError(f"adapter_name: {adapter_name!r} already exists in the model, expected a new name")
         config, factors = combined(self, adapters, weights, combination_type, svd_rank)
         self.peft_config[adapter_name] = config
         try:
@@ -191,8 +190,8 @@ class GenFTModel(BaseTuner):
     def _enable_peft_forward_hooks(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Iterator[None]:
-        """peft enters this around a forward pass and around `generate`. `adapter_names` has an adapter for each sample
-        ("__base__": none); the layers get them as an argument, from hooks."""
+        """Entered by peft around the forward pass and `generate`. `adapter_names` has one adapter per sample
+        ("__base__": none) and is passed to the layers by hooks."""
         if adapter_names is None:
             yield
             return
@@ -205,7 +204,7 @@ class GenFTModel(BaseTuner):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
 
         def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            # A module that is saved in full is peft's, and takes a list.
+            # Modules of modules_to_save are peft's and take a list.
             names = batch if isinstance(module, FusedGenLinear) else batch.names_of(len(args[0]))
             return args, {**kwargs, "adapter_names": names}
 
@@ -218,14 +217,14 @@ class GenFTModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, config: PeftConfig, adapter_name: str, **kwargs: Any) -> Any:
-        """As in peft; an adapter that is not ready is not saved."""
+        """As in peft, but raises ValueError if the adapter is not ready."""
         for layer in _adapted(model, adapter_name).values():
             cast(Generator, layer.genft_generators[adapter_name]).check_ready()
         return super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """peft looks for the name near the end of a key; here it follows its container and a path comes after."""
+        """peft expects the adapter name near the end of a key; here it follows the container's name."""
         for container in FusedGenLinear.adapter_layer_names + SharedGenerators.adapter_layer_names:
             before, found, after = key.partition(f"{container}.{adapter_name}.")
             if found:
@@ -236,16 +235,18 @@ class GenFTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """peft loads what this returns, and takes no notice of keys that are unknown or missing. Refuses them, before
-        any tensor of the model has changed. A state with none of the method's tensors may be meant: it is warned of."""
+        """As in peft, but raises ValueError for unknown or missing keys, which peft ignores, before the model is
+        changed. A state without any of the method's tensors is accepted with a warning."""
         state: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         known = model.state_dict()
-        # with bias="all", peft saves the biases of modules to save twice, the second time under a key that nothing has
+        # with bias="all", peft saves biases of modules_to_save twice, the second time under a key not in the model
         state = {key: tensor for key, tensor in state.items() if key in known or ".modules_to_save." not in key}
         containers = FusedGenLinear.adapter_layer_names + SharedGenerators.adapter_layer_names
         own = {k: t for k, t in known.items() if any(f"{name}.{adapter_name}." in k for name in containers)}
         if own and not own.keys() & state.keys():
-            message = f"adapter {adapter_name!r}: the state has none of its {len(own)} tensors, which stay as they are"
+            message = (
+                f"adapter {adapter_name!r}: the state contains none of its {len(own)} tensors; they are not changed"
+            )
             warnings.warn(message, RuntimeWarning, stacklevel=2)
             own = {}
         refuse_misfits(f"adapter {adapter_name!r}", state, own, known)
@@ -253,8 +254,8 @@ class GenFTModel(BaseTuner):
 
 
 def _refuse_parameters(model: nn.Module, targets: Any) -> None:
-    """peft passes over a target that is no module, as long as another one is. Where it is a parameter, as those that
-    hold all experts of a layer, the user means something that would not happen."""
+    """Raise TypeError if a target is a parameter, such as the fused experts of a layer; peft would ignore it if other
+    targets match."""
     if not isinstance(targets, (set, list, tuple)):
         return
     names = [name for name, _ in model.named_modules()]
@@ -271,7 +272,7 @@ def _refuse_parameters(model: nn.Module, targets: Any) -> None:
 
 
 def _copies(model: nn.Module, kwargs: dict[str, Any]) -> int:
-    """Into how many sequences `generate`, called with `kwargs`, repeats each sample. (An encoder sees it once.)"""
+    """How many sequences per sample `generate`, called with `kwargs`, uses. (An encoder sees one.)"""
     configs = [getattr(holder, "generation_config", None) for holder in (SimpleNamespace(**kwargs), model)]
 
     def number(name: str) -> int:
@@ -282,7 +283,7 @@ def _copies(model: nn.Module, kwargs: dict[str, Any]) -> int:
 
 
 def _adapted(model: nn.Module, adapter_name: str) -> dict[str, FusedGenLinear]:
-    """The layers that have the adapter, by name."""
+    """The layers with the adapter, by name."""
     return {
         name: layer
         for name, layer in model.named_modules()
@@ -291,7 +292,7 @@ def _adapted(model: nn.Module, adapter_name: str) -> dict[str, FusedGenLinear]:
 
 
 def register(config: type[GeneratorConfig]) -> None:
-    """Makes the method known to peft. (`peft.utils.register_peft_method` accepts only names of peft's closed enum.)"""
+    """Register the method with peft. (`peft.utils.register_peft_method` accepts only members of PeftType.)"""
     peft_type = cast(PeftConfig, config()).peft_type
     PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config
     PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = GenFTModel

@@ -179,7 +179,7 @@ def test_inspect_with_and_without_the_base(genft: Genft, adapter: Adapter, llama
     Path("wegeft/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone"}))
     done = genft("inspect", "wegeft")
     assert done.code == 0, done.err
-    assert "give --model" in done.out
+    assert "use --model" in done.out
     assert "‖ΔW‖ " not in done.out
     refused(genft("inspect", "wegeft", "--plot", "norms.png"), "--plot", "--model")
 
@@ -221,9 +221,9 @@ def test_charts_of_names_with_and_without_depth(tmp_path: Path) -> None:
         (("merge", "wegeft", "--output", "out", "--dtype", "int8"), ("--dtype int8", "bfloat16")),
         (("merge", "wegeft", "--output", "out", "--device", "tpu"), ("--device tpu",)),
         (("merge", "wegeft", "--output", "out", "--model", "./none"), ("--model ./none", "no such directory")),
-        (("merge", "torn", "--output", "out"), ("torn", "adapter_model.safetensors", "not a whole safetensors file")),
-        (("merge", "misfit", "--output", "out"), ("misfit", "does not fit the model", "shape mismatch")),
-        (("merge", "nan", "--output", "out"), ("nan: cannot be merged", "not finite")),
+        (("merge", "torn", "--output", "out"), ("torn", "adapter_model.safetensors", "not a valid safetensors file")),
+        (("merge", "misfit", "--output", "out"), ("misfit", "does not match the model", "shape mismatch")),
+        (("merge", "nan", "--output", "out"), ("nan: cannot be merged", "non-finite")),
         (("export-lora", "peft-lora", "--output", "out"), ("peft's own method LORA",)),
         (("export-lora", "wegeft", "--output", "full"), ("--output full",)),
         (("export-lora", "wegeft", "--output", "out", "--rank", "0"), ("--rank: got 0",)),

@@ -70,10 +70,10 @@ def test_jsonl_breaks_at_newlines_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no text"),
-        ("\n \n", "holds no text"),
+        ("", "contains no text"),
+        ("\n \n", "contains no text"),
         ('{"text": "a"}\n{"text": }\n', "line 2 is not JSON"),
-        ('{"text": "a"}\n\n[1]\n', "line 3 is not an object"),
+        ('{"text": "a"}\n\n[1]\n', "line 3 is not a JSON object"),
         ('{"texts": "a"}', 'line 1 needs "text"'),
         ('{"prompt": "a"}', 'line 1 needs "text"'),
         ('{"text": 7}', 'line 1 needs "text"'),
@@ -213,12 +213,12 @@ def test_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "datasets", raising=False)
     assert read_records("some/set", "dev") == [Record("some/set dev"), Record("two")]
-    with pytest.raises(UserError, match=r"nobody/nothing: .*not read from the hub \(no such data set\)"):
+    with pytest.raises(UserError, match=r"nobody/nothing: .*cannot be read from the Hub \(no such data set\)"):
         read_records("nobody/nothing")
     monkeypatch.delitem(sys.modules, "datasets")
 
 
 def test_data_set_of_the_hub_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="no such file; to read it from the hub, pip install datasets"):
+    with pytest.raises(UserError, match="no such file; to read it from the Hub, pip install datasets"):
         read_records("some/set")

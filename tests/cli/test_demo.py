@@ -35,7 +35,7 @@ def test_demo_from_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert all(record["peak_memory_mib"] > 0 and record["relative_time"] > 0 for record in runs.values())
     assert all(record["reload"]["loaded"] < 1e-4 for record in runs.values())
     progress = capfd.readouterr().err
-    for words in ("pre-training", "wegeft", "time per step", "reloading in a new process"):
+    for words in ("pretraining", "wegeft", "time per step", "reloading in a new process"):
         assert words in progress
     assert "Warning" not in progress
 

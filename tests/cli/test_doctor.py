@@ -22,7 +22,7 @@ def test_doctor(genft: Genft) -> None:
         assert word in done.out
     for name, operation in OPERATIONS.items():
         assert (name in done.out) == bool(operation.trained)
-    assert "all operations are right" in done.out
+    assert "all operations are correct" in done.out
 
 
 @pytest.mark.parametrize("broken", ["gradient", "output", "nan"])

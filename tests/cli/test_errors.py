@@ -24,15 +24,15 @@ def _refused(done: Result, *words: str) -> None:
     ("options", "words"),
     [
         (("--model", "./no/such/model"), ("--model ./no/such/model", "no such directory")),
-        (("--model", "no-such-model"), ("--model no-such-model", "no such directory, and not read from the hub")),
-        (("--model", "."), ("holds no config.json",)),
+        (("--model", "no-such-model"), ("--model no-such-model", "cannot be read from the Hub")),
+        (("--model", "."), ("no config.json",)),
         (("--dataset", "missing.txt"), ("--dataset missing.txt", "no such file")),
         (("--dataset", "nobody/nothing"), ("--dataset nobody/nothing", "no such file")),
-        (("--dataset", "empty.txt"), ("--dataset empty.txt", "holds no text")),
+        (("--dataset", "empty.txt"), ("--dataset empty.txt", "contains no text")),
         (("--dataset", "bad.jsonl"), ("--dataset bad.jsonl", "line 3", "not JSON")),
         (("--dataset", "tiny.txt"), ("too small",)),
         (("--eval-dataset", "missing.txt"), ("missing.txt", "no such file")),
-        (("--calibration-batches", "2"), ("--calibration-batches", "wegeft selects nothing")),
+        (("--calibration-batches", "2"), ("--calibration-batches", "wegeft does not select")),
         (("--method", "grft", "--calibration-batches", "0"), ("--calibration-batches 0", "at least 1")),
         (("--method", "grft", "--config", "k=4000"), ("--method grft", "got 4000", "at most")),
         (("--method", "lorra"), ("--method lorra", "wegeft", "peft-lora", "full")),
@@ -49,7 +49,7 @@ def _refused(done: Result, *words: str) -> None:
         (("--config", "rank=3"), ("--config rank", "wegeft_alpha")),
         (("--config", "tied_modules=7"), ("tied_modules",)),
         (("--config", "rank_pattern={'q_proj': 0}"), ("rank_pattern",)),
-        (("--config", "tied_modules=[['q_prj']]"), ("--method wegeft", "q_prj", "fit none")),
+        (("--config", "tied_modules=[['q_prj']]"), ("--method wegeft", "q_prj", "match none")),
         (("--backend", "cuda"), ("--backend", "triton")),
         (("--lr", "0"), ("--lr 0", "above 0")),
         (("--lr", "inf"), ("--lr inf",)),
@@ -118,7 +118,7 @@ def test_triton_without_a_gpu(genft: Genft, llama: Path, prose: Path, monkeypatc
 
 
 def test_no_tokenizer(genft: Genft, mute_llama: Path, narrow_llama: Path, prose: Path) -> None:
-    _refused(genft("finetune", "--model", mute_llama, "--dataset", prose), "holds no tokenizer", "--byte-level")
+    _refused(genft("finetune", "--model", mute_llama, "--dataset", prose), "has no tokenizer", "--byte-level")
     done = genft("finetune", "--model", narrow_llama, "--dataset", prose, "--byte-level")
     _refused(done, "259 tokens", "only 100")
 

@@ -18,14 +18,14 @@ def test_without_a_gpu(genft: Genft, llama: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = genft("tune", "--model", llama)
-    assert (done.code, done.out, done.err) == (2, "", "genft: error: tune: no GPU here, nothing to measure\n")
+    assert (done.code, done.out, done.err) == (2, "", "genft: error: tune: needs a GPU\n")
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (("--model", "nowhere"), ("--model nowhere", "no such directory")),
-        (("--rows", "8,many"), ("--rows 8,many", "numbers")),
+        (("--rows", "8,many"), ("--rows 8,many", "integers")),
         (("--rows", "8,0"), ("--rows 8,0", "at least 1")),
         (("--dtype", "float8"), ("--dtype float8", "bfloat16")),
         (("--minutes", "0"), ("--minutes 0", "above 0")),
@@ -97,7 +97,7 @@ def test_what_is_measured_is_kept_and_shown(own_tables: Path, monkeypatch: pytes
 def test_doctor_says_where_its_plan_comes_from(genft: Genft, own_tables: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("the plan is that of the GPU here")
-    assert "sm_90, from the model of the card, not measured:" in doctor.plan()
+    assert "sm_90, from the cost model, not measured:" in doctor.plan()
     problem = Problem("lowrank_linear", **doctor._SHAPE, itemsize=2)
     path = own_tables / "sm_90.json"
     tuning.write_table(path, [tuning.table_entry(problem, LaunchPlan("library"), 1.0, {"library": 1.0})])

@@ -81,7 +81,7 @@ def test_a_second_adapter_and_its_own_directory(tmp_path):
     assert torch.equal(logits(other), first)
     other.set_adapter("mine")
     assert torch.equal(logits(other), want)
-    with pytest.raises(ValueError, match="adapter_name: 'mine' is in the model already"):
+    with pytest.raises(ValueError, match="adapter_name: 'mine' already exists in the model"):
         load_adapter(other, tmp_path / "second", "mine")
 
 
@@ -175,28 +175,28 @@ def write(text: str):
 
 # what was done to the adapter; what is said of it; whether peft's own way refuses it too, alone or by our classes
 DAMAGE = {
-    "missing tensor": (drop, "does not fit the model: missing: model.layers.0.mlp.down_proj", True),
-    "unknown tensor": (add, "does not fit the model: unknown: odd", True),
-    "shape": (reshape, r"shape mismatch: .* is \(1, 3\) for \(32, 3\)", True),
-    "integers": (integers, "of the wrong kind: .*int32 .*and .* more", True),
+    "missing tensor": (drop, "does not match the model: missing: model.layers.0.mlp.down_proj", True),
+    "unknown tensor": (add, "does not match the model: unknown: odd", True),
+    "shape": (reshape, r"shape mismatch: .*: got \(1, 3\), expected \(32, 3\)", True),
+    "integers": (integers, "wrong dtype: .*int32 .*and .* more", True),
     "no prefix": (rename(lambda key: key.removeprefix(PREFIX)), r"missing: .*unknown: .* \(without 'base_model", True),
     "prefix twice": (rename(lambda key: PREFIX + key), r"missing: .*unknown: base_model\.model\.", True),
-    "truncated": (truncate, f"{WEIGHTS}: is not a whole safetensors file", True),
-    "garbage": (scribble, f"{WEIGHTS}: is not a whole safetensors file", True),
-    "pickle": (pickled, "holds adapter_model.bin, a pickle", True),
+    "truncated": (truncate, f"{WEIGHTS}: is not a valid safetensors file", True),
+    "garbage": (scribble, f"{WEIGHTS}: is not a valid safetensors file", True),
+    "pickle": (pickled, "got adapter_model.bin, a pickle", True),
     "weights of LoRA": (foreign, "missing: .*unknown: .*lora_A", True),
     "rank": (fields(generator_share_dim=5), "shape mismatch", True),
     "targets": (fields(target_modules=["q_proj"]), "unknown: ", True),
-    "no such targets": (fields(target_modules=["nope"]), f"{CONFIG}: does not fit the model: .*nope", True),
+    "no such targets": (fields(target_modules=["nope"]), f"{CONFIG}: does not match the model: .*nope", True),
     "bad value": (fields(generator_share_dim="3"), f"{CONFIG}: generator_share_dim: got '3'", True),
     "another method": (fields(peft_type="GENFT_GIFT"), "missing: .*unknown: ", True),
-    "unknown method": (fields(peft_type="GENFT_NEW"), "peft_type is 'GENFT_NEW', which neither genft nor", True),
-    "released": (fields(peft_type="GENFT"), "see load_released_genft", True),
-    "no method": (write("{}"), "peft_type is 'None'", True),
-    "not an object": (write("[1]"), "peft_type is None", True),
+    "unknown method": (fields(peft_type="GENFT_NEW"), "got peft_type 'GENFT_NEW', unknown to genft", True),
+    "released": (fields(peft_type="GENFT"), "use load_released_genft", True),
+    "no method": (write("{}"), "got peft_type 'None'", True),
+    "not an object": (write("[1]"), "got peft_type None", True),
     "not JSON": (write("{"), f"{CONFIG}: is not JSON", True),
-    "no config": (remove(CONFIG), f"holds no {CONFIG}$", True),
-    "no weights": (remove(WEIGHTS), f"holds no {WEIGHTS}$", False),  # there, peft asks the hub
+    "no config": (remove(CONFIG), f"contains no {CONFIG}$", True),
+    "no weights": (remove(WEIGHTS), f"contains no {WEIGHTS}$", False),  # there, peft asks the hub
     "nothing": (shutil.rmtree, "no such directory", False),
 }
 
@@ -234,7 +234,7 @@ def test_indices_are_integers(tmp_path):
     edit(tmp_path / "adapter" / WEIGHTS, lambda tensors: tensors.update({k: t.float() for k, t in tensors.items()}))
     model = llama()
     before = state(model)
-    with pytest.raises(ValueError, match=r"of the wrong kind: .*indices is torch.float32"):
+    with pytest.raises(ValueError, match=r"wrong dtype: .*indices: got torch.float32"):
         load_adapter(model, tmp_path / "adapter")
     assert state(model) == before
 
@@ -261,9 +261,9 @@ def test_stock_adapters_are_checked_too(method, tmp_path):
     key = sorted(load_file(tmp_path / "adapter" / WEIGHTS))[0]
     for number, (change, words) in enumerate(
         (
-            (lambda tensors: tensors.pop(key), "does not fit the model"),
-            (lambda tensors: tensors.update({f"{key}.odd": tensors.pop(key)}), "does not fit the model"),
-            (lambda tensors: tensors.update({key: torch.ones(3, 3)}), "does not fit the model: .*(size|shape)"),
+            (lambda tensors: tensors.pop(key), "does not match the model"),
+            (lambda tensors: tensors.update({f"{key}.odd": tensors.pop(key)}), "does not match the model"),
+            (lambda tensors: tensors.update({key: torch.ones(3, 3)}), "does not match the model: .*(size|shape)"),
         )
     ):
         damaged = tmp_path / str(number)
@@ -274,7 +274,7 @@ def test_stock_adapters_are_checked_too(method, tmp_path):
         with pytest.raises(ValueError, match=words):
             load_adapter(plain, damaged)
         assert state(plain) == before
-        with pytest.raises(ValueError, match="does not fit the model"):
+        with pytest.raises(ValueError, match="does not match the model"):
             load_adapter(second, damaged, "second")
         assert state(second) == before_second
         assert list(second.peft_config) == ["default"]
@@ -282,7 +282,7 @@ def test_stock_adapters_are_checked_too(method, tmp_path):
 
 def test_an_adapter_of_a_wider_model(tmp_path):
     save_adapter(randomize(get_peft_model(llama(), CASES["lora"](target_modules=["q_proj"]))), tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"lora_B is \(32, 4\) for \(64, 4\)"):
+    with pytest.raises(ValueError, match=r"lora_B: got \(32, 4\), expected \(64, 4\)"):
         load_adapter(llama(head_dim=16), tmp_path / "adapter")
 
 
@@ -298,10 +298,10 @@ def test_a_state_that_does_not_fit_changes_no_tensor():
         good | {first: torch.zeros(1, 1)},
         good | {"odd": torch.zeros(1)},
     ):
-        with pytest.raises(ValueError, match="adapter 'default': does not fit the model"):
+        with pytest.raises(ValueError, match="adapter 'default': does not match the model"):
             set_peft_model_state_dict(model, bad)
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
-    with pytest.warns(RuntimeWarning, match="the state has none of its [0-9]+ tensors, which stay as they are"):
+    with pytest.warns(RuntimeWarning, match="the state contains none of its [0-9]+ tensors"):
         set_peft_model_state_dict(model, {})  # may be meant
     set_peft_model_state_dict(model, good)
     assert not all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())

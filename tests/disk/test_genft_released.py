@@ -292,7 +292,7 @@ REFUSED = {
         bert,
     ),
     "unknown key": (
-        r"keys \['base_model.model.x.genft_gate'\] are unknown",
+        r"unknown keys \['base_model.model.x.genft_gate'\]",
         lambda f: rewritten(f, lambda t: t.update({"base_model.model.x.genft_gate": drawn(2)})),
         bert,
     ),
@@ -312,7 +312,7 @@ REFUSED = {
         bert,
     ),
     "layer that the model lacks": (
-        r"keys: \['bert.encoder.layer.7.attention.self.query.genft_individual_weight_a and _b'\]",
+        r"unknown: \['bert.encoder.layer.7.attention.self.query.genft_individual_weight_a and _b'\]",
         lambda f: rewritten(f, lambda t: t.update(pairs(["base_model.model." + LAYERS[0].replace("0", "7")]))),
         bert,
     ),
@@ -322,18 +322,18 @@ REFUSED = {
         bert,
     ),
     "pairs that the config has not": (
-        r"keys: \['bert.encoder.layer.0.attention.self.query.genft",
+        r"unknown: \['bert.encoder.layer.0.attention.self.query.genft",
         lambda f: peft_checkpoint(f, individual_features=0),
         bert,
     ),
     "another module's tensor": (
-        r"keys: \['base_model.model.pooler.weight'\]",
+        r"unknown: \['base_model.model.pooler.weight'\]",
         lambda f: rewritten(f, lambda t: t.update({"base_model.model.pooler.weight": drawn(2)})),
         bert,
     ),
     "no head": (r"missing: \['base_model.model.classifier.bias', ", lambda f: peft_checkpoint(f, head=False), bert),
     "another rank": (
-        rf"shapes do not fit: .*{LAYERS[0]}.genft_individual_weight_a \(2, 32\) for \(4, 32\)",
+        rf"shape mismatch: .*{LAYERS[0]}.genft_individual_weight_a: got \(2, 32\), expected \(4, 32\)",
         lambda f: peft_checkpoint(f, individual_features=4),
         bert,
     ),

@@ -41,8 +41,8 @@ def test_finetune_in_two_processes(tmp_path):
 
 def different_options_are_refused(folder: Path, ends: list[int], errors: str) -> None:
     assert ends == [2, 2]
-    assert errors.count("options: processes [1] have others than process 0") == 2
-    assert "--warmup: 1.0 there, 0.0 in process 0" in errors
+    assert errors.count("options: ranks [1] differ from rank 0") == 2
+    assert "--warmup: got 1.0, rank 0 has 0.0" in errors
     assert not (folder / "refused").exists()
 
 

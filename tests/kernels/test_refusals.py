@@ -86,7 +86,7 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
 
 def test_float64_has_no_kernel():
     tensors = [t.double() for t in good()[0].values()]
-    with pytest.raises(ValueError, match=r"backend: Triton kernels take .* got torch.float64"):
+    with pytest.raises(ValueError, match=r"backend: Triton kernels support .* got torch.float64"):
         gk.lowrank_linear(*tensors, backend="triton")
     assert gk.lowrank_linear(*tensors).dtype == torch.float64
 
@@ -119,7 +119,7 @@ def test_an_empty_generated_matrix_is_refused(shape):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dropout": 0.1, "seed": 5}, "seed: got int, expected the tensor that draw_seed"),
+        ({"dropout": 0.1, "seed": 5}, "seed: got int, expected a tensor from draw_seed"),
         ({"bias": [1.0]}, "bias: got list, expected a tensor"),
     ],
     ids=["seed", "bias"],

@@ -144,7 +144,7 @@ def good(**changes):
         ({"indices": torch.tensor([3])}, ValueError, ("indices:", "(1,)", "[2]")),
         ({"indices": torch.tensor([[3, 1]])}, ValueError, ("indices:", "(1, 2)", "[2]")),
         ({"indices": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, ("indices:", "meta", "cpu")),
-        ({"values": torch.randn(7, 6), "indices": torch.arange(7)}, ValueError, ("indices:", "7 of them", "most 5")),
+        ({"values": torch.randn(7, 6), "indices": torch.arange(7)}, ValueError, ("indices:", "got 7", "most 5")),
         ({"plan": LaunchPlan("panel")}, ValueError, ("sliced_linear has no algorithm 'panel'",)),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

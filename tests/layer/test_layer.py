@@ -430,7 +430,7 @@ def refusals():
     yield TypeError, "got FusedGenLinear", lambda: FusedGenLinear(layer)
     yield TypeError, "exclude_modules", lambda: FusedGenLinear(nn.MultiheadAttention(4, 2).out_proj)
     yield TypeError, "config: got dict", lambda: FusedGenLinear.from_linear(linear, {"r": 3})
-    yield ValueError, "'default' exists already", lambda: layer.add_adapter("default", config)
+    yield ValueError, "'default' already exists", lambda: layer.add_adapter("default", config)
     yield ValueError, r"got 'other', expected one of \['default'\]", lambda: layer.get_delta_weight("other")
     yield ValueError, "got 'other'", lambda: layer.adapter_parameters("other")
     yield TypeError, "list of strings", lambda: layer.merge(adapter_names="default")
@@ -442,7 +442,7 @@ def refusals():
     whole = FusedGenLinear(nn.Linear(K, N))
     whole.base_layer.weight = nn.Parameter(torch.zeros(N, K, dtype=torch.int8), requires_grad=False)
     whole.add_adapter("default", config)
-    yield TypeError, "merge: Linear keeps a Parameter of torch.int8", whole.merge
+    yield TypeError, "merge: Linear has a Parameter of torch.int8", whole.merge
 
 
 @pytest.mark.parametrize(("error", "message", "call"), [pytest.param(*it, id=it[1]) for it in refusals()])

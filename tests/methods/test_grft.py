@@ -173,15 +173,15 @@ def refused():
     merged = fresh(selection="random")
     merged.merge_adapter()
     lora = get_peft_model(llama(), LoRAConfig(r=2, target_modules=TARGETS))
-    yield ValueError, "V of .* is not zero any more", lambda: select_slices(trained, BATCHES, progressbar=False)
-    yield ValueError, "adapters merged", lambda: select_slices(merged, BATCHES, progressbar=False)
-    yield ValueError, "no layer .* GRFT adapter called 'default'", lambda: select_slices(lora, BATCHES)
-    yield ValueError, "called 'other'", lambda: select_slices(fresh(), BATCHES, adapter_name="other")
+    yield ValueError, "V of .* is no longer zero", lambda: select_slices(trained, BATCHES, progressbar=False)
+    yield ValueError, "merged adapters", lambda: select_slices(merged, BATCHES, progressbar=False)
+    yield ValueError, "got 'default', but no layer has a GRFT adapter", lambda: select_slices(lora, BATCHES)
+    yield ValueError, "got 'other'", lambda: select_slices(fresh(), BATCHES, adapter_name="other")
     yield ValueError, "batches: no adapted layer got", lambda: select_slices(fresh(), [], progressbar=False)
     yield TypeError, "batches: got a Tensor", lambda: select_slices(fresh(), [IDS], progressbar=False)
     yield (
         ValueError,
-        "loss: gave .* scalar",
+        "loss: got .* scalar",
         lambda: select_slices(fresh(), [IDS], loss=lambda m, x: m(x).logits, progressbar=False),
     )
     yield (
@@ -192,7 +192,7 @@ def refused():
     yield ValueError, "k: got 40 for model.layers.0.self_attn.q_proj, expected at most its 32 rows", lambda: fresh(k=40)
     generator = FusedGenLinear.from_linear(nn.Linear(4, 6), GRFTConfig(k=2)).genft_generators["default"]
     for wrong in ([1], [1, 1], [-1, 2], [3, 6], [[1, 2]]):
-        yield ValueError, "indices: got .* expected 2 different ones from 0 to 5", lambda w=wrong: generator.select(w)
+        yield ValueError, "indices: got .* expected 2 unique integers from 0 to 5", lambda w=wrong: generator.select(w)
 
 
 @pytest.mark.parametrize(("error", "message", "call"), [pytest.param(*it, id=it[1]) for it in refused()])
@@ -263,7 +263,7 @@ def test_a_checkpoint_with_impossible_indices_is_refused():
     for wrong in ([0, 1, 2, 99], [0, 1, 2, 2]):
         state = get_peft_model_state_dict(model)
         key = next(name for name in state if name.endswith("q_proj.genft_generators.indices"))
-        with pytest.raises(RuntimeError, match="expected 4 different ones from 0 to 31"):
+        with pytest.raises(RuntimeError, match="expected 4 unique integers from 0 to 31"):
             set_peft_model_state_dict(fresh(), {**state, key: torch.tensor(wrong)})
 
 

@@ -138,12 +138,12 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update({f"{Q}.peanut_C.weight": torch.zeros(2)}), rf"keys: \['{Q}.peanut_C.weight'\]"),
+        (lambda t: t.update({f"{Q}.peanut_C.weight": torch.zeros(2)}), rf"unknown: \['{Q}.peanut_C.weight'\]"),
         (lambda t: t.pop(f"{Q}.peanut_A.weight"), rf"missing: \['{Q}.peanut_A.weight'\]"),
-        (lambda t: t.update({f"{Q}.peanut_encoders.1.weight": torch.zeros(3, 3)}), r"keys: .*peanut_encoders\.1"),
+        (lambda t: t.update({f"{Q}.peanut_encoders.1.weight": torch.zeros(3, 3)}), r"unknown: .*peanut_encoders\.1"),
         (
             lambda t: t.update({f"{Q}.peanut_B.weight": torch.zeros(32, 4)}),
-            rf"shapes do not fit: {Q}.peanut_B.weight \(32, 4\) for \(32, 3\)",
+            rf"shape mismatch: {Q}.peanut_B.weight: got \(32, 4\), expected \(32, 3\)",
         ),
     ],
 )
@@ -159,7 +159,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(change, message, tmp_path):
 
 def test_other_adapters_and_settings_are_refused(tmp_path):
     get_peft_model(llama(), WeGeFTConfig(r=2, target_modules=TARGETS)).save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match=r"expected peft's own PEANUT; adapters of genft itself are for PeftModel"):
+    with pytest.raises(ValueError, match=r"expected peft's own PEANUT; load genft adapters with PeftModel"):
         load_peft_peanut(llama(), tmp_path / "ours")
     get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=TARGETS)).save_pretrained(tmp_path / "lora")
     with pytest.raises(ValueError, match=r"adapter of type PeftType.LORA, expected peft's own PEANUT$"):
@@ -187,5 +187,5 @@ def test_settings_of_another_peft_are_refused_where_they_are_used(monkeypatch, t
         if gate == 1.0:
             torch.testing.assert_close(logits(load_peft_peanut(llama(), tmp_path)), want, rtol=1e-4, atol=1e-5)
         else:
-            with pytest.raises(ValueError, match=r"settings \{'gate': 0.5\} are unknown"):
+            with pytest.raises(ValueError, match=r"unknown settings \{'gate': 0.5\}"):
                 load_peft_peanut(llama(), tmp_path)

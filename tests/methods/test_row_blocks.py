@@ -98,7 +98,7 @@ def test_refusals(config, field):
         config(**{field: {"qkv": [False]}})
     with pytest.raises(ValueError, match=rf"{field}: got 5 flags for transformer\.h\.0\.attn\.c_attn"):
         get_peft_model(gpt2(), config(**{field: {"c_attn": [True] * 5}, "target_modules": ["c_attn"]}))
-    with pytest.warns(RuntimeWarning, match=rf"{field}: \['qkv'\] fit none"):
+    with pytest.warns(RuntimeWarning, match=rf"{field}: \['qkv'\] match none"):
         get_peft_model(gpt2(), config(**{field: {"qkv": FLAGS}, "target_modules": ["c_attn"]}))
 
 

@@ -246,14 +246,14 @@ def test_weighted_sums_refuse():
         (lambda: add(names, [1.0], "sum"), "weights: got 1 for 2 adapters"),
         (lambda: add([], [], "sum"), "weights: got 0 for 0 adapters"),
         (lambda: add(["default", "third"], [1.0, 1.0], "sum"), "adapters: 'third' does not exist"),
-        (lambda: add(names, [1.0, 1.0], "second"), "adapter_name: 'second' is in the model already"),
+        (lambda: add(names, [1.0, 1.0], "second"), "adapter_name: 'second' already exists in the model"),
         (
             lambda: add(names, [1.0, 1.0], "sum", "ties"),
             r"combination_type: got 'ties', expected one of \('cat', 'svd'\)",
         ),
         (lambda: add(names, [1.0, 1.0], "sum", "cat", 4), "svd_rank: got 4, expected None"),
         (lambda: full.add_weighted_adapter(names, [1.0, 1.0], "sum"), r"'default' \(genft\) has full rank in .*q_proj"),
-        (lambda: saved.add_weighted_adapter(["default"], [1.0], "sum"), "'default' also trains whole modules"),
+        (lambda: saved.add_weighted_adapter(["default"], [1.0], "sum"), "'default' also trains full modules"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -342,7 +342,7 @@ def test_a_failure_leaves_the_model_as_it_was():
     want = logits(adapted)
     with pytest.raises(ValueError, match="tied_modules"):
         adapted.add_adapter("second", WeGeFTConfig(target_modules="all-linear", tied_modules=[[".*"]]))
-    with pytest.raises(ValueError, match="'default' is in the model already"):
+    with pytest.raises(ValueError, match="'default' already exists in the model"):
         get_peft_model(model, WeGeFTConfig(target_modules=["q_proj"]))
     assert torch.equal(logits(adapted), want)
     adapted.add_adapter("second", WeGeFTConfig(target_modules=["q_proj", "k_proj"]))

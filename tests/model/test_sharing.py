@@ -74,7 +74,7 @@ def test_tied_groups_must_fit():
         get_peft_model(llama(), WeGeFTConfig(tied_modules=[["q_proj", "down_proj"]], **fields))
     with pytest.raises(ValueError, match=r"tied_modules: .*r = 2, expected in_features = 32, r = 4"):
         get_peft_model(llama(), WeGeFTConfig(tied_modules=[["q_proj", "k_proj"]], rank_pattern={"k_proj": 2}, **fields))
-    with pytest.warns(RuntimeWarning, match=r"tied_modules: \['qproj'\] fit none"):
+    with pytest.warns(RuntimeWarning, match=r"tied_modules: \['qproj'\] match none"):
         get_peft_model(llama(), WeGeFTConfig(tied_modules=[["qproj", "k_proj"]], **fields))
 
 
@@ -131,7 +131,7 @@ def test_gift_on_a_fused_qkv(tmp_path):
     torch.testing.assert_close(logits(model.merge_and_unload()), want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"enable_gift: got 5 flags for transformer\.h\.0\.attn\.c_attn"):
         get_peft_model(gpt2(), GIFTConfig(enable_gift={"c_attn": [True] * 5}, target_modules=["c_attn"]))
-    with pytest.warns(RuntimeWarning, match=r"enable_gift: \['qkv'\] fit none"):
+    with pytest.warns(RuntimeWarning, match=r"enable_gift: \['qkv'\] match none"):
         get_peft_model(gpt2(), GIFTConfig(enable_gift={"qkv": [True] * 3}, target_modules=["c_attn"]))
 
 

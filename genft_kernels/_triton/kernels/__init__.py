@@ -1,1 +1,1 @@
-"""Kernels and what launches them: matrices and blocks in, matrices out."""
+"""Triton kernels and their launchers: matrices and block sizes in, matrices out."""

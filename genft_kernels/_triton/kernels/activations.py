@@ -1,5 +1,5 @@
-"""The Triton twins of `genft_kernels.activations`: for each name, σ(z) and σ'(z) on fp32 tiles, built from tl alone
-(libdevice is not there in the interpreter)."""
+"""The Triton versions of `genft_kernels.activations`: for each name, σ(z) and σ'(z) on fp32 tiles, built from tl only
+(libdevice is not available in the interpreter)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def none_grad(z):
 
 @triton.jit
 def relu(z):
-    # Not tl.maximum, which turns a NaN into 0.
+    # Not tl.maximum, which turns NaN into 0.
     return tl.where(z <= 0.0, 0.0, z)
 
 
@@ -58,7 +58,7 @@ def gelu_grad(z):
 
 @triton.jit
 def tanh(z):
-    # (1 - e) / (1 + e) cancels near zero, where three terms of the series are exact to fp32.
+    # (1 - e) / (1 + e) cancels near zero, where three terms of the series are exact in fp32.
     e = tl.exp(-2.0 * tl.abs(z))
     far = (1.0 - e) / (1.0 + e)
     square = z * z

@@ -1,4 +1,4 @@
-"""What every kernel shares: the dot product that the interpreter gets right, the dropout mask, launch helpers."""
+"""Kernel helpers: a dot product that is correct in the interpreter too, dropout masks, launch helpers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def keep_mask(p_seed, threshold, o_row, o_col):
 @triton.jit
 def dither(total, source, o_col):
     """`genft_kernels.dither.add_dithered` for a tile: float32 total, its 16-bit source, and its columns as [1, C] (or
-    [C, 1], where the tile lies transposed). What comes back has only bits that the source's dtype has."""
+    [C, 1] for a transposed tile). The result is float32, exactly representable in the source's dtype."""
     HALF: tl.constexpr = source.dtype == tl.float16
     LOW: tl.constexpr = 0x1FFF if HALF else 0xFFFF
     LARGEST: tl.constexpr = 65504.0 if HALF else 3.3895313892515355e38
@@ -65,7 +65,7 @@ def dither(total, source, o_col):
     bits = (total.to(tl.uint32, bitcast=True) + noise) & (0xFFFFFFFF ^ LOW)
     rounded = bits.to(tl.float32, bitcast=True)
     size = tl.abs(total)
-    if HALF:  # below its smallest normal number, places have one size
+    if HALF:  # subnormal numbers have constant spacing
         places = tl.floor(size * 16777216.0 + noise.to(tl.float32) * 0.0001220703125) * 5.960464477539063e-08
         rounded = tl.where(size < 6.103515625e-05, tl.where(total < 0.0, -places, places), rounded)
     rounded = tl.minimum(tl.maximum(rounded, -LARGEST), LARGEST)
@@ -74,8 +74,8 @@ def dither(total, source, o_col):
 
 @triton.jit
 def grouped_tile(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """(row, column) of the tile that program `pid` of a product makes: programs that run together share columns of the
-    right operand and rows of the left one in the L2."""
+    """(row, column) of the tile of program `pid` in a product: concurrent programs share columns of the right operand
+    and rows of the left one in the L2 cache."""
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     band = pid // (GROUP * tiles_n)
@@ -85,25 +85,25 @@ def grouped_tile(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.conste
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 operands are multiplied: as torch is told to multiply them."""
-    # `allow_tf32` raises where the setting was made through `fp32_precision`; this one reads either.
+    """The precision of fp32 products, according to torch's setting."""
+    # `allow_tf32` raises if the setting was made through `fp32_precision`; this one works with both.
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 
 
 def rank_block(r: int) -> int:
-    """The padded rank: a power of two that tl.dot takes."""
+    """The padded rank: a power of two supported by tl.dot."""
     return max(16, triton.next_power_of_2(r))
 
 
 def unit(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """The tensor, or a valid pointer for an argument that the kernel's flags say it never reads."""
+    """The tensor, or a valid pointer for an argument that the kernel does not read."""
     return like if tensor is None else tensor
 
 
 def vector(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """The same for a vector, which kernels read with stride one."""
+    """The same for a vector, which must have stride one."""
     return like if tensor is None else tensor.contiguous()
 
 

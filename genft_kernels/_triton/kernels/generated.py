@@ -1,17 +1,16 @@
-"""Kernels on a generated matrix T = drop(σ(Z)), Z = H Bᵀ + row + column, [N,K], of which no more than a tile (or, in
-the panel algorithm, a bounded panel of W0 + s T) exists.
+"""Kernels for a generated matrix T = drop(σ(Z)), Z = H Bᵀ + row + column, [N,K], which is computed tile by tile (in the
+panel algorithm, in bounded panels of W0 + s T).
 
 product    O = A (W + s T)   or with both transposed      y = x (W0 + s T)ᵀ + b,  dX = dY (W0 + s T)
 contract   E = s drop(G)·σ'(Z), G = Lᵀ R or given         dH = E B, dB = Eᵀ H, drow = E 1, dcolumn = Eᵀ 1
 fold       O = T V   or   Tᵀ V                            z = Tᵀ Aᵀ,  dA = (T dz)ᵀ
-panel      W0 + s T, a few rows or columns of it
+panel      a few rows or columns of W0 + s T
 
-A tile of Z costs r/BM of the product it feeds and is made again for every BM rows of activations: cheaper than the
-N·K elements that keeping it would move and hold (docs/mathematics.md has the counts). The tile is the left operand and
-the accumulator holds the transposed output: on Hopper wgmma takes such an operand from registers.
+A tile of Z costs r/BM of the product that uses it and is recomputed for every BM rows of activations: cheaper than
+storing N·K elements (see docs/mathematics.md for the counts). The tile is the left operand and the accumulator holds
+the transposed output, because wgmma on Hopper can read the left operand from registers.
 
-Along "out" lies the index that the kernel's grid owns, along "loop" the one it runs through. T's own indices are
-(n, k); SWAPPED says that out is k.
+"out" is the index of the kernel's grid, "loop" the index of its loop. T has the indices (n, k); with SWAPPED, out is k.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def _pre(f_out, f_loop_t, p_out_add, p_loop_add, o_out, o_loop, m_out, m_loop,
 
 @triton.jit
 def _keep(p_seed, dropout_threshold, o_out, o_loop, SWAPPED: tl.constexpr):
-    """The mask of T on a tile that may lie transposed."""
+    """The mask of T for a possibly transposed tile."""
     if SWAPPED:
         keep = tl.trans(keep_mask(p_seed, dropout_threshold, o_loop, o_out))
     else:
@@ -55,7 +54,7 @@ def _keep(p_seed, dropout_threshold, o_out, o_loop, SWAPPED: tl.constexpr):
 
 @triton.jit
 def _added(w, t, o_out, o_loop, DITHER: tl.constexpr, SWAPPED: tl.constexpr):
-    """W + s T, in 16 bits rounded by the columns of T, which lie along loop unless SWAPPED."""
+    """W + s T, dithered in 16 bits by the columns of T, which are along loop unless SWAPPED."""
     total = w.to(tl.float32) + t
     if DITHER:
         if SWAPPED:
@@ -104,7 +103,7 @@ def _generated_product_kernel(
         w = tl.load(
             p_w + o_n[:, None] * s_wn + o_c[None, :] * s_wc, mask=m_n[:, None] & m_c[None, :], other=0.0
         )  # [BN, BC]
-        # Past the end of C, σ(0) may not be 0: there it meets zeros of A.
+        # Past the end of C, σ(0) may be nonzero, but is multiplied by zeros of A.
         a_t = tl.load(
             p_a + o_c[:, None] * s_ac + o_m[None, :] * s_am, mask=m_c[:, None] & m_m[None, :], other=0.0
         )  # [BC, BM]
@@ -130,8 +129,8 @@ def _contract_kernel(
     BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j) owns a stretch of row tiles and one of column tiles: dH is summed in registers along its columns,
-    dB in its slab along its rows, both in order."""
+    """Program (i, j) handles a range of row tiles and a range of column tiles: dH is summed in registers along its
+    columns, dB in its slab along its rows, both in a fixed order."""
     group_n = tl.program_id(0)
     group_k = tl.program_id(1)
     dtype = p_r.dtype.element_ty
@@ -170,7 +169,7 @@ def _contract_kernel(
             z = _pre(h, tl.trans(b), p_row, p_column, o_n, o_k, m_n, m_k, ROW, COLUMN, BN, BK, PRECISION, INTERPRET)
             e = g * SIGMA_GRAD(z) * scale
             if DROPOUT:
-                # first_n: where a panel of T starts, for the mask is that of the whole.
+                # first_n: first row of the panel, because the mask is that of the full T.
                 keep = keep_mask(p_seed, dropout_threshold, o_n + first_n, o_k)
                 e = tl.where(keep, e * dropout_scale, 0.0)
             e = tl.where(m_tile, e, 0.0)
@@ -201,7 +200,7 @@ def _contract_kernel(
             tl.store(p_dh + group_k.to(tl.int64) * s_dhg + o_n[:, None] * s_dhn + o_r[None, :] * s_dhr, dh, mask=m_dh)
             if DROW:
                 tl.store(p_drow + group_k.to(tl.int64) * s_drg + o_n, drow, mask=m_n)
-            # The next row tile may read a slab element in another thread than the one that wrote it.
+            # In the next row tile, another thread may read the slab element.
             tl.debug_barrier()
 
 
@@ -242,7 +241,7 @@ def _fold_kernel(
         )  # fmt: skip
         if DROPOUT:
             t = tl.where(_keep(p_seed, dropout_threshold, o_n, o_c, SWAPPED), t * dropout_scale, 0.0)
-        # Past the end of C, σ(0) may not be 0: there it meets zeros of V.
+        # Past the end of C, σ(0) may be nonzero, but is multiplied by zeros of V.
         v = tl.load(p_v + o_c[:, None] * s_vc + o_v[None, :] * s_vv, mask=m_c[:, None] & m_v[None, :], other=0.0)
         acc = dot(t.to(dtype), v, acc, PRECISION, INTERPRET)
     tl.store(
@@ -330,7 +329,7 @@ def launch_contract(
     depth: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """From G = leftᵀ right ([D,N], [D,K]) or G = given [N,K]: fp32 (dH [N,r], dB [K,r], drow [N], dcolumn [K]), the
-    last two where T has such a term. `first_n`: the row of T that row 0 of `made` is; `depth`: the D of a given G."""
+    last two if T has these biases. `first_n`: the row of T at row 0 of `made`; `depth`: D of a given G."""
     n, r = made.h.shape
     k = made.b.shape[0]
     anchor = given if given is not None else right
@@ -402,7 +401,7 @@ def launch_panel(
     first_n: int = 0,
     first_k: int = 0,
 ) -> Tensor:
-    """W0 + s T of the stretch that `weight` and `made` hold, which starts at (first_n, first_k), into `out`."""
+    """Write W0 + s T into `out`, for the part of it in `weight` and `made`, which starts at (first_n, first_k)."""
     n, k = weight.shape
     r = made.h.shape[1]
     arguments: tuple[Any, ...] = (

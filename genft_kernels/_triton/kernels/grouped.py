@@ -1,19 +1,19 @@
-"""The skinny work around a product with W0 where the samples of a batch take different updates.
+"""The skinny products for mixed batches, where samples have different updates.
 
-A matrix S [M,C] holds n samples of T rows each; sample i belongs to a group g, or to none. F [G,C,r].
+A matrix S [M,C] has n samples of T rows each; sample i belongs to a group g, or to none. F [G,C,r].
 
 Project    U_i = S_i F_g                        t_i = x_i P_g,  u_i = dy_i Q_g
 Update     S_i += U_i F_gᵀ                      y_i += t_i Q_gᵀ, dx_i += u_i P_gᵀ
 Reduce     D_g = Σ S_iᵀ U_i over the group      dP_g = Σ x_iᵀ u_i, dQ_g = Σ dy_iᵀ t_i
 
-Samples are taken in the order of their groups, without being moved: a tile is BM rows of one group, found through
-`order` and `bounds` of `genft_kernels.rows.RowGroups`. Where a tile lies is looked up by its program, from the bounds
-of all groups; the host knows no row counts and launches as many programs as there can be tiles, M/BM + G at most. So a
-factor is read once per tile and not once per row, also where every sample is one row (decoding), and samples of no
-group cost nothing. With few tiles the columns are split, too: Project then leaves partial sums [splits,M,r], which the
-launcher adds up. Reduce needs none: a program has a group and a block of columns. All of it deterministic.
+Samples are processed in group order without moving them: a tile is BM rows of one group, found through `order` and
+`bounds` of `genft_kernels.rows.RowGroups`. Each program locates its tile from the bounds of all groups; the host does
+not know row counts and launches as many programs as there can be tiles, at most M/BM + G. So factors are read once per
+tile instead of once per row, even if every sample is one row (decoding), and samples without a group cost nothing. With
+few tiles the columns are split too: Project then writes partial sums [splits,M,r], which the launcher adds. Reduce does
+not need this: a program handles one group and one block of columns. Everything is deterministic.
 
-Saved: t. Bytes moved: those of S, and for each tile those of its factor, which stay in the L2.
+Saved: t. Bytes moved: S, and per tile its factor, which stays in the L2 cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .common import INTERPRETING, dot, precision, rank_block
 
 @triton.jit
 def _tile_of(tile, p_order, p_bounds, G, T, BM: tl.constexpr, BG: tl.constexpr):
-    """(group, rows [BM], mask [BM]) of a tile; the group is BG where there are not so many tiles."""
+    """(group, rows [BM], mask [BM]) of a tile; the group is BG if there is no such tile."""
     o_g = tl.arange(0, BG)
     m_g = o_g < G
     first = tl.load(p_bounds + o_g, mask=m_g, other=0)
@@ -123,12 +123,12 @@ def _grouped_reduce_kernel(
 
 
 def _tiles(matrix: Tensor, rows: RowGroups, plan: SkinnyPlan) -> int:
-    """As many tiles as there can be: whole ones, and one per group that is not."""
+    """The maximum number of tiles: full ones, and one partial tile per group."""
     return min(matrix.shape[0], matrix.shape[0] // plan.rows + min(rows.groups, rows.group.shape[0]))
 
 
 def _columns(columns: int, plan: SkinnyPlan, splits: int) -> int:
-    """Columns per program, in whole blocks, for that many splits at most."""
+    """Columns per program, a multiple of the block size, for at most that many splits."""
     blocks = triton.cdiv(columns, plan.columns)
     return plan.columns * triton.cdiv(blocks, max(1, min(blocks, splits)))
 
@@ -150,7 +150,7 @@ def _launch(s: Tensor, f: Tensor, u: Tensor, rows: RowGroups, plan: SkinnyPlan, 
 
 
 def launch_grouped_project(s: Tensor, f: Tensor, rows: RowGroups, plan: SkinnyPlan) -> Tensor:
-    """U [M,r] with U_i = s_i f_g, in the dtype of s; 0 for a sample of no group. s [M,C], f [G,C,r]."""
+    """U [M,r] with U_i = s_i f_g, in the dtype of s; 0 for samples without a group. s [M,C], f [G,C,r]."""
     columns = _columns(s.shape[1], plan, plan.groups // max(1, _tiles(s, rows, plan)))
     splits = triton.cdiv(s.shape[1], columns)
     partial = torch.float32 if splits > 1 else s.dtype

@@ -1,4 +1,4 @@
-"""The fused product: O = A B + drop(U V) + bias, the low-rank term being where the accumulator starts.
+"""The fused product: O = A B + drop(U V) + bias, with the accumulator initialised with the low-rank term.
 
     y  = x W0ᵀ + t Qᵀ + b          A = x,  B = W0ᵀ, U = t, V = Qᵀ
     dX = dY W0 + drop(u Pᵀ)        A = dY, B = W0,  U = u, V = Pᵀ
@@ -6,12 +6,12 @@
 A [M,C], B [C,N], U [M,r], V [r,N], O [M,N]; any strides. The term costs r/C of the product and no pass over O.
 Saved: nothing. Bytes moved: those of the product, and (M + N) r.
 
-For slices of a weight, V may be the unit vectors that put column j of U into column pick[j] of O, made in registers:
+For slices of a weight, V may be unit vectors, generated in registers, that add column j of U to column pick[j] of O:
 
     y = x W0ᵀ + b, y[:,I] += t     dX = dY W0, dX[:,J] += u
 
-Without U and V the product may end in sums of squares: of each tile of O the squares are summed along its rows and O is
-not stored. Bytes moved: those of the two reads, and M·⌈N/BN⌉·8 for the partial sums.
+Without U and V, the kernel can compute sums of squares: the squares of each tile of O are summed along its rows and O
+is not stored. Bytes moved: those of both operands, and M·⌈N/BN⌉·8 for the partial sums.
 
     Σ_k G[n,k]², G = dYᵀ x         A = dYᵀ, B = x
 """
@@ -61,8 +61,8 @@ def _product_kernel(
     if BIAS:
         acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
 
-    # Rows past the end read row 0 and are not stored: no mask in the loop but the one along C. Where there are none,
-    # the offsets stay consecutive, without which an operand that is contiguous along them is read in single elements.
+    # Rows past the end read row 0 and are not stored, so the loop only needs a mask along C. Without such rows, the
+    # offsets stay consecutive, so that loads of operands contiguous along them are vectorised.
     o_am = o_m if EVEN_M else tl.where(m_m, o_m, 0)
     o_bn = o_n if EVEN_N else tl.where(m_n, o_n, 0)
     for start in range(0, C, BC):
@@ -101,8 +101,8 @@ def launch_product(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """a [M,C] @ b [C,N] + drop(u [M,r] @ v [r,N]) + bias [N] -> [M,N] in a's dtype. Without v, `pick`, int64 [r], names
-    the columns of the result to add `u` to."""
+    """a [M,C] @ b [C,N] + drop(u [M,r] @ v [r,N]) + bias [N] -> [M,N] in a's dtype. Without v, `u` is added to the
+    columns `pick`, int64 [r], of the result."""
     out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
     return _launch(a, b, u, v, plan, out, bias=bias, pick=pick, dropout=dropout, seed=seed)
 

@@ -1,22 +1,22 @@
-"""The single pass: O = A B + T V + bias in one launch, T = scale · A F made on the way.
+"""The single pass: O = A B + T V + bias in one launch that also computes T = scale · A F.
 
     y  = x W0ᵀ + t Qᵀ + b          A = x,  B = W0ᵀ, F = P, V = Qᵀ, T = t
     dX = dY W0 + u Pᵀ              A = dY, B = W0,  F = Q, V = Pᵀ, T = u
 
-A [M,C], B [C,N], F [C,r], V [r,N], T [M,r], O [M,N]. T rides on the tiles of A that the product reads anyway: no pass
-over A for it, none over O, and O is rounded once.
+A [M,C], B [C,N], F [C,r], V [r,N], T [M,r], O [M,N]. T is computed from the tiles of A that the product reads anyway:
+no extra pass over A or O, and O is rounded once.
 
-Many rows: persistent programs take tiles in ascending order, by a ticket. The program that takes a row block's first
-tile also multiplies its tiles of A with F, stores T and raises the row block's flag; the others need T for one step
-after their main loop and wait for the flag. Tiles of first columns come first in that order and whoever takes one
-never waits, so there is always a program that can go on, however many of them the card holds. Tickets and flags are
-zeroed for each launch (not numbered by epochs, for a CUDA graph would replay the number).
+Many rows: persistent programs take tiles in ascending order by a ticket. The program with a row block's first tile also
+multiplies its tiles of A with F, stores T and sets the row block's flag; the other programs of the row block wait for
+the flag after their main loop, because they need T for one step. The tiles of the first columns come first and their
+programs never wait, so there is no deadlock for any number of resident programs. Tickets and flags are zeroed for each
+launch (epoch numbers would not work, because a CUDA graph would replay them).
 
-Few rows (one block of them): every program makes T for itself, since reading B is all that takes time. Where that makes
-fewer programs than the plan has, C is split; a part adds its own T V, and a second launch adds the parts up.
+Few rows (one block): every program computes its own T, because the time is bound by reading B. If this gives fewer
+programs than the plan has, C is split; each part adds its own T V, and a second launch sums the parts.
 
-Operands come through tensor descriptors where the plan says so and their rows begin at multiples of 16 bytes, else by
-plain loads. Saved: T. Bytes moved: those of the product, and r (C + N) a tile from the L2.
+Operands are read through tensor descriptors if the plan says so and their rows are 16-byte aligned, else by plain
+loads. Saved: T. Bytes moved: those of the product, and r (C + N) per tile from the L2 cache.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .skinny import add_up, partial_sums
 @triton.jit
 def _tile(desc, p, o_row, o_col, rows, columns, s_row, s_col, DESC: tl.constexpr,
           BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """The tile [BR, BC] at (o_row, o_col) of a matrix [rows, columns], zero past its ends."""
+    """The tile [BR, BC] at (o_row, o_col) of a matrix [rows, columns], zero out of bounds."""
     if DESC:
         tile = desc.load([o_row, o_col])
     else:
@@ -51,7 +51,7 @@ def _tile(desc, p, o_row, o_col, rows, columns, s_row, s_col, DESC: tl.constexpr
 @triton.jit
 def _tile_of(desc, p, o_c, o_n, C, N, s_c, s_n, DESC: tl.constexpr, STORED_T: tl.constexpr,
              BC: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """The tile [BC, BN] of a matrix [C, N], of which memory (and so a descriptor) may have the transpose."""
+    """The tile [BC, BN] of a matrix [C, N], which may be stored transposed."""
     if STORED_T:
         tile = tl.trans(_tile(desc, p, o_n, o_c, N, C, s_n, s_c, DESC, BN, BC))
     else:
@@ -67,7 +67,7 @@ def _accumulate(
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """(A B tile [BM, BN], A F tile [BM, BR] where SIDE) over columns first to last of A."""
+    """(A B tile [BM, BN], A F tile [BM, BR] if SIDE) over the columns first to last of A."""
     dtype = p_a.dtype.element_ty
     acc = tl.zeros((BM, BN), tl.float32)
     side = tl.zeros((BM, BR), tl.float32)
@@ -103,7 +103,7 @@ def _store(d_o, p_o, acc, o_m, o_n, M, N, s_om, s_on, DESC: tl.constexpr, HALVES
            BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     dtype = p_o.dtype.element_ty
     if DESC:
-        if HALVES:  # half of a wide tile at a time: the staging buffer is what shared memory has no room for
+        if HALVES:  # half of a wide tile at a time, because of the staging buffer in shared memory
             acc = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1))
             left, right = tl.split(acc)
             d_o.store([o_m, o_n], left.to(dtype))
@@ -147,7 +147,7 @@ def _single_kernel(
             )  # fmt: skip
             t = (side * scale).to(dtype)
             tl.store(p_t_tile, t, mask=m_t)
-            tl.debug_barrier()  # every thread has stored its part
+            tl.debug_barrier()  # all threads have stored their part
             tl.atomic_xchg(p_flags + tile_m, 1, sem="release")
         else:
             acc, side = _accumulate(
@@ -198,7 +198,7 @@ def _single_few_kernel(
 
 
 def describable(matrix: Tensor) -> bool:
-    """Whether a tensor descriptor can describe a matrix: contiguous rows that begin at multiples of 16 bytes."""
+    """Whether a matrix can have a tensor descriptor: contiguous, 16-byte aligned rows."""
     return (
         matrix.stride(1) == 1
         and matrix.stride(0) >= matrix.shape[1] >= 1
@@ -208,7 +208,7 @@ def describable(matrix: Tensor) -> bool:
 
 
 def _stored(matrix: Tensor) -> tuple[Tensor, bool]:
-    """A matrix as memory has it, and whether that is its transpose."""
+    """A matrix as stored in memory, and whether that is its transpose."""
     return (matrix.t(), True) if matrix.stride(0) == 1 and matrix.stride(1) != 1 else (matrix, False)
 
 

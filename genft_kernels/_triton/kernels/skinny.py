@@ -1,16 +1,17 @@
-"""The skinny work around a product with W0: three passes over a tall matrix S [M,C] and a factor with a side of r.
+"""Skinny products: three passes over a tall matrix S [M,C] and a factor with a dimension r.
 
 project    U = scale · drop(S) A + bias   A [C,r] -> U [M,r]         t = s drop(x) P, u = s dY Q, z = ρ drop(W0) Aᵀ + b
 reduce     D = scale · drop(S)ᵀ L         L [M,r] -> D [C,r]         dP = drop(x)ᵀ u, dQ = dYᵀ t, dA = ρ drop(W0)ᵀ dZ
 update     O = [S +] drop(U B)            U [M,r], B [r,C] -> O      y before its product with W0, x' = x + t φ
 
-A projection and a reduction keep their result in registers. Where that makes fewer programs than the plan asks for, the
-contraction is split: each part writes a float32 partial sum, and a second launch adds them up in order, so that results
-repeat. `genft_kernels.plan` counts the parts and never lets the partial sums move more bytes than the pass itself.
+Projections and reductions keep their result in registers. If this gives fewer programs than the plan has, the
+contraction is split: each part writes a float32 partial sum, and a second launch adds them in a fixed order, so that
+results are deterministic. `genft_kernels.plan` computes the number of parts such that the partial sums never move more
+bytes than the pass itself.
 
-An update of S in 16 bits is rounded as `genft_kernels.dither` says.
+An update of S in 16 bits is rounded as described in `genft_kernels.dither`.
 
-Saved: nothing. Bytes moved: S once (by an update written, and read if it is added to), the factor, partial sums.
+Saved: nothing. Bytes moved: S once (written by an update, and read if it is added to), the factor, partial sums.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def _update_kernel(
 
 @triton.jit
 def _sum_kernel(p_parts, p_o, SIZE, parts, BLOCK: tl.constexpr):
-    """O[i] = Σ parts[p, i], in order."""
+    """O[i] = Σ parts[p, i], in a fixed order."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < SIZE
     total = tl.zeros((BLOCK,), tl.float32)
@@ -148,14 +149,14 @@ def _sum_kernel(p_parts, p_o, SIZE, parts, BLOCK: tl.constexpr):
 
 
 def partial_sums(out: Tensor, parts: int) -> Tensor:
-    """Memory for `parts` float32 partial sums of `out`, each laid out as `out` is, which is contiguous or the transpose
-    of a contiguous matrix."""
+    """A buffer for `parts` float32 partial sums of `out`, each in the layout of `out`: contiguous or the transpose of a
+    contiguous matrix."""
     memory = torch.empty((parts, out.numel()), dtype=torch.float32, device=out.device)
     return memory.as_strided((parts, *out.shape), (out.numel(), *out.stride()))
 
 
 def add_up(partials: Tensor, out: Tensor) -> Tensor:
-    """The second stage: Σ partials [parts, ...] into `out`, for which they were made."""
+    """The second stage: write Σ partials [parts, ...] into `out`."""
     block = 1024
     if out.numel():
         _sum_kernel[(triton.cdiv(out.numel(), block),)](partials, out, out.numel(), partials.shape[0], BLOCK=block)
@@ -255,5 +256,5 @@ def launch_update(
 
 
 def _per_part(size: int, block: int, parts: int) -> int:
-    """How much of a contraction a part has, in whole blocks."""
+    """The length of a part of a contraction, a multiple of the block size."""
     return block * triton.cdiv(triton.cdiv(size, block), parts)

@@ -1,1 +1,1 @@
-"""The embedded demo: a small model made here, adapted with several methods side by side."""
+"""The built-in demo: pretrain a small model and fine-tune it with every method."""

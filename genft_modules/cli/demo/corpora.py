@@ -1,4 +1,4 @@
-"""The two texts that every Python installation carries: its library's source code and its documentation's prose."""
+"""Two corpora found in every Python installation: the standard library's source code and the documentation topics."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from genft_modules.cli.console import UserError
 from genft_modules.cli.data import hold_out, normal
 
-# Left out of the code: tests (repetitive), tables of encodings (numbers), and the documentation topics themselves,
-# which the demo adapts to and must not have seen.
+# Excluded from the code: tests (repetitive), encoding tables (numbers), and the documentation topics, which the demo
+# fine-tunes on.
 _LEFT_OUT = {"test", "tests", "encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
-SHARED_RUN = 64  # characters that held-out and training prose may at most have in common
+SHARED_RUN = 64  # in characters: held-out paragraphs that share a substring of this length with training are dropped
 
 
 def stdlib_code(limit: int) -> str:
-    """About `limit` characters of the standard library's source code: whole files in an order fixed by their names."""
+    """Up to `limit` characters of the standard library's source code, files in a fixed pseudo-random order."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [path for path in root.rglob("*.py") if not _LEFT_OUT & set(path.relative_to(root).parts)]
     files.sort(key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
@@ -33,20 +33,20 @@ def stdlib_code(limit: int) -> str:
         texts.append(text)
         size += len(text)
     if size < limit / 2:
-        raise UserError(f"the demo needs the standard library's source code, and {root} holds {size} characters of it")
+        raise UserError(f"the demo needs the standard library's source code; {root} has only {size} characters of it")
     return "\n".join(texts)[:limit]
 
 
 def pydoc_prose(fraction: float = 0.08) -> tuple[str, str]:
-    """(training, held out): the prose of Python's documentation topics, `fraction` of it held out in contiguous blocks.
+    """(training, held out): Python's documentation topics, `fraction` of them held out in contiguous blocks.
 
-    The topics quote one another at length (a fifth of the text stands there twice), so each paragraph is taken once
-    only, and a held-out paragraph that shares a run of SHARED_RUN characters with the training part is dropped.
+    A fifth of the text is duplicated, so paragraphs are deduplicated, and held-out paragraphs that share a substring of
+    SHARED_RUN characters with the training part are dropped.
     """
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        raise UserError("the demo needs pydoc_data, the documentation topics that come with Python") from None
+        raise UserError("the demo needs pydoc_data, the documentation topics shipped with Python") from None
     paragraphs = list(
         {
             normal(paragraph): paragraph.strip("\n")
@@ -67,6 +67,6 @@ def pydoc_prose(fraction: float = 0.08) -> tuple[str, str]:
 
 
 def runs(paragraph: str) -> set[str]:
-    """Every stretch of SHARED_RUN characters in a paragraph, white space normalised; the whole of a shorter one."""
+    """All substrings of SHARED_RUN characters of a paragraph with normalised whitespace; a shorter one as a whole."""
     text = normal(paragraph)
     return {text[i : i + SHARED_RUN] for i in range(max(1, len(text) - SHARED_RUN + 1))}

@@ -1,9 +1,8 @@
-"""The embedded demo: pre-train a small byte-level Llama on Python's source code, adapt it to the documentation's prose.
+"""The built-in demo: pretrain a small byte-level Llama on Python's source code, then fine-tune it on the documentation.
 
-Each method runs as the command `genft finetune --model ... --dataset ...` in a process of its own, so that its peak
-memory is its own; then all of them take turns at single steps for the comparison of time, and a new process reloads
-every adapter. This module starts those processes and reports; `genft_modules.cli.demo.stages` has the work that is the
-demo's alone.
+Each method runs as `genft finetune --model ... --dataset ...` in its own process, so that peak memory is measured per
+method. Then the step times of all methods are measured in turns, and a new process reloads every adapter. This module
+starts the processes and reports; `genft_modules.cli.demo.stages` has pretraining and timing.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from genft_modules.cli.measure import ratio
 from genft_modules.cli.plotting import loss_curves
 from genft_modules.cli.verify import verify_in_new_process
 
-REFERENCE = "peft-lora"  # what the others' time is relative to
+REFERENCE = "peft-lora"  # times are relative to this method
 NAMES = {
     "wegeft": "WeGeFT",
     "gift": "GIFT",
@@ -46,7 +45,7 @@ NAMES = {
 }
 
 
-# Each the best of three to five values between a fifth and five times as much, held-out text after 80 steps (GRFT: 20).
+# Each the best of three to five values within a factor of five, by held-out loss after 80 steps (GRFT: 20).
 LEARNING_RATES = {
     "wegeft": 3.5e-3,
     "gift": 5e-3,
@@ -63,7 +62,7 @@ LEARNING_RATES = {
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Sizes of the demo: a small Llama, and training short enough for two cores."""
+    """Settings of the demo: a small Llama, and training short enough for two cores."""
 
     hidden: int = 256
     layers: int = 4
@@ -84,7 +83,7 @@ class Demo:
 
     @staticmethod
     def parse(text: str) -> Demo:
-        """The demo of `json.dumps(dataclasses.asdict(demo))`."""
+        """The inverse of `json.dumps(dataclasses.asdict(demo))`."""
         fields: dict[str, Any] = json.loads(text)
         for name, value in fields.items():
             fields[name] = tuple(value) if isinstance(value, list) else value
@@ -92,22 +91,22 @@ class Demo:
 
 
 def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
-    """The rows, each once. Raises UserError for an unknown name, and without the row that times are relative to."""
+    """The methods without duplicates. Raises UserError for an unknown name, or if REFERENCE is missing."""
     for method in methods:
         if method not in NAMES:
             raise UserError(f"--methods {method}: unknown; choose from {', '.join(NAMES)}")
     if REFERENCE not in methods:
-        raise UserError(f"--methods: {REFERENCE} is missing, which the others' time is relative to")
+        raise UserError(f"--methods: {REFERENCE} is missing; times are relative to it")
     return tuple(dict.fromkeys(methods))
 
 
 def default_cache() -> Path:
-    """~/.cache/genft, or where XDG_CACHE_HOME points."""
+    """$XDG_CACHE_HOME/genft, by default ~/.cache/genft."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genft"
 
 
 def run(demo: Demo, output: Path, cache: Path) -> dict[str, Any]:
-    """The whole demo; what it measured, as written to OUTPUT/results.json beside table.md and loss.png."""
+    """Run the demo. Returns the results, which are also written to OUTPUT: results.json, table.md, loss.png."""
     began = time.perf_counter()
     for option, directory in (("--output", output), ("--cache-dir", cache)):
         try:
@@ -115,8 +114,8 @@ def run(demo: Demo, output: Path, cache: Path) -> dict[str, Any]:
         except OSError as error:
             raise UserError(f"{option} {directory}: {error.strerror or one_line(error)}") from None
     texts = write_texts(demo, output)
-    # Threads that wait in a loop stand still for milliseconds wherever another process has the core: a step takes ten
-    # times as long beside one busy neighbour. Asleep they lose a few per cent on an idle machine, and nothing else.
+    # Spinning OpenMP threads stall for milliseconds when another process has the core: one busy neighbour makes a step
+    # ten times slower. Sleeping threads cost a few per cent on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     base, pretrained = pretrained_base(demo, cache)
     runs = {}
@@ -159,7 +158,7 @@ _BASE = {
 def pretrained_base(demo: Demo, cache: Path) -> tuple[Path, bool]:
     """(the base model's directory in the cache, whether it was trained just now).
 
-    The directory's name says on what it depends: the demo's sizes, Python's version and the very text.
+    The directory's name is a hash of all it depends on: the demo's settings, Python's version and the text.
     """
     code = corpora.stdlib_code(demo.pretrain_steps * demo.pretrain_batch * demo.seq_len)
     key = json.dumps(
@@ -171,7 +170,7 @@ def pretrained_base(demo: Demo, cache: Path) -> tuple[Path, bool]:
     )
     place = cache / f"base-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if (place / "config.json").is_file():
-        say(f"the pre-trained base is in the cache: {place}")
+        say(f"using the cached base model: {place}")
         return place, False
     partial = Path(tempfile.mkdtemp(prefix=".base-", dir=cache))
     try:
@@ -182,7 +181,7 @@ def pretrained_base(demo: Demo, cache: Path) -> tuple[Path, bool]:
         try:
             os.replace(partial, place)
         except OSError:
-            if not (place / "config.json").is_file():  # else another process was as quick: the bases are the same
+            if not (place / "config.json").is_file():  # else another process has written the same base
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -195,7 +194,7 @@ def pretrained_base(demo: Demo, cache: Path) -> tuple[Path, bool]:
 def finetune_command(
     demo: Demo, method: str, base: Path, texts: dict[str, Path], output: Path, *, lr: float, options: Sequence[str] = ()
 ) -> list[str]:
-    """The command that adapts the base to `texts["train"]`, and measures on `texts["held-out"]`."""
+    """The command that fine-tunes the base on `texts["train"]` and evaluates on `texts["held-out"]`."""
     command = [
         sys.executable, "-m", "genft_modules.cli", "finetune",
         "--model", str(base), "--dataset", str(texts["train"]), "--eval-dataset", str(texts["held-out"]),
@@ -210,7 +209,7 @@ def finetune_command(
 
 
 def write_texts(demo: Demo, directory: Path) -> dict[str, Path]:
-    """train.txt and held-out.txt, the prose that the base is adapted to."""
+    """Write the fine-tuning data: train.txt and held-out.txt."""
     texts = {}
     for name, text in zip(("train", "held-out"), corpora.pydoc_prose(demo.held_out), strict=True):
         texts[name] = directory / f"{name}.txt"
@@ -225,7 +224,7 @@ def _adapt(demo: Demo, method: str, base: Path, texts: dict[str, Path], output: 
 
 
 def _stage(name: str, demo: Demo, *paths: Path) -> None:
-    """One of `genft_modules.cli.demo.stages`, in a new process."""
+    """Run one of `genft_modules.cli.demo.stages` in a new process."""
     settings = json.dumps(dataclasses.asdict(demo))
     _run([sys.executable, "-m", "genft_modules.cli.demo.stages", name, settings, *map(str, paths)])
 
@@ -242,7 +241,7 @@ def _run(command: list[str]) -> None:
 
 
 def report(results: dict[str, Any]) -> str:
-    """The table of the demo, and what a new process found when it reloaded each adapter."""
+    """The demo's table, with the check of each reloaded adapter."""
     runs: dict[str, dict[str, Any]] = results["runs"]
     header = (
         "method",
@@ -274,26 +273,26 @@ def report(results: dict[str, Any]) -> str:
     idle = statistics.median(record["idle_memory_mib"] for record in runs.values())
     device = next(iter(runs.values()))["device"]
     memory = (
-        f"the process's largest resident memory while training (the bare process holds {idle:.0f} MiB)"
+        f"peak resident memory of the process during training ({idle:.0f} MiB before training)"
         if device == "cpu"
-        else "what torch's allocator handed out at most while training"
+        else "peak memory allocated by torch during training"
     )
     agree = all(record["reload"]["agree"] for record in runs.values())
     return "\n".join(
         [
             table(header, rows),
             "",
-            "bits/byte: on held-out prose. time/step: relative to LoRA (peft), median over "
-            f"{results['demo']['timing_rounds']} rounds in which all take turns.",
+            "bits/byte: on held-out text. time/step: relative to LoRA (peft), median over "
+            f"{results['demo']['timing_rounds']} rounds in which the methods take turns.",
             f"peak MiB: {memory}.",
-            "max Δ logit: adapter saved, reloaded in a new process on the saved base, as loaded and merged; "
+            "max Δ logit: adapter saved and reloaded in a new process, as loaded and merged; "
             + ("all agree." if agree else "NOT ALL AGREE."),
-            f"total: {results['seconds']:.0f} s, the base "
-            + ("from the cache." if results["base_was_cached"] else "pre-trained in this time."),
+            f"total: {results['seconds']:.0f} s, "
+            + ("base model from the cache." if results["base_was_cached"] else "including pretraining of the base."),
         ]
     )
 
 
 def agrees(results: dict[str, Any]) -> bool:
-    """Whether every reloaded adapter gave the logits of the trained one."""
+    """Whether every reloaded adapter reproduces the logits of the trained one."""
     return all(record["reload"]["agree"] for record in results["runs"].values())

@@ -1,4 +1,4 @@
-"""What the demo does in processes of its own: `python -m genft_modules.cli.demo.stages STAGE DEMO PATH...`."""
+"""Stages of the demo that run in their own process: `python -m genft_modules.cli.demo.stages STAGE DEMO PATH...`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from genft_modules.cli.training import Schedule, train
 
 
 def pretrain(demo: Demo, text: Path, directory: Path) -> None:
-    """Train a small Llama from scratch on the text; model and tokenizer into the directory."""
+    """Pretrain a small Llama on the text and save model and tokenizer in the directory."""
     transformers.set_seed(demo.seed)
     tokenizer = byte_tokenizer()
     model = transformers.LlamaForCausalLM(
@@ -41,7 +41,7 @@ def pretrain(demo: Demo, text: Path, directory: Path) -> None:
     windows = encode(read_records(str(text)), tokenizer, demo.seq_len, title="source code")
     parameters = sum(p.numel() for p in model.parameters())
     size, amount = f"{parameters / 1e6:.1f} M parameters", f"{windows.bytes / 1e6:.2f} MB"
-    say(f"pre-training {size} on {amount} of the standard library's source code")
+    say(f"pretraining a model with {size} on {amount} of the standard library's source code")
     with tempfile.TemporaryDirectory() as scratch:
         train(
             model.to(device),
@@ -56,7 +56,7 @@ def pretrain(demo: Demo, text: Path, directory: Path) -> None:
             ),
             Path(scratch),
             pad_id=tokenizer.pad_token_id,
-            title="pre-training",
+            title="pretraining",
             device=device,
         )
     model.save_pretrained(str(directory))
@@ -64,7 +64,7 @@ def pretrain(demo: Demo, text: Path, directory: Path) -> None:
 
 
 def time_steps(demo: Demo, base: Path, text: Path, result: Path) -> None:
-    """Seconds of single steps of every method, taken in turns, into the result as JSON."""
+    """Measure the step times of all methods in turns and write them to `result` as JSON."""
     tokenizer, device = byte_tokenizer(), bases.check_device("auto")
     windows = encode(read_records(str(text)), tokenizer, demo.seq_len)
     batch = collate([windows[i] for i in range(demo.batch_size)], tokenizer.pad_token_id)
