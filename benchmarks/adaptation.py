@@ -31,14 +31,13 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.measure import results
 from genft_modules.cli import bases, finetune, measure, recipes
 from genft_modules.cli.console import quiet, say
 from genft_modules.cli.data import byte_tokenizer, collate, encode, read_records
 from genft_modules.cli.demo import run as demo
 from genft_modules.cli.demo.run import Demo
 from genft_modules.progress import bar
-
-from . import results
 
 SCHEMA = 1
 REFERENCE = "peft-lora"  # what the others' time is relative to
@@ -453,7 +452,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"results: {path.relative_to(arguments.results)}")
     if arguments.no_report or arguments.size != "full":
         return 0
-    from . import report
+    from benchmarks.report import __main__ as report
 
     return report.main(["--results", str(arguments.results)])
 

@@ -18,10 +18,9 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaForCausalLM
 
+from benchmarks.report.__main__ import _figure, _save
+from benchmarks.suites.model_step import LLAMA3_8B
 from genft_modules import FusedGenLinear, GeneratorConfig, GenFTConfig, LoRAConfig, WeGeFTConfig
-
-from .model_step import LLAMA3_8B
-from .report import _figure, _save
 
 DOCS = Path(__file__).parents[1] / "docs"
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)

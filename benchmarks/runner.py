@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
-from . import STARTED, goals, results
-from .comparison import Record
-from .results import Run
+from benchmarks import STARTED
+from benchmarks.measure import results
+from benchmarks.measure.results import Run
+from benchmarks.report import goals
+from benchmarks.suites.comparison import Record
 
 
 class OutOfTime(BaseException):

@@ -14,7 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import genft_kernels
 import genft_modules
-from benchmarks import adaptation, report, results
+from benchmarks import adaptation
+from benchmarks.measure import results
+from benchmarks.report import __main__ as report
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

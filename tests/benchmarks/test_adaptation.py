@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from benchmarks import adaptation, report
+from benchmarks import adaptation
+from benchmarks.report import __main__ as report
 from genft_modules import METHODS
 from genft_modules.cli.demo import run as demo
 

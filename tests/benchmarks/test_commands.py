@@ -14,9 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import goals, memcheck, model_limits, model_step, parts, profiles, report, results, runner, sweep
-from benchmarks.comparison import Settings
-from benchmarks.shapes import Shape
+from benchmarks import memcheck, runner
+from benchmarks.measure import results
+from benchmarks.measure.shapes import Shape
+from benchmarks.report import __main__ as report
+from benchmarks.report import goals
+from benchmarks.suites import model_limits, model_step, parts, profiles, sweep
+from benchmarks.suites.comparison import Settings
 from genft_kernels import plan as plans
 from genft_kernels.gate import EPSILON
 from genft_kernels.plan import DeviceFacts, LaunchPlan, Problem
@@ -305,7 +309,7 @@ def test_plans_that_are_not_committed_make_a_run_dirty(tmp_path, monkeypatch):
     _git(tmp_path, "init", "-q")
     _git(tmp_path, "add", ".")
     _git(tmp_path, "commit", "-qm", "one")
-    monkeypatch.setattr(results, "ROOT", tmp_path / "benchmarks")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
     (tmp_path / "benchmarks" / "results" / "new.json").touch()
     assert not results.commit().endswith("-dirty")
     for untracked in ("genft_kernels/plans/sm_90.json", "cache/plans/sm_90.json"):
@@ -434,7 +438,8 @@ def test_the_gpu_command_wants_to_know_its_stage(capsys):
 def test_a_kernel_that_never_returns_does_not_keep_the_run(tmp_path):
     code = """
 import pathlib, sys, time, torch
-from benchmarks import results, runner
+from benchmarks import runner
+from benchmarks.measure import results
 run = results.Run(torch.device("cpu"), pathlib.Path(sys.argv[1]))
 run.part = "stuck"
 with runner.ended_after(0.2, run):
@@ -482,7 +487,9 @@ def test_without_a_gpu_the_gpu_command_says_so():
 
 
 def test_pytest_benchmarks_measures(tmp_path):
-    done = _python("pytest", "benchmarks/test_layer.py", "-q", "-k", "call and frozen", "--results", str(tmp_path))
+    done = _python(
+        "pytest", "benchmarks/suites/test_layer.py", "-q", "-k", "call and frozen", "--results", str(tmp_path)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
     assert "1.000 x frozen" in done.stdout

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import adaptation, goals, results
-from .results import key
-from .shapes import CPU_GOAL
+from benchmarks import adaptation
+from benchmarks.measure import results
+from benchmarks.measure.results import key
+from benchmarks.measure.shapes import CPU_GOAL
+from benchmarks.report import goals
 
 Record = dict[str, Any]
-ROOT = results.ROOT.parent
 UNMEASURED = {"gpu": "not measured (needs a GPU)", "cpu": "not measured"}
 
 
@@ -868,8 +869,8 @@ def compare_files(old: Path, new: Path, threshold: float, absolute: bool) -> int
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of result files")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of benchmarks.md and charts/")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--docs", type=Path, default=results.ROOT / "docs", help="folder of benchmarks.md and charts/")
+    parser.add_argument("--readme", type=Path, default=results.ROOT / "README.md")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="two result files")
     parser.add_argument("--threshold", type=float, default=0.05, help="with --compare: share of growth (%(default)s)")
     parser.add_argument("--absolute", action="store_true", help="with --compare: milliseconds, not ratios to the floor")

@@ -34,8 +34,8 @@ import torch
 from genft_kernels.plan import user_tables
 
 SCHEMA = 1
-ROOT = Path(__file__).resolve().parent
-FOLDER = ROOT / "results"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks" / "results"
 Item = TypeVar("Item")
 
 
@@ -90,7 +90,7 @@ def commit(given: str = "") -> str:
     found = _command("git", "rev-parse", "--short=10", "HEAD") or given or os.environ.get("GENFT_COMMIT", "")
     if not found:
         return "unknown"
-    code = ("../genft_kernels", "../genft_modules", ".", ":!results")
+    code = ("genft_kernels", "genft_modules", "benchmarks", ":!benchmarks/results")
     changed = _command("git", "status", "--porcelain", "--untracked-files=all", "--", *code)
     return f"{found}-dirty" if changed or any(user_tables().glob("*.json")) else found
 

@@ -23,15 +23,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import genft_modules
+from benchmarks.measure import memory
+from benchmarks.measure.results import Run
+from benchmarks.measure.shapes import DTYPE_NAMES
+from benchmarks.measure.timing import captured
+from benchmarks.subjects.contenders import METHODS, Method
+from benchmarks.suites.comparison import Record, Settings, wake
 from genft_kernels.gate import Verdict, judge
 from genft_kernels.timing import Stats, Step, clock_for, interleave, ratio
-
-from . import memory
-from .comparison import Record, Settings, wake
-from .contenders import METHODS, Method
-from .results import Run
-from .shapes import DTYPE_NAMES
-from .timing import captured
 
 
 @dataclass(frozen=True)

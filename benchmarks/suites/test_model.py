@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from . import model_step
-from .comparison import Settings
-from .replay import clock
+from benchmarks.measure.replay import clock
+from benchmarks.suites import model_step
+from benchmarks.suites.comparison import Settings
 
 GPU = torch.cuda.is_available()
 SIZE = model_step.LLAMA3_8B if GPU else model_step.CPU_MODEL

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.measure import results, shapes
+from benchmarks.measure.results import Run
+from benchmarks.measure.shapes import Case, Shape
+from benchmarks.measure.timing import ceilings
+from benchmarks.report.goals import P1_METHODS
+from benchmarks.runner import add, attempt, show, spread
+from benchmarks.subjects.contenders import CONTENDERS, methods, names
+from benchmarks.subjects.operations import checks, large_offset_check, run_check
+from benchmarks.suites import answers, model_limits, model_step, sweep
+from benchmarks.suites.comparison import Record, Settings, compare
 from genft_kernels.plan import Problem, device_facts
-
-from . import answers, model_limits, model_step, results, shapes, sweep
-from .comparison import Record, Settings, compare
-from .contenders import CONTENDERS, methods, names
-from .goals import P1_METHODS
-from .operations import checks, large_offset_check, run_check
-from .results import Run
-from .runner import add, attempt, show, spread
-from .shapes import Case, Shape
-from .timing import ceilings
 
 
 def _gpu(run: Run) -> bool:
@@ -306,7 +306,7 @@ def again(run: Run) -> None:
     problems = missed(results.newest([*runs, run.data]))
     print(f"  {len(problems)} problems", flush=True)
     name = f"{device_facts(run.device).architecture}.json"
-    packaged = results.ROOT.parent / "genft_kernels" / "plans" / name
+    packaged = results.ROOT / "genft_kernels" / "plans" / name
     if packaged.is_file() and run.folder is not None:
         run.folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(packaged, run.folder / f"plans-{name}")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .results import key
-from .shapes import CPU_CALL, CPU_GOAL
+from benchmarks.measure.results import key
+from benchmarks.measure.shapes import CPU_CALL, CPU_GOAL
 
 Record = dict[str, Any]
 

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import memory
+from benchmarks.measure.results import Run
+from benchmarks.measure.shapes import DTYPE_NAMES, Case
+from benchmarks.measure.timing import cache_bytes, captured
+from benchmarks.subjects.contenders import CONTENDERS, Contender, trainable
 from genft_kernels.gate import Verdict, gradients, judge, poisoned
 from genft_kernels.timing import Clock, Stats, Step, WallClock, clock_for, interleave, ratio
-
-from . import memory
-from .contenders import CONTENDERS, Contender, trainable
-from .results import Run
-from .shapes import DTYPE_NAMES, Case
-from .timing import cache_bytes, captured
 
 MODES = {
     "forward": "forward pass in training",
