@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.measure import results
+from benchmarks.measure.part import line
 from benchmarks.measure.replay import Board
 from benchmarks.measure.timing import ceilings
-from benchmarks.runner import line
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks.runner import Part
+from benchmarks.measure.part import Part
 from benchmarks.runner import main as run
 from benchmarks.suites import parts, profiles
 

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from benchmarks.measure.part import Part
     from benchmarks.measure.results import Run
-    from benchmarks.runner import Part
 
 STAGES = {
     "plans": "memcheck, ceilings, gate, sweep: the plans of this card, to be committed",
@@ -34,7 +34,7 @@ STAGES = {
 
 def make_parts(arguments: argparse.Namespace) -> list[Part]:
     from benchmarks import memcheck
-    from benchmarks.runner import Part
+    from benchmarks.measure.part import Part
     from benchmarks.suites import parts, profiles, sweep
 
     if arguments.profile:

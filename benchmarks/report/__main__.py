@@ -15,11 +15,10 @@ from typing import Any
 
 from benchmarks import adaptation
 from benchmarks.measure import results
-from benchmarks.measure.results import key
+from benchmarks.measure.results import Record, key
 from benchmarks.measure.shapes import CPU_GOAL
 from benchmarks.report import goals
 
-Record = dict[str, Any]
 UNMEASURED = {"gpu": "not measured (needs a GPU)", "cpu": "not measured"}
 
 

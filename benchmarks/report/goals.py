@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.measure.results import key
+from benchmarks.measure.results import Record, key
 from benchmarks.measure.shapes import CPU_CALL, CPU_GOAL
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)

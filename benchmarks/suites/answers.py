@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure.results import Run
+from benchmarks.measure.results import Record, Run
 from benchmarks.measure.shapes import Case
 from benchmarks.subjects.contenders import CONTENDERS, Contender, trainable
-from benchmarks.suites.comparison import Inputs, Record, describe, frozen, wake
+from benchmarks.suites.comparison import Inputs, describe, frozen, wake
 
 RATIOS = (1e-3, 1e-4)  # of ‖ΔW‖ to ‖W0‖
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import memory
-from benchmarks.measure.results import Run
+from benchmarks.measure.results import Record, Run
 from benchmarks.measure.shapes import DTYPE_NAMES, Case
 from benchmarks.measure.timing import cache_bytes, captured
 from benchmarks.subjects.contenders import CONTENDERS, Contender, trainable
@@ -29,7 +29,6 @@ MODES = {
     "call": "host time of one call, device not waited for",
     "call-eval": "the same in eval mode without gradient",
 }
-Record = dict[str, Any]
 
 
 class Layers(nn.Module):

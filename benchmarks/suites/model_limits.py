@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import genft_modules
 from benchmarks.measure import memory
-from benchmarks.measure.results import Run
+from benchmarks.measure.results import Record, Run
 from benchmarks.measure.shapes import DTYPE_NAMES
-from benchmarks.suites.comparison import Record, Settings, wake
+from benchmarks.suites.comparison import Settings, wake
 from benchmarks.suites.model_step import LLM_TARGETS, Size, Trainee, build_base, variants
 from genft_kernels.gate import errors
 from genft_kernels.timing import Stats, clock_for, interleave, ratio

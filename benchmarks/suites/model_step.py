@@ -24,11 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import genft_modules
 from benchmarks.measure import memory
-from benchmarks.measure.results import Run
+from benchmarks.measure.results import Record, Run
 from benchmarks.measure.shapes import DTYPE_NAMES
 from benchmarks.measure.timing import captured
 from benchmarks.subjects.contenders import METHODS, Method
-from benchmarks.suites.comparison import Record, Settings, wake
+from benchmarks.suites.comparison import Settings, wake
 from genft_kernels.gate import Verdict, judge
 from genft_kernels.timing import Stats, Step, clock_for, interleave, ratio
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from benchmarks.measure import results, shapes
-from benchmarks.measure.results import Run
+from benchmarks.measure.part import add, attempt, show, spread
+from benchmarks.measure.results import Record, Run
 from benchmarks.measure.shapes import Case, Shape
 from benchmarks.measure.timing import ceilings
 from benchmarks.report.goals import P1_METHODS
-from benchmarks.runner import add, attempt, show, spread
 from benchmarks.subjects.contenders import CONTENDERS, methods, names
 from benchmarks.subjects.operations import checks, large_offset_check, run_check
 from benchmarks.suites import answers, model_limits, model_step, sweep
-from benchmarks.suites.comparison import Record, Settings, compare
+from benchmarks.suites.comparison import Settings, compare
 from genft_kernels.plan import Problem, device_facts
 
 

@@ -11,9 +11,9 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as trace
 
 from benchmarks.measure import shapes
+from benchmarks.measure.part import Part
 from benchmarks.measure.results import Run
 from benchmarks.measure.shapes import Case, Shape
-from benchmarks.runner import Part
 from benchmarks.subjects.contenders import CONTENDERS, methods
 from benchmarks.suites import parts
 from benchmarks.suites.comparison import Inputs, Subject

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from benchmarks.measure import shapes
+from benchmarks.measure.part import spread
 from benchmarks.measure.results import Run
 from benchmarks.measure.shapes import DTYPE_NAMES, DTYPES
-from benchmarks.runner import spread
 from genft_kernels.plan import LaunchPlan, Problem, device_facts
 from genft_kernels.tuning import Timed, candidates, measure, steps, table_entry, write_table
 

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import memcheck, runner
 from benchmarks.measure import results
+from benchmarks.measure.part import Part, add, line
 from benchmarks.measure.shapes import Shape
 from benchmarks.report import __main__ as report
 from benchmarks.report import goals
@@ -137,7 +138,7 @@ def test_a_gain_is_held_to_one_both_ways():
     records = [answer("genft-lora", 0.96), answer("genft-wegeft", 1.02), answer("peft-lora", 0.06, "peer")]
     found = _findings("N1", records, "cpu")
     assert {name: finding.met for name, finding in found.items()} == {"genft-lora": False, "genft-wegeft": True}
-    assert "y 0.960" in runner.line(records[0])
+    assert "y 0.960" in line(records[0])
     assert "| peft-lora | 1.000 | 1.010 | 0.060 | 1.000 |" in report._answers(records)
 
 
@@ -255,10 +256,10 @@ def test_a_run_keeps_what_it_has(tmp_path):
     run = results.Run(CPU, tmp_path, minutes=1)
 
     def first(run):
-        runner.add(run, LAYER)
+        add(run, LAYER)
 
     def slow(run):
-        runner.add(run, [record("genft-lora", 1.0, m=7)])
+        add(run, [record("genft-lora", 1.0, m=7)])
         time.sleep(30)
 
     def broken(run):
@@ -268,10 +269,10 @@ def test_a_run_keeps_what_it_has(tmp_path):
     runner.execute(
         run,
         [
-            runner.Part("first", "", first, 5),
-            runner.Part("slow", "", slow, 0.2),
-            runner.Part("broken", "", broken, 5),
-            runner.Part("long", "", first, 6000),
+            Part("first", "", first, 5),
+            Part("slow", "", slow, 0.2),
+            Part("broken", "", broken, 5),
+            Part("long", "", first, 6000),
         ],
     )
     assert time.monotonic() - start < 10
@@ -280,7 +281,7 @@ def test_a_run_keeps_what_it_has(tmp_path):
     assert [part["name"] for part in data["run"]["parts"]] == ["first", "slow", "broken"]
     assert data["run"]["left_out"].keys() == {"slow", "broken", "long"}
     assert "genft-lora" in runner.summary(run)
-    runner.add(run, LAYER)
+    add(run, LAYER)
     assert len(run.records) == len(LAYER) + 1, "a comparison that is made again takes the place of the first"
 
 
