@@ -18,8 +18,8 @@ from benchmarks import memcheck, runner
 from benchmarks.measure import results
 from benchmarks.measure.part import Part, add, line
 from benchmarks.measure.shapes import Shape
-from benchmarks.report import __main__ as report
-from benchmarks.report import goals
+from benchmarks.report import goals, sections
+from benchmarks.report.__main__ import main as report
 from benchmarks.suites import model_limits, model_step, parts, profiles, sweep
 from benchmarks.suites.comparison import Settings
 from genft_kernels import plan as plans
@@ -139,7 +139,7 @@ def test_a_gain_is_held_to_one_both_ways():
     found = _findings("N1", records, "cpu")
     assert {name: finding.met for name, finding in found.items()} == {"genft-lora": False, "genft-wegeft": True}
     assert "y 0.960" in line(records[0])
-    assert "| peft-lora | 1.000 | 1.010 | 0.060 | 1.000 |" in report._answers(records)
+    assert "| peft-lora | 1.000 | 1.010 | 0.060 | 1.000 |" in sections._answers(records)
 
 
 def test_what_missed_its_goal_is_looked_at_again_the_furthest_first():
@@ -175,7 +175,7 @@ def folder(tmp_path):
 
 def _report(folder):
     arguments = ["--results", str(folder / "results"), "--docs", str(folder / "docs")]
-    assert report.main([*arguments, "--readme", str(folder / "README.md")]) == 0
+    assert report([*arguments, "--readme", str(folder / "README.md")]) == 0
     return (folder / "docs" / "benchmarks.md").read_text()
 
 
@@ -237,16 +237,16 @@ def test_compare_exits_by_threshold(folder, capsys):
     slower[3]["memory"]["saved"] *= 2
     new = folder / "new.json"
     new.write_text(json.dumps(result(slower)))
-    assert report.main(["--compare", str(old), str(old)]) == 0
-    assert report.main(["--compare", str(old), str(new)]) == 1
+    assert report(["--compare", str(old), str(old)]) == 0
+    assert report(["--compare", str(old), str(new)]) == 1
     assert capsys.readouterr().out.count("WORSE") == 2
-    assert report.main(["--compare", str(old), str(new), "--threshold", "1.5"]) == 0
-    assert report.main(["--compare", str(new), str(old)]) == 0
+    assert report(["--compare", str(old), str(new), "--threshold", "1.5"]) == 0
+    assert report(["--compare", str(new), str(old)]) == 0
     new.write_text(json.dumps(result([])))
-    assert report.main(["--compare", str(old), str(new)]) == 2
+    assert report(["--compare", str(old), str(new)]) == 2
     new.write_text("[]")
     with pytest.raises(ValueError, match="not a result file"):
-        report.main(["--compare", str(old), str(new)])
+        report(["--compare", str(old), str(new)])
 
 
 # ---- runs
@@ -535,7 +535,7 @@ def test_adapters_mixed_in_one_batch_are_measured_behind_a_check():
     for name in ("genft-lora", "genft-wegeft", "peft-lora"):
         assert records[f"{name}, one active"]["ms"]["median"] > 0
         assert all(records[f"{name}, {count} in a batch"]["gate"]["ok"] for count in (1, 3))
-    assert "".join(report._models(list(records.values()))).count("in a batch") == 6
+    assert "".join(sections._models(list(records.values()))).count("in a batch") == 6
 
 
 @pytest.mark.parametrize("mode", ["step-graph", "decode"])
