@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 from benchmarks.measure.results import ROOT
 from benchmarks.report import text
 from benchmarks.report.drawing import canvas, save
-from benchmarks.suites.model_step import LLAMA3_8B
+from benchmarks.subjects.models import LLAMA3_8B
 from genft_modules import FusedGenLinear, GeneratorConfig, GenFTConfig, LoRAConfig, WeGeFTConfig
 
 DOCS = ROOT / "docs"

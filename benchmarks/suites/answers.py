@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from benchmarks.measure.results import Record, Run
 from benchmarks.measure.shapes import Case
 from benchmarks.subjects.contenders import CONTENDERS, Contender, trainable
-from benchmarks.suites.comparison import Inputs, describe, frozen, wake
+from benchmarks.subjects.layers import Inputs, frozen, wake
+from benchmarks.suites.comparison import describe
 
 RATIOS = (1e-3, 1e-4)  # of ‖ΔW‖ to ‖W0‖
 

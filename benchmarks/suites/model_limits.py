@@ -18,8 +18,9 @@ import genft_modules
 from benchmarks.measure import memory
 from benchmarks.measure.results import Record, Run
 from benchmarks.measure.shapes import DTYPE_NAMES
-from benchmarks.suites.comparison import Settings, wake
-from benchmarks.suites.model_step import LLM_TARGETS, Size, Trainee, build_base, variants
+from benchmarks.subjects.layers import wake
+from benchmarks.subjects.models import LLM_TARGETS, Size, Trainee, build_base, variants
+from benchmarks.suites.comparison import Settings
 from genft_kernels.gate import errors
 from genft_kernels.timing import Stats, clock_for, interleave, ratio
 

@@ -15,8 +15,8 @@ from benchmarks.measure.part import Part
 from benchmarks.measure.results import Run
 from benchmarks.measure.shapes import Case, Shape
 from benchmarks.subjects.contenders import CONTENDERS, methods
+from benchmarks.subjects.layers import Inputs, Subject
 from benchmarks.suites import parts
-from benchmarks.suites.comparison import Inputs, Subject
 
 SLOW = 1.5  # times its bytes over the copy ceiling
 STEPS = 5

@@ -20,6 +20,7 @@ from benchmarks.measure.part import Part, add, line
 from benchmarks.measure.shapes import Shape
 from benchmarks.report import goals, sections
 from benchmarks.report.__main__ import main as report
+from benchmarks.subjects import models
 from benchmarks.suites import model_limits, model_step, parts, profiles, sweep
 from benchmarks.suites.comparison import Settings
 from genft_kernels import plan as plans
@@ -357,7 +358,7 @@ def test_the_model_step_measures_itself():
     found = {
         r["contender"]: r
         for r in model_step.compare_models(
-            model_step.TINY, torch.float32, CPU, ["peft-lora-r4", "genft-wegeft"], settings=Settings(0.0, 2, warmup=1)
+            models.TINY, torch.float32, CPU, ["peft-lora-r4", "genft-wegeft"], settings=Settings(0.0, 2, warmup=1)
         )
     }
     gate = found["genft-wegeft"]["gate"]
@@ -370,21 +371,21 @@ def test_the_model_step_measures_itself():
 
 
 def test_a_model_that_is_further_off_than_torch_is_not_timed(monkeypatch):
-    plain = model_step.Trainee.outcome
+    plain = models.Trainee.outcome
 
     def outcome(self, backend):
         found = plain(self, backend)
         return {name: t * (1 + 1e-3 * (backend == "auto")) for name, t in found.items()}
 
-    monkeypatch.setattr(model_step.Trainee, "outcome", outcome)
+    monkeypatch.setattr(models.Trainee, "outcome", outcome)
     settings = Settings(0.0, 2, warmup=1, memory=False)
-    frozen, own = model_step.compare_models(model_step.TINY, torch.float32, CPU, ["genft-lora"], settings=settings)
+    frozen, own = model_step.compare_models(models.TINY, torch.float32, CPU, ["genft-lora"], settings=settings)
     assert "ms" in frozen
     assert own["withheld"].startswith("gate: ")
 
 
 def test_swapping_is_measured_on_hollow_weights():
-    found = {r["contender"]: r for r in model_step.swap(model_step.TINY, repeats=1)}
+    found = {r["contender"]: r for r in model_step.swap(models.TINY, repeats=1)}
     assert found["genft-wegeft"]["save_ms"]["median"] > 0
     assert found["genft-wegeft"]["layers"] == 14
 
@@ -518,10 +519,10 @@ def test_the_largest_that_fits_is_found_by_bisection(edge, grain):
 def test_what_fits_is_measured_against_a_budget():
     names = ["frozen", "genft-wegeft"]
     limits = {"most": 64, "grain": 16, "budget": 1 << 18}
-    frozen, wegeft = model_limits.what_fits(model_step.TINY, torch.float32, CPU, names, "sequence", **limits)
+    frozen, wegeft = model_limits.what_fits(models.TINY, torch.float32, CPU, names, "sequence", **limits)
     assert 16 <= wegeft["largest"] <= frozen["largest"] <= 64
     assert (
-        model_limits.what_fits(model_step.TINY, torch.float32, CPU, ["frozen"], "batch", most=4, grain=1, budget=1)[0][
+        model_limits.what_fits(models.TINY, torch.float32, CPU, ["frozen"], "batch", most=4, grain=1, budget=1)[0][
             "largest"
         ]
         == 0
@@ -529,7 +530,7 @@ def test_what_fits_is_measured_against_a_budget():
 
 
 def test_adapters_mixed_in_one_batch_are_measured_behind_a_check():
-    size = dataclasses.replace(model_step.TINY, batch=4, sequence=1)
+    size = dataclasses.replace(models.TINY, batch=4, sequence=1)
     settings = Settings(seconds=0.0, min_rounds=2, warmup=1)
     records = {r["contender"]: r for r in model_limits.mixed(size, torch.float32, CPU, (1, 3), 4, settings)}
     for name in ("genft-lora", "genft-wegeft", "peft-lora"):
@@ -540,7 +541,7 @@ def test_adapters_mixed_in_one_batch_are_measured_behind_a_check():
 
 @pytest.mark.parametrize("mode", ["step-graph", "decode"])
 def test_modes_of_a_whole_model(mode):
-    size = dataclasses.replace(model_step.TINY, sequence=1) if mode == "decode" else model_step.TINY
+    size = dataclasses.replace(models.TINY, sequence=1) if mode == "decode" else models.TINY
     settings = Settings(seconds=0.0, min_rounds=2, warmup=1)
     records = model_step.compare_models(size, torch.float32, CPU, ["genft-lora"], mode, settings=settings)
     assert all(r["ms"]["median"] > 0 for r in records)
