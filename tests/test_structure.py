@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# A package may import those to its right, and of genft_kernels only the public names.
+# A package may import those to its right.
 ORDER = ["tests", "benchmarks", "genft_modules", "genft_kernels"]
 
 
