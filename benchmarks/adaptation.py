@@ -18,12 +18,11 @@ import hashlib
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,9 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.measure import results
+from benchmarks.report import budget
+from benchmarks.report.__main__ import main as write_report
 from genft_modules.cli import bases, finetune, measure, recipes
 from genft_modules.cli.console import quiet, say
 from genft_modules.cli.data import byte_tokenizer, collate, encode, read_records
@@ -38,11 +40,6 @@ from genft_modules.cli.demo import run as demo
 from genft_modules.cli.demo.run import Demo
 from genft_modules.progress import bar
 
-from . import results
-
-SCHEMA = 1
-REFERENCE = "peft-lora"  # what the others' time is relative to
-TUNING_SEED = 1000  # not one of the seeds that are compared
 TUNING_FACTORS = (0.4, 1.0, 2.5)
 
 
@@ -150,11 +147,11 @@ class Store:
 
     def __init__(self, path: Path, size: Size) -> None:
         self.path = path
-        self.data: dict[str, Any] = {"schema": SCHEMA, "size": size.name, "about": {}, "runs": {}, "steps": {}}
+        self.data: dict[str, Any] = {"schema": budget.SCHEMA, "size": size.name, "about": {}, "runs": {}, "steps": {}}
         if path.is_file():
             self.data = json.loads(path.read_text())
-            if self.data.get("schema") != SCHEMA:
-                raise ValueError(f"{path.name}: not a file of schema {SCHEMA}; remove it to begin again")
+            if self.data.get("schema") != budget.SCHEMA:
+                raise ValueError(f"{path.name}: not a file of schema {budget.SCHEMA}; remove it to begin again")
 
     def has(self, key: str, settings: dict[str, Any]) -> bool:
         return bool(self.data["runs"].get(key, {}).get("settings") == settings)
@@ -162,7 +159,7 @@ class Store:
     def keep(self, keys: Sequence[str], *, of_tuning: bool) -> None:
         """Forgets the other runs, of those that choose the learning rates or of those that are compared."""
         runs = self.data["runs"]
-        for key in [key for key, run in runs.items() if (run["settings"]["seed"] == TUNING_SEED) == of_tuning]:
+        for key in [key for key, run in runs.items() if (run["settings"]["seed"] == budget.TUNING_SEED) == of_tuning]:
             if key not in keys:
                 del runs[key]
 
@@ -206,7 +203,7 @@ class Plan:
 
     def tuning(self) -> list[Job]:
         rates = {each.method: [float(f"{each.lr * factor:.3g}") for factor in TUNING_FACTORS] for each in ENTRANTS}
-        return [self._job(each, lr, TUNING_SEED) for each in self.size.entrants() for lr in rates[each.method]]
+        return [self._job(each, lr, budget.TUNING_SEED) for each in self.size.entrants() for lr in rates[each.method]]
 
     def compared(self, rates: dict[str, float]) -> list[Job]:
         """Seed by seed, so that what there is after an interruption compares."""
@@ -303,7 +300,7 @@ def run(size: Size, folder: Path, cache: Path, *, workers: int) -> Path:
         tuning = plan.tuning()
         made(tuning, "learning rates")
         store.keep([job.key for job in tuning], of_tuning=True)
-        rates = {method: min(points, key=lambda it: it[1])[0] for method, points in tuned(store.data).items()}
+        rates = {method: min(points, key=lambda it: it[1])[0] for method, points in budget.tuned(store.data).items()}
         compared = plan.compared(rates)
         news = made(compared, "comparison")
         store.keep([job.key for job in compared], of_tuning=False)
@@ -359,81 +356,6 @@ def _train_all(
             pool.shutdown(cancel_futures=True)
 
 
-# ---- what the file says
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A method's line of the table. `bits`: held-out bits per byte of each seed; `relative`: time of a step over peft
-    LoRA's, median and quartiles; `memory` and `idle` in MiB, medians over the seeds."""
-
-    method: str
-    name: str
-    knob: str
-    trainable: int
-    lr: float
-    bits: list[float]
-    relative: tuple[float, float, float]
-    seconds: float
-    memory: float
-    idle: float
-
-
-def rows(data: dict[str, Any]) -> list[Row]:
-    """The table, the best first."""
-    about, times = data["about"], data["steps"]["seconds"]
-    found = []
-    for method in about["methods"]:
-        lr, (knob, value) = about["learning_rates"][method], about["values"][method]
-        own = [data["runs"][f"{method} lr={lr:g} seed={seed}"] for seed in about["seeds"]]
-        ratios = sorted(a / b for a, b in zip(times[method], times[REFERENCE], strict=True))
-        found.append(
-            Row(
-                method,
-                demo.NAMES[method],
-                f"{knob} = {value}" if knob else "",
-                own[0]["trainable_parameters"],
-                lr,
-                [run["bits_per_byte_after"] for run in own],
-                _quartiles(ratios),
-                statistics.median(times[method]),
-                statistics.median(run["peak_memory_mib"] for run in own),
-                statistics.median(run["idle_memory_mib"] for run in own),
-            )
-        )
-    return sorted(found, key=lambda row: statistics.mean(row.bits))
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, low, high
-
-
-def before(data: dict[str, Any]) -> float:
-    """Held-out bits per byte of the base."""
-    return float(next(iter(data["runs"].values()))["bits_per_byte_before"])
-
-
-def tuned(data: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Method → (learning rate, bits per byte) of the runs that the learning rates were chosen by."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for run in data["runs"].values():
-        settings = run["settings"]
-        if settings["seed"] == TUNING_SEED:
-            found.setdefault(settings["method"], []).append((settings["lr"], run["bits_per_byte_after"]))
-    return {method: sorted(points) for method, points in found.items()}
-
-
-def load_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(device slug, data) of the full size of every device."""
-    for path in sorted(folder.glob("*/adaptation/full.json")):
-        data = json.loads(path.read_text())
-        if data["about"] and data["schema"] == SCHEMA:
-            yield path.parent.parent.name, data
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adaptation", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=tuple(SIZES), default="full")
@@ -453,9 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"results: {path.relative_to(arguments.results)}")
     if arguments.no_report or arguments.size != "full":
         return 0
-    from . import report
-
-    return report.main(["--results", str(arguments.results)])
+    return write_report(["--results", str(arguments.results)])
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from . import results
-from .replay import Board
-from .runner import line
-from .timing import ceilings
+from benchmarks.measure import results
+from benchmarks.measure.part import line
+from benchmarks.measure.replay import Board
+from benchmarks.measure.timing import ceilings
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

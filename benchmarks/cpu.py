@@ -9,9 +9,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import parts, profiles
-from .runner import Part
-from .runner import main as run
+from benchmarks.measure.part import Part
+from benchmarks.runner import main as run
+from benchmarks.suites import parts, profiles
 
 
 def make_parts(arguments: argparse.Namespace) -> list[Part]:

@@ -8,7 +8,6 @@ adapter, times from the bandwidths and the speed in `MACHINE`, and nothing is as
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaForCausalLM
 
+from benchmarks.measure.results import ROOT
+from benchmarks.report import text
+from benchmarks.report.drawing import canvas, save
+from benchmarks.subjects.models import LLAMA3_8B
 from genft_modules import FusedGenLinear, GeneratorConfig, GenFTConfig, LoRAConfig, WeGeFTConfig
 
-from .model_step import LLAMA3_8B
-from .report import _figure, _save
-
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 TOKENS = 8192  # of each GPU in a step
 PAPER = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -112,7 +112,7 @@ def draw(found: dict[str, tuple[Traffic, int]], path: Path) -> Path:
     frozen = next(iter(found.values()))[1]
     product = frozen / 2 * TOKENS * 2 / MACHINE.speed  # of every weight, once: forward, for dX, and for dW if it trains
     curves = {**found, "every weight": (Traffic(frozen, 291, frozen, (0, 0)), frozen)}
-    figure, axes = _figure(1, 2, 9, 3.4)
+    figure, axes = canvas(1, 2, 9, 3.4)
     for axis, way in zip(axes[0], ("DDP", "FSDP2"), strict=True):
         for (name, (own, base)), mark in zip(curves.items(), "osv^", strict=True):
             compute = (3 if name == "every weight" else 2) * product
@@ -123,7 +123,7 @@ def draw(found: dict[str, tuple[Traffic, int]], path: Path) -> Path:
         axis.set_xticks(GPUS, [str(n) for n in GPUS], fontsize=7)
     axes[0][0].legend(fontsize=7)
     figure.suptitle(f"modelled, not measured: Llama-3-8B, {TOKENS} tokens per GPU and step, no overlap", fontsize=9)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def table(found: dict[str, tuple[Traffic, int]]) -> str:
@@ -143,19 +143,13 @@ def table(found: dict[str, tuple[Traffic, int]]) -> str:
     return "\n".join(lines)
 
 
-def refresh(page: Path, text: str) -> None:
-    """Puts the table between the page's markers."""
-    start, end = "<!-- communication:start -->", "<!-- communication:end -->"
-    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    page.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{end}", page.read_text()))
-
-
 def main(arguments: Sequence[str]) -> int:
     docs = Path(arguments[0]) if arguments else DOCS
     found = {name: traffic(config()) for name, config in METHODS.items()}
-    refresh(docs / "distributed.md", table(found))
+    refreshed = text.refresh(docs / "distributed.md", {"communication": table(found) + "\n"})
+    print("distributed.md refreshed" if refreshed else "distributed.md lacks markers")
     print(draw(found, docs / "charts" / "distributed-scaling.svg"))
-    return 0
+    return 0 if refreshed else 1
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 
 Parts run in order of priority. What was measured is in the result file when it is measured, so a run that is cut off
 keeps what it has; nothing is begun that took longer the last time than there is time left. Writes into --out
-    <date>-<commit>.json      everything measured (benchmarks/report.py makes the tables)
+    <date>-<commit>.json      everything measured (`python -m benchmarks.report` makes the tables)
     plans-<architecture>.json the best plans, for genft_kernels/plans/<architecture>.json
 `--parts` picks parts of any stage, `--profile MxNxK` shows where the time of one shape goes instead, and `--dry-run`
 goes through a stage on a CPU with tiny shapes, kernels interpreted, to see that the command works before a card is at
@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .results import Run
-    from .runner import Part
+    from benchmarks.measure.part import Part
+    from benchmarks.measure.results import Run
 
 STAGES = {
     "plans": "memcheck, ceilings, gate, sweep: the plans of this card, to be committed",
@@ -33,8 +33,9 @@ STAGES = {
 
 
 def make_parts(arguments: argparse.Namespace) -> list[Part]:
-    from . import memcheck, parts, profiles, sweep
-    from .runner import Part
+    from benchmarks import memcheck
+    from benchmarks.measure.part import Part
+    from benchmarks.suites import parts, profiles, sweep
 
     if arguments.profile:
         return [profiles.part(arguments)]
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
     # cuBLAS repeats its results only with a workspace of fixed size; the gate holds runs to bit-equality.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    from .runner import main as run
+    from benchmarks.runner import main as run
 
     return run(argv, "gpu", make_parts, "cuda", 8.3, STAGES, commit_plans)
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from .operations import Check, checks, run_check
-from .results import ROOT, Run
+from benchmarks.measure.results import ROOT, Run
+from benchmarks.subjects.operations import Check, checks, run_check
 
 SIZES = ((127, 131, 129, 13), (64, 64, 64, 16))
 
@@ -39,7 +39,7 @@ def memcheck(run: Run) -> None:
         return
     process = subprocess.Popen(
         [found, "--tool", "memcheck", "--show-backtrace", "no", sys.executable, "-m", "benchmarks.memcheck"],
-        cwd=ROOT.parent,
+        cwd=ROOT,
         # Every tensor an allocation of its own: the allocator's blocks would hide what is outside of a tensor.
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         stdout=subprocess.PIPE,

@@ -28,12 +28,11 @@ import transformers
 from peft import get_peft_model
 from torch import Tensor
 
+from benchmarks.measure import results
 from genft_kernels.dither import add_dithered
 from genft_kernels.reference import edit, generated
 from genft_modules import FusedGenLinear, GenFTConfig, WeGeFTConfig
 from genft_modules.cli.demo import run as demo
-
-from . import results
 
 TARGETS = list(demo.Demo().target_modules)
 SUBJECTS: dict[str, Any] = {

@@ -1,14 +1,14 @@
 """Files on disk: atomic directories, atomic replacement of adapters, checks of adapter files; no pickles.
 
-How an adapter is replaced, such that the process may die at any time:
+An adapter is two files. It is replaced so that the process may die at any step, and during the next save again:
 
-1. adapter_config.json is renamed, unless it stays the same.
-2. adapter_model.safetensors is replaced. Its header contains a copy of its configuration.
-3. adapter_config.json is put in place, and the previous one is removed.
+1. adapter_config.json is renamed to adapter_config.json.old, unless it does not change.
+2. adapter_model.safetensors is replaced. Its header contains a copy of its config.
+3. adapter_config.json is put in place, and the old one is removed.
 
-So an existing adapter_config.json always belongs to the weights; if it is missing, the configuration is in the header
-of the weights (or, if they were not saved by genft, in the renamed file). `load_adapter` handles this; peft itself
-finds no adapter between steps 1 and 3. Concurrent writers of a directory wait for each other.
+So if there is an adapter_config.json, it belongs to the weights. If there is none, the config in the header does (or
+the .old one, if the weights were saved by other code). `load_adapter` follows these rules; stock peft finds no adapter
+between steps 1 and 3. Processes that save to the same directory wait for each other.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         yield partial
         _sync(*partial.rglob("*"), partial)
         check_new(path)
-        if path.is_dir():  # may be a mount point, which cannot be replaced
+        if path.is_dir():  # an empty one may be a mount point, which cannot be replaced
             for new in partial.iterdir():
                 os.replace(new, path / new.name)
         else:
@@ -73,7 +73,7 @@ def check_new(path: Path) -> None:
 @contextmanager
 def replaced_adapter(path: Path) -> Iterator[Path]:
     """A temporary directory for an adapter's files, which replace those in `path` when the block ends without an error,
-    as described in this module's docstring. Other files in `path` are kept.
+    in the order that this module's docstring describes. Other files in `path` are kept.
 
     Raises:
         ValueError: `path` is a file.
@@ -92,7 +92,7 @@ def replaced_adapter(path: Path) -> Iterator[Path]:
                 os.replace(partial, path)
                 _sync(path.parent)
                 return
-            except OSError:  # unless another process has created it
+            except OSError:  # another process may have created it meanwhile
                 if not path.is_dir():
                     raise
         with _locked(path):
@@ -114,7 +114,7 @@ def _put(partial: Path, path: Path) -> None:
 
 
 def _carry(weights: Path, config: str) -> None:
-    """Add the text of the configuration to the header of the weights; the tensors are copied unchanged."""
+    """Write the text of the config into the header of the weights. The tensors are copied unchanged."""
     written = weights.with_name(weights.name + PARTIAL)
     with weights.open("rb") as source, written.open("wb") as target:
         header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
@@ -128,8 +128,8 @@ def _carry(weights: Path, config: str) -> None:
 
 @contextmanager
 def whole_adapter(directory: Path) -> Iterator[Path]:
-    """The directory itself; or, if CONFIG is missing because a save was interrupted, a temporary directory with the
-    weights and their configuration.
+    """The directory itself or, if CONFIG is missing after an interrupted save, a temporary one with the config that
+    belongs to the weights.
 
     Raises:
         ValueError: as in `check_files`.
@@ -154,7 +154,7 @@ def _config_of_weights(directory: Path) -> str | None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Writes a file that is either the former one or the whole new one, on the disk before it has its name."""
     partial = path.with_name(path.name + PARTIAL)
     partial.write_bytes(text.encode("utf-8"))
     _sync(partial)
@@ -163,15 +163,19 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def _partial(parent: Path, name: str) -> Iterator[Path]:
-    """A temporary directory of this process in `parent`, for the files of `name` or of `parent` itself."""
-    partial = parent / f"{_start(name)}{uuid.uuid4().hex}"
+    """A temporary directory of this process in `parent`, for what becomes `name` or part of `parent`."""
     _clear(parent, name)
-    partial.mkdir()
-    try:
+    while True:
+        partial = parent / f"{_start(name)}{uuid.uuid4().hex}"
+        partial.mkdir()
         with _locked(partial):
-            yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            if not partial.is_dir():
+                continue  # another process removed it before the lock was held
+            try:
+                yield partial
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            return
 
 
 def _start(name: str) -> str:
@@ -179,7 +183,7 @@ def _start(name: str) -> str:
 
 
 def _clear(parent: Path, name: str) -> None:
-    """Remove unlocked temporary directories of `name`, left over from killed processes."""
+    """Remove the temporary directories of killed processes: those that nobody has locked."""
     for old in parent.iterdir():
         if old.name.startswith(_start(name)):
             with _locked(old, wait=False) as free:
@@ -189,8 +193,8 @@ def _clear(parent: Path, name: str) -> None:
 
 @contextmanager
 def _locked(directory: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock on the directory, which is released if the process dies; yields whether it is held. Without support
-    for locks in the system or file system, it is not."""
+    """Hold the directory's lock, which the system releases if the process dies; yields whether it is held. Where the
+    file system or the system has no locks, it is not."""
     descriptor = None
     held = False
     if fcntl is not None:
@@ -226,7 +230,7 @@ def check_files(directory: Path, *, weights: bool = True) -> None:
         raise ValueError(f"{directory}: no such directory, expected one with {CONFIG} and {WEIGHTS}")
     if not (directory / CONFIG).is_file():
         interrupted = _config_of_weights(directory) is not None
-        hint = "; a save was interrupted, genft_modules.load_adapter can still load the adapter" if interrupted else ""
+        hint = "; a save was interrupted here, genft_modules.load_adapter can load it" if interrupted else ""
         raise ValueError(f"{directory}: contains no {CONFIG}{hint}")
     path = directory / WEIGHTS
     if path.is_file():
@@ -245,7 +249,7 @@ def refuse_misfits(
     what: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], others: Mapping[str, Tensor]
 ) -> None:
     """Raises ValueError unless `found` has all `wanted` tensors, otherwise only tensors of `others`, and each has the
-    right shape and a floating-point dtype."""
+    right shape and kind of dtype."""
     known = {**others, **wanted}
     shapes = [
         f"{key}: got {tuple(tensor.shape)}, expected {tuple(known[key].shape)}"
@@ -255,7 +259,7 @@ def refuse_misfits(
     kinds = [
         f"{key}: got {tensor.dtype}"
         for key, tensor in found.items()
-        if key in known and known[key].is_floating_point() and not tensor.is_floating_point()
+        if key in known and known[key].is_floating_point() != tensor.is_floating_point()
     ]
     complaints = [
         f"{title}: {some(entries)}"
@@ -263,7 +267,7 @@ def refuse_misfits(
             ("missing", [key for key in wanted if key not in found]),
             ("unknown", [key for key in found if key not in known]),
             ("shape mismatch", shapes),
-            ("not floating point", kinds),
+            ("wrong dtype", kinds),
         )
         if entries
     ]

@@ -14,7 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import genft_kernels
 import genft_modules
-from benchmarks import adaptation, report, results
+from benchmarks.measure import results
+from benchmarks.report import budget, readme
+from benchmarks.report.devices import read_devices
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -92,14 +94,14 @@ def test_times_of_the_guide_are_those_of_the_run_that_it_names():
 def test_the_readmes_figures_are_those_of_the_result_files():
     """`python -m benchmarks.report` writes them; counts of parameters are those of the guide's block, which runs."""
     text = (ROOT / "README.md").read_text()
-    adapted = [data for _, data in adaptation.load_folder(results.FOLDER)]
-    for block, made in report.readme_blocks(report.read_devices(results.FOLDER), adapted).items():
+    adapted = [data for _, data in budget.load_folder(results.FOLDER)]
+    for block, made in readme.blocks(read_devices(results.FOLDER), adapted).items():
         assert made
         assert f"<!-- {block}:start -->\n{made}<!-- {block}:end -->" in text
     guide = (DOCS / "guides" / "choose.md").read_text()
     counted = re.findall(r"^assert trained\((\w+)Config\(.*\) == ([\d_]+)$", guide, re.MULTILINE)
     shown = re.findall(r"^\| \*\*(\w+)\*\*.* \| ([\d.]+) M \|", text, re.MULTILINE)
-    assert len(shown) == len(report.SHOWN)
+    assert len(shown) == len(readme.SHOWN)
     assert {(name, float(count)) for name, count in shown} <= {
         (name, float(f"{int(n) / 1e6:.3g}")) for name, n in counted
     }

@@ -13,6 +13,7 @@ import torch
 from peft import (
     PeftConfig,
     PeftModel,
+    get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from genft_kernels.sharded import is_sharded
 from genft_modules.card import write_card
-from genft_modules.files import CONFIG, PREFIX, WEIGHTS, refuse_misfits, replaced_adapter, whole_adapter
+from genft_modules.files import CONFIG, PREFIX, WEIGHTS, refuse_misfits, replaced_adapter, some, whole_adapter
 from genft_modules.methods.base import GeneratorConfig
 from genft_modules.model.distributed import adapter_keys, barrier, gathered_adapter, rank, several, unwrapped
 
@@ -33,8 +34,8 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_na
 
     The files are written to a temporary directory, synced to disk and then renamed: if the process dies, the directory
     contains the previous or the new adapter, see `genft_modules.files`. The files are always in `directory` itself,
-    whatever the adapter's name. README.md is a model card with the method, the base model and how to load the adapter;
-    the text of an existing one is kept, see `genft_modules.card`.
+    whatever the adapter's name. README.md names the method, the base model and what loading needs; an existing one
+    keeps its text, see `genft_modules.card`.
 
     With torch.distributed, every rank must call this: sharded adapter tensors are gathered, and rank 0 writes the same
     files as a single process. `model` may be wrapped in DistributedDataParallel.
@@ -100,7 +101,12 @@ def load_adapter(
         options = {"adapter_name": adapter_name, "is_trainable": is_trainable, **kwargs}
         if not isinstance(model, PeftModel):
             return PeftModel.from_pretrained(model, str(place), **options)
-        model.load_adapter(str(place), **options)
+        try:
+            model.load_adapter(str(place), **options)
+        except Exception:
+            if adapter_name in model.peft_config:
+                model.delete_adapter(adapter_name)
+            raise
         return model
 
 
@@ -158,8 +164,11 @@ def _checked(model: nn.Module, directory: Path, adapter_name: str) -> PeftConfig
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if adapter_name in getattr(base, "peft_config", {}):
         raise ValueError(f"adapter_name: {adapter_name!r} already exists in the model, expected a new name")
+    saved = load_file(directory / WEIGHTS)
     if not isinstance(config, GeneratorConfig):
-        return config  # a method of peft, with peft's own checks
+        _check_stock(base, directory, config, saved)
+        return config
+    found = {_in_model(key): tensor for key, tensor in saved.items()}
     trial = _without_weights(base)
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # repeated when the adapter is loaded
@@ -168,13 +177,52 @@ def _checked(model: nn.Module, directory: Path, adapter_name: str) -> PeftConfig
         except Exception as error:  # peft, transformers and torch raise many types
             raise ValueError(f"{directory / CONFIG}: does not match the model: {error}") from error
         wanted = get_peft_model_state_dict(trial, adapter_name=adapter_name, save_embedding_layers=False)
-        found = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(directory / WEIGHTS).items()}
         refuse_misfits(str(directory / WEIGHTS), found, wanted, trial.state_dict())
         try:
             set_peft_model_state_dict(trial, found, adapter_name, low_cpu_mem_usage=True)
         except RuntimeError as error:  # a method's check of its values
             raise ValueError(f"{directory / WEIGHTS}: {' '.join(str(error).split())}") from None
     return config
+
+
+def _in_model(key: str) -> str:
+    """The name of a checkpoint's tensor in the base model; one that no model has if `key` lacks peft's prefix."""
+    return key[len(PREFIX) :] if key.startswith(PREFIX) else f"{key} (without {PREFIX!r})"
+
+
+def _check_stock(base: nn.Module, directory: Path, config: PeftConfig, saved: dict[str, Tensor]) -> None:
+    """Raises ValueError unless the adapter of one of peft's own methods matches the model; peft ignores unknown and
+    missing tensors. Not checked: prompt learning, X-LoRA, and methods that do not work on the meta device."""
+    if config.is_prompt_learning or str(config.peft_type.value) == "XLORA":
+        return
+    config = copy.deepcopy(config)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # other initialisations read W0
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        try:
+            trial = get_peft_model(cast(Any, _without_weights(base)), config, "trial")
+        except (NotImplementedError, RuntimeError):
+            return
+        except Exception as error:
+            raise ValueError(f"{directory / CONFIG}: does not match the model: {error}") from error
+        wanted = get_peft_model_state_dict(trial, adapter_name="trial", save_embedding_layers=False)
+        try:
+            result = set_peft_model_state_dict(trial, saved, "trial", low_cpu_mem_usage=True)
+        except Exception as error:  # a wrong shape or key
+            raise ValueError(
+                f"{directory / WEIGHTS}: does not match the model: {' '.join(str(error).split())}"
+            ) from None
+    missing, unknown = (
+        [key.replace(".trial", "") for key in keys] for keys in (result.missing_keys, result.unexpected_keys)
+    )
+    complaints = [
+        f"{title}: {some(keys)}"
+        for title, keys in (("missing", [key for key in missing if key in wanted]), ("unknown", unknown))
+        if keys
+    ]
+    if complaints:
+        raise ValueError(f"{directory / WEIGHTS}: does not match the model: {'; '.join(complaints)}")
 
 
 def read_config(directory: Path) -> PeftConfig:
@@ -196,7 +244,7 @@ def _config_in(directory: Path) -> PeftConfig:
         raise ValueError(f"{path}: got peft_type {method!r}, unknown to genft and to this version of peft")
     try:
         return cast(PeftConfig, PEFT_TYPE_TO_CONFIG_MAPPING[method].from_pretrained(str(directory)))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # of a field that is missing, too many, or of the wrong type: peft has no one kind
         raise ValueError(f"{path}: {error}") from None
 
 

@@ -56,8 +56,8 @@ def export_lora(
     Args:
         model: a model with the adapter: a `PeftModel`, a transformers model with adapters, or any model with
             `FusedGenLinear` layers. It is not changed; the adapter may be merged.
-        directory: a new directory for adapter_config.json, adapter_model.safetensors and README.md, with the base model
-            and the errors; created atomically.
+        directory: a new directory for adapter_config.json, adapter_model.safetensors and a README.md that names the
+            base model and the errors, created atomically.
         adapter_name: name of the adapter.
         max_error: for layers with full-rank ΔW: the allowed relative error of ΔW in the Frobenius norm.
         rank: for layers with full-rank ΔW: the LoRA rank. Mutually exclusive with `max_error`.

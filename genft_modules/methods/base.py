@@ -94,8 +94,8 @@ class GeneratorConfig(PeftConfig):
         return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As in peft; also writes the model card. Called by everything that saves our adapters:
-        `PeftModel.save_pretrained`, transformers' `save_pretrained`, and checkpoints of the Trainer."""
+        """As in peft, and writes the model card. `PeftModel.save_pretrained`, transformers' and the Trainer's
+        checkpoints all call this."""
         super().save_pretrained(save_directory, **kwargs)
         write_card(Path(save_directory))
 

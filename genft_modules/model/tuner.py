@@ -236,14 +236,20 @@ class GenFTModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """As in peft, but raises ValueError for unknown or missing keys, which peft ignores, before the model is
-        changed. A state without any of the method's tensors is accepted."""
+        changed. A state without any of the method's tensors is accepted with a warning."""
         state: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         known = model.state_dict()
         # with bias="all", peft saves biases of modules_to_save twice, the second time under a key not in the model
         state = {key: tensor for key, tensor in state.items() if key in known or ".modules_to_save." not in key}
         containers = FusedGenLinear.adapter_layer_names + SharedGenerators.adapter_layer_names
         own = {k: t for k, t in known.items() if any(f"{name}.{adapter_name}." in k for name in containers)}
-        refuse_misfits(f"adapter {adapter_name!r}", state, own if own.keys() & state.keys() else {}, known)
+        if own and not own.keys() & state.keys():
+            message = (
+                f"adapter {adapter_name!r}: the state contains none of its {len(own)} tensors; they are not changed"
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            own = {}
+        refuse_misfits(f"adapter {adapter_name!r}", state, own, known)
         return state
 
 

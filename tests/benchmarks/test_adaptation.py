@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from benchmarks import adaptation, report
+from benchmarks import adaptation
+from benchmarks.report import budget
+from benchmarks.report.__main__ import main as report
+from benchmarks.report.text import spread
 from genft_modules import METHODS
 from genft_modules.cli.demo import run as demo
 
@@ -46,7 +49,7 @@ def test_the_command_trains_times_and_keeps(monkeypatch, tmp_path, capsys):
     assert adaptation.main(["--size", "smoke", "--workers", "1", *places]) == 0
     assert "adaptation/smoke.json" in capsys.readouterr().out
     (path,) = tmp_path.glob("results/*/adaptation/smoke.json")
-    (row,) = adaptation.rows(json.loads(path.read_text()))
+    (row,) = budget.rows(json.loads(path.read_text()))
     assert abs(row.trainable - SMOKE.budget) < 0.2 * SMOKE.budget
     assert row.relative == (1.0, 1.0, 1.0)
     assert 1 < row.bits[0] < 8.1, "a byte has eight bits, and two steps from scratch save few of them"
@@ -133,7 +136,7 @@ def test_the_report_shows_it(trained, tmp_path):
 
     def made() -> tuple[str, str, list[str]]:
         readme.write_text("<!-- methods:start -->\n<!-- methods:end -->\n")
-        assert report.main([*arguments, "--readme", str(readme)]) == 0
+        assert report([*arguments, "--readme", str(readme)]) == 0
         charts = [chart.read_text() for chart in (tmp_path / "docs" / "charts").glob("*-adaptation.svg")]
         return (tmp_path / "docs" / "benchmarks.md").read_text(), readme.read_text(), charts
 
@@ -143,13 +146,13 @@ def test_the_report_shows_it(trained, tmp_path):
     assert "-adaptation.svg)" in text
     assert "3.000 bits per byte" in text
     assert "0.004: 102.004, 0.01: 102.010, 0.025: 102.025" in text
-    for row in adaptation.rows(data):
-        spread = report._spread(row.bits)
-        assert spread.endswith(f"[{2 + row.lr:.3f}, {2.1 + row.lr:.3f}]")
+    for row in budget.rows(data):
+        bits = spread(row.bits)
+        assert bits.endswith(f"[{2 + row.lr:.3f}, {2.1 + row.lr:.3f}]")
         assert row.lr == pytest.approx(0.4 * next(each.lr for each in adaptation.ENTRANTS if each.method == row.method))
-        assert f"| {row.name} | {row.knob} | {row.trainable:,} | {row.lr:g} | {spread} | 1.00 [1.00, 1.00] |" in text
+        assert f"| {row.name} | {row.knob} | {row.trainable:,} | {row.lr:g} | {bits} | 1.00 [1.00, 1.00] |" in text
         assert f"{row.name}, {row.trainable:,}" in chart
-    leader = next(row for row in adaptation.rows(data) if row.method != "full")
+    leader = next(row for row in budget.rows(data) if row.method != "full")
     assert f"**{leader.name.split(' (')[0]} leads** on our small task" in shown
     assert made() == (text, shown, [chart]), "made twice, equal"
 
@@ -182,7 +185,7 @@ def test_quartiles_and_order():
         for seed in (0, 1)
     }
     steps = {"seconds": {"lora": [1.0, 2.0, 3.0, 4.0, 5.0], "peft-lora": [1.0] * 5}}
-    found = adaptation.rows({"about": about, "runs": runs, "steps": steps})
+    found = budget.rows({"about": about, "runs": runs, "steps": steps})
     assert [row.method for row in found] == ["peft-lora", "lora"], "the best first"
     assert found[1].bits == [2.0, 3.0]
     assert found[1].relative == (3.0, 2.0, 4.0)

@@ -14,9 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import goals, memcheck, model_limits, model_step, parts, profiles, report, results, runner, sweep
-from benchmarks.comparison import Settings
-from benchmarks.shapes import Shape
+from benchmarks import memcheck, runner
+from benchmarks.measure import results
+from benchmarks.measure.part import Part, add, line
+from benchmarks.measure.shapes import Shape
+from benchmarks.report import goals, sections
+from benchmarks.report.__main__ import main as report
+from benchmarks.subjects import models
+from benchmarks.suites import model_limits, model_step, parts, profiles, sweep
+from benchmarks.suites.comparison import Settings
 from genft_kernels import plan as plans
 from genft_kernels.gate import EPSILON
 from genft_kernels.plan import DeviceFacts, LaunchPlan, Problem
@@ -133,8 +139,8 @@ def test_a_gain_is_held_to_one_both_ways():
     records = [answer("genft-lora", 0.96), answer("genft-wegeft", 1.02), answer("peft-lora", 0.06, "peer")]
     found = _findings("N1", records, "cpu")
     assert {name: finding.met for name, finding in found.items()} == {"genft-lora": False, "genft-wegeft": True}
-    assert "y 0.960" in runner.line(records[0])
-    assert "| peft-lora | 1.000 | 1.010 | 0.060 | 1.000 |" in report._answers(records)
+    assert "y 0.960" in line(records[0])
+    assert "| peft-lora | 1.000 | 1.010 | 0.060 | 1.000 |" in sections._answers(records)
 
 
 def test_what_missed_its_goal_is_looked_at_again_the_furthest_first():
@@ -170,7 +176,7 @@ def folder(tmp_path):
 
 def _report(folder):
     arguments = ["--results", str(folder / "results"), "--docs", str(folder / "docs")]
-    assert report.main([*arguments, "--readme", str(folder / "README.md")]) == 0
+    assert report([*arguments, "--readme", str(folder / "README.md")]) == 0
     return (folder / "docs" / "benchmarks.md").read_text()
 
 
@@ -232,16 +238,16 @@ def test_compare_exits_by_threshold(folder, capsys):
     slower[3]["memory"]["saved"] *= 2
     new = folder / "new.json"
     new.write_text(json.dumps(result(slower)))
-    assert report.main(["--compare", str(old), str(old)]) == 0
-    assert report.main(["--compare", str(old), str(new)]) == 1
+    assert report(["--compare", str(old), str(old)]) == 0
+    assert report(["--compare", str(old), str(new)]) == 1
     assert capsys.readouterr().out.count("WORSE") == 2
-    assert report.main(["--compare", str(old), str(new), "--threshold", "1.5"]) == 0
-    assert report.main(["--compare", str(new), str(old)]) == 0
+    assert report(["--compare", str(old), str(new), "--threshold", "1.5"]) == 0
+    assert report(["--compare", str(new), str(old)]) == 0
     new.write_text(json.dumps(result([])))
-    assert report.main(["--compare", str(old), str(new)]) == 2
+    assert report(["--compare", str(old), str(new)]) == 2
     new.write_text("[]")
     with pytest.raises(ValueError, match="not a result file"):
-        report.main(["--compare", str(old), str(new)])
+        report(["--compare", str(old), str(new)])
 
 
 # ---- runs
@@ -251,10 +257,10 @@ def test_a_run_keeps_what_it_has(tmp_path):
     run = results.Run(CPU, tmp_path, minutes=1)
 
     def first(run):
-        runner.add(run, LAYER)
+        add(run, LAYER)
 
     def slow(run):
-        runner.add(run, [record("genft-lora", 1.0, m=7)])
+        add(run, [record("genft-lora", 1.0, m=7)])
         time.sleep(30)
 
     def broken(run):
@@ -264,10 +270,10 @@ def test_a_run_keeps_what_it_has(tmp_path):
     runner.execute(
         run,
         [
-            runner.Part("first", "", first, 5),
-            runner.Part("slow", "", slow, 0.2),
-            runner.Part("broken", "", broken, 5),
-            runner.Part("long", "", first, 6000),
+            Part("first", "", first, 5),
+            Part("slow", "", slow, 0.2),
+            Part("broken", "", broken, 5),
+            Part("long", "", first, 6000),
         ],
     )
     assert time.monotonic() - start < 10
@@ -276,7 +282,7 @@ def test_a_run_keeps_what_it_has(tmp_path):
     assert [part["name"] for part in data["run"]["parts"]] == ["first", "slow", "broken"]
     assert data["run"]["left_out"].keys() == {"slow", "broken", "long"}
     assert "genft-lora" in runner.summary(run)
-    runner.add(run, LAYER)
+    add(run, LAYER)
     assert len(run.records) == len(LAYER) + 1, "a comparison that is made again takes the place of the first"
 
 
@@ -305,7 +311,7 @@ def test_plans_that_are_not_committed_make_a_run_dirty(tmp_path, monkeypatch):
     _git(tmp_path, "init", "-q")
     _git(tmp_path, "add", ".")
     _git(tmp_path, "commit", "-qm", "one")
-    monkeypatch.setattr(results, "ROOT", tmp_path / "benchmarks")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
     (tmp_path / "benchmarks" / "results" / "new.json").touch()
     assert not results.commit().endswith("-dirty")
     for untracked in ("genft_kernels/plans/sm_90.json", "cache/plans/sm_90.json"):
@@ -352,7 +358,7 @@ def test_the_model_step_measures_itself():
     found = {
         r["contender"]: r
         for r in model_step.compare_models(
-            model_step.TINY, torch.float32, CPU, ["peft-lora-r4", "genft-wegeft"], settings=Settings(0.0, 2, warmup=1)
+            models.TINY, torch.float32, CPU, ["peft-lora-r4", "genft-wegeft"], settings=Settings(0.0, 2, warmup=1)
         )
     }
     gate = found["genft-wegeft"]["gate"]
@@ -365,21 +371,21 @@ def test_the_model_step_measures_itself():
 
 
 def test_a_model_that_is_further_off_than_torch_is_not_timed(monkeypatch):
-    plain = model_step.Trainee.outcome
+    plain = models.Trainee.outcome
 
     def outcome(self, backend):
         found = plain(self, backend)
         return {name: t * (1 + 1e-3 * (backend == "auto")) for name, t in found.items()}
 
-    monkeypatch.setattr(model_step.Trainee, "outcome", outcome)
+    monkeypatch.setattr(models.Trainee, "outcome", outcome)
     settings = Settings(0.0, 2, warmup=1, memory=False)
-    frozen, own = model_step.compare_models(model_step.TINY, torch.float32, CPU, ["genft-lora"], settings=settings)
+    frozen, own = model_step.compare_models(models.TINY, torch.float32, CPU, ["genft-lora"], settings=settings)
     assert "ms" in frozen
     assert own["withheld"].startswith("gate: ")
 
 
 def test_swapping_is_measured_on_hollow_weights():
-    found = {r["contender"]: r for r in model_step.swap(model_step.TINY, repeats=1)}
+    found = {r["contender"]: r for r in model_step.swap(models.TINY, repeats=1)}
     assert found["genft-wegeft"]["save_ms"]["median"] > 0
     assert found["genft-wegeft"]["layers"] == 14
 
@@ -434,7 +440,8 @@ def test_the_gpu_command_wants_to_know_its_stage(capsys):
 def test_a_kernel_that_never_returns_does_not_keep_the_run(tmp_path):
     code = """
 import pathlib, sys, time, torch
-from benchmarks import results, runner
+from benchmarks import runner
+from benchmarks.measure import results
 run = results.Run(torch.device("cpu"), pathlib.Path(sys.argv[1]))
 run.part = "stuck"
 with runner.ended_after(0.2, run):
@@ -482,7 +489,9 @@ def test_without_a_gpu_the_gpu_command_says_so():
 
 
 def test_pytest_benchmarks_measures(tmp_path):
-    done = _python("pytest", "benchmarks/test_layer.py", "-q", "-k", "call and frozen", "--results", str(tmp_path))
+    done = _python(
+        "pytest", "benchmarks/suites/test_layer.py", "-q", "-k", "call and frozen", "--results", str(tmp_path)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
     assert "1.000 x frozen" in done.stdout
@@ -510,10 +519,10 @@ def test_the_largest_that_fits_is_found_by_bisection(edge, grain):
 def test_what_fits_is_measured_against_a_budget():
     names = ["frozen", "genft-wegeft"]
     limits = {"most": 64, "grain": 16, "budget": 1 << 18}
-    frozen, wegeft = model_limits.what_fits(model_step.TINY, torch.float32, CPU, names, "sequence", **limits)
+    frozen, wegeft = model_limits.what_fits(models.TINY, torch.float32, CPU, names, "sequence", **limits)
     assert 16 <= wegeft["largest"] <= frozen["largest"] <= 64
     assert (
-        model_limits.what_fits(model_step.TINY, torch.float32, CPU, ["frozen"], "batch", most=4, grain=1, budget=1)[0][
+        model_limits.what_fits(models.TINY, torch.float32, CPU, ["frozen"], "batch", most=4, grain=1, budget=1)[0][
             "largest"
         ]
         == 0
@@ -521,18 +530,18 @@ def test_what_fits_is_measured_against_a_budget():
 
 
 def test_adapters_mixed_in_one_batch_are_measured_behind_a_check():
-    size = dataclasses.replace(model_step.TINY, batch=4, sequence=1)
+    size = dataclasses.replace(models.TINY, batch=4, sequence=1)
     settings = Settings(seconds=0.0, min_rounds=2, warmup=1)
     records = {r["contender"]: r for r in model_limits.mixed(size, torch.float32, CPU, (1, 3), 4, settings)}
     for name in ("genft-lora", "genft-wegeft", "peft-lora"):
         assert records[f"{name}, one active"]["ms"]["median"] > 0
         assert all(records[f"{name}, {count} in a batch"]["gate"]["ok"] for count in (1, 3))
-    assert "".join(report._models(list(records.values()))).count("in a batch") == 6
+    assert "".join(sections._models(list(records.values()))).count("in a batch") == 6
 
 
 @pytest.mark.parametrize("mode", ["step-graph", "decode"])
 def test_modes_of_a_whole_model(mode):
-    size = dataclasses.replace(model_step.TINY, sequence=1) if mode == "decode" else model_step.TINY
+    size = dataclasses.replace(models.TINY, sequence=1) if mode == "decode" else models.TINY
     settings = Settings(seconds=0.0, min_rounds=2, warmup=1)
     records = model_step.compare_models(size, torch.float32, CPU, ["genft-lora"], mode, settings=settings)
     assert all(r["ms"]["median"] > 0 for r in records)

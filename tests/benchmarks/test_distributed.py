@@ -30,13 +30,6 @@ def test_a_ring_carries_every_byte_twice_but_for_one_share():
     assert distributed.Machine(latency=1.0).all_reduce(0.0, 3, 1024) == pytest.approx(60.0)
 
 
-def test_a_page_is_refreshed_between_its_markers(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("a\n<!-- communication:start -->\nold\n<!-- communication:end -->\nb\n")
-    distributed.refresh(page, "new")
-    assert page.read_text() == "a\n<!-- communication:start -->\nnew\n<!-- communication:end -->\nb\n"
-
-
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero2"])
 def test_accelerate_reads_the_configurations(name):
     config = load_config_from_file(str(ROOT / "examples" / "accelerate" / f"{name}.yaml"))

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import answers, comparison, contenders, memory, operations, results
-from benchmarks.comparison import Settings, compare
-from benchmarks.shapes import Case, Shape
-from benchmarks.timing import ceilings
+from benchmarks.measure import memory, results
+from benchmarks.measure.shapes import Case, Shape
+from benchmarks.measure.timing import ceilings
+from benchmarks.subjects import contenders, operations
+from benchmarks.suites import answers, comparison
+from benchmarks.suites.comparison import Settings, compare
 from genft_kernels import gate, timing
 from genft_kernels.plan import LaunchPlan
 from tests.support import truth

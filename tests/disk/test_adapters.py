@@ -13,13 +13,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import (
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 
 from genft_modules import WeGeFTConfig, check_adapter, files, load_adapter, restore_adapter, save_adapter
 from tests.support.cases import CASES, KINDS, MODELS, llama, logits, randomize
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 TARGETS = MODELS["llama"][1]
 ROOT = Path(__file__).parents[2]
 
@@ -115,6 +124,15 @@ def integers(directory: Path) -> None:
     edit(directory / WEIGHTS, lambda tensors: tensors.update({k: t.int() for k, t in tensors.items()}))
 
 
+def rename(new_name: Callable[[str], str]):
+    def change(tensors):
+        named = {new_name(key): tensor for key, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(named)
+
+    return lambda directory: edit(directory / WEIGHTS, change)
+
+
 def truncate(directory: Path) -> None:
     content = (directory / WEIGHTS).read_bytes()
     (directory / WEIGHTS).write_bytes(content[: len(content) // 2])
@@ -160,7 +178,9 @@ DAMAGE = {
     "missing tensor": (drop, "does not match the model: missing: model.layers.0.mlp.down_proj", True),
     "unknown tensor": (add, "does not match the model: unknown: odd", True),
     "shape": (reshape, r"shape mismatch: .*: got \(1, 3\), expected \(32, 3\)", True),
-    "integers": (integers, "not floating point: .*int32 .*and .* more", True),
+    "integers": (integers, "wrong dtype: .*int32 .*and .* more", True),
+    "no prefix": (rename(lambda key: key.removeprefix(PREFIX)), r"missing: .*unknown: .* \(without 'base_model", True),
+    "prefix twice": (rename(lambda key: PREFIX + key), r"missing: .*unknown: base_model\.model\.", True),
     "truncated": (truncate, f"{WEIGHTS}: is not a valid safetensors file", True),
     "garbage": (scribble, f"{WEIGHTS}: is not a valid safetensors file", True),
     "pickle": (pickled, "got adapter_model.bin, a pickle", True),
@@ -209,6 +229,57 @@ def test_what_does_not_fit_leaves_the_model_alone(damage, message, by_peft_too, 
             PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
 
 
+def test_indices_are_integers(tmp_path):
+    save_adapter(adapt("grft"), tmp_path / "adapter")
+    edit(tmp_path / "adapter" / WEIGHTS, lambda tensors: tensors.update({k: t.float() for k, t in tensors.items()}))
+    model = llama()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"wrong dtype: .*indices: got torch.float32"):
+        load_adapter(model, tmp_path / "adapter")
+    assert state(model) == before
+
+
+STOCK = {
+    "LORA": LoraConfig(r=2, target_modules=["q_proj"]),
+    "DoRA": LoraConfig(r=2, target_modules=["q_proj"], use_dora=True),
+    "PiSSA": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"),
+    "embeddings": LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"]),
+    "IA3": IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "VERA": VeraConfig(r=2, target_modules=["q_proj"]),
+    "OFT": OFTConfig(target_modules=["q_proj"], oft_block_size=4),
+    "PROMPT_TUNING": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("method", STOCK)
+def test_stock_adapters_are_checked_too(method, tmp_path):
+    model = randomize(get_peft_model(llama(), STOCK[method]))
+    save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(logits(load_adapter(llama(), tmp_path / "adapter")), logits(model))
+    if method == "PROMPT_TUNING":
+        return  # which is in no layer
+    key = sorted(load_file(tmp_path / "adapter" / WEIGHTS))[0]
+    for number, (change, words) in enumerate(
+        (
+            (lambda tensors: tensors.pop(key), "does not match the model"),
+            (lambda tensors: tensors.update({f"{key}.odd": tensors.pop(key)}), "does not match the model"),
+            (lambda tensors: tensors.update({key: torch.ones(3, 3)}), "does not match the model: .*(size|shape)"),
+        )
+    ):
+        damaged = tmp_path / str(number)
+        shutil.copytree(tmp_path / "adapter", damaged)
+        edit(damaged / WEIGHTS, change)
+        plain, second = llama(), adapt("lora")
+        before, before_second = state(plain), state(second)
+        with pytest.raises(ValueError, match=words):
+            load_adapter(plain, damaged)
+        assert state(plain) == before
+        with pytest.raises(ValueError, match="does not match the model"):
+            load_adapter(second, damaged, "second")
+        assert state(second) == before_second
+        assert list(second.peft_config) == ["default"]
+
+
 def test_an_adapter_of_a_wider_model(tmp_path):
     save_adapter(randomize(get_peft_model(llama(), CASES["lora"](target_modules=["q_proj"]))), tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"lora_B: got \(32, 4\), expected \(64, 4\)"):
@@ -230,7 +301,8 @@ def test_a_state_that_does_not_fit_changes_no_tensor():
         with pytest.raises(ValueError, match="adapter 'default': does not match the model"):
             set_peft_model_state_dict(model, bad)
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
-    set_peft_model_state_dict(model, {})  # of the method, nothing: may be meant
+    with pytest.warns(RuntimeWarning, match="the state contains none of its [0-9]+ tensors"):
+        set_peft_model_state_dict(model, {})  # may be meant
     set_peft_model_state_dict(model, good)
     assert not all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 

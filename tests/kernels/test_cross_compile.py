@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.cross_compile import inner_loop
+from benchmarks.cross_compile import inner_loop
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_plan_compiles_within_limits(target):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.cross_compile", target],
+        [sys.executable, "-m", "benchmarks.cross_compile", target],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         cwd=ROOT,
         capture_output=True,

@@ -34,8 +34,9 @@ import torch
 from genft_kernels.plan import user_tables
 
 SCHEMA = 1
-ROOT = Path(__file__).resolve().parent
-FOLDER = ROOT / "results"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks" / "results"
+Record = dict[str, Any]
 Item = TypeVar("Item")
 
 
@@ -90,7 +91,7 @@ def commit(given: str = "") -> str:
     found = _command("git", "rev-parse", "--short=10", "HEAD") or given or os.environ.get("GENFT_COMMIT", "")
     if not found:
         return "unknown"
-    code = ("../genft_kernels", "../genft_modules", ".", ":!results")
+    code = ("genft_kernels", "genft_modules", "benchmarks", ":!benchmarks/results")
     changed = _command("git", "status", "--porcelain", "--untracked-files=all", "--", *code)
     return f"{found}-dirty" if changed or any(user_tables().glob("*.json")) else found
 
@@ -144,14 +145,14 @@ class Run:
         self.path = None if out is None else out / f"{stamp}-{run['commit']}.json"
 
     @property
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[Record]:
         return self.data["records"]  # type: ignore[no-any-return]
 
     def left(self) -> float:
         """Seconds until the part that is running, or the run, has to end."""
         return self.until - time.monotonic()
 
-    def put(self, records: Iterable[dict[str, Any]]) -> None:
+    def put(self, records: Iterable[Record]) -> None:
         """Takes in a comparison as far as it is measured, in the place of what is there of it, and writes the file."""
         records = list(records)
         keys = {key(record) for record in records}
@@ -213,7 +214,7 @@ def load_folder(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from sorted(found, key=lambda item: item[1]["run"]["date"])
 
 
-def key(record: dict[str, Any]) -> tuple[Any, ...]:
+def key(record: Record) -> tuple[Any, ...]:
     """What was measured together: records of one run with equal keys are ratios of each other."""
     size = record["model"]["name"] if "model" in record else (record["m"], tuple(record["n"]), record["k"])
     layers = record["model"]["layers"] if "model" in record else 0
@@ -224,12 +225,12 @@ def key(record: dict[str, Any]) -> tuple[Any, ...]:
 MEASURED = ("ms", "largest", "gains")  # what a finished record has one of
 
 
-def newest(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def newest(runs: Iterable[dict[str, Any]]) -> list[Record]:
     """The records of a device's runs, each comparison taken from the newest run that measured something of it; what a
     run was cut off from measuring is left out."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[Record]] = {}
     for data in runs:
-        own: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        own: dict[tuple[Any, ...], list[Record]] = {}
         for record in data["records"]:
             if any(field in record for field in (*MEASURED, "withheld")):
                 own.setdefault(key(record), []).append(record)

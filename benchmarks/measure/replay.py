@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .comparison import Record
+from benchmarks.measure.results import Record
 
 _now = [0.0]
 

@@ -1,7 +1,7 @@
 """Compiles what the launchers launch for GPUs that are not here, and reads the resources the compiler reports.
 
-`python -m tests.kernels.cross_compile [TARGET ...]` prints a line for every kernel of every default plan.
-`python -m tests.kernels.cross_compile --table docs/compiled.md` writes what one target's kernels are made of.
+`python -m benchmarks.cross_compile [TARGET ...]` prints a line for every kernel of every default plan.
+`python -m benchmarks.cross_compile --table docs/compiled.md` writes what one target's kernels are made of.
 """
 
 from __future__ import annotations
@@ -305,7 +305,7 @@ def table(target: str = "sm_90") -> str:
         f"Default plans, bf16, no dropout, aligned shapes, compiled by Triton {triton.__version__} for {target}, which",
         "needs no card. Instructions are those of one turn of the innermost loop with the most tensor instructions,",
         "per warp (a tensor instruction of Hopper is issued for four warps). None of them spills; a test holds every",
-        "plan on four targets to that. Made by `python -m tests.kernels.cross_compile --table docs/compiled.md`. None",
+        "plan on four targets to that. Made by `python -m benchmarks.cross_compile --table docs/compiled.md`. None",
         "of it is a measurement of time.",
         "",
         "| call | kernel | registers | shared | " + " | ".join(kinds) + " | all per tensor instruction |",

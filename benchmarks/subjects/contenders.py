@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 import genft_kernels
 import genft_modules
+from benchmarks.measure.shapes import Case
+from benchmarks.subjects import naive
+from benchmarks.subjects.operations import forced
 from genft_kernels.plan import (
     ALGORITHMS_OF,
     LIBRARY,
@@ -28,10 +31,6 @@ from genft_kernels.plan import (
     resolve,
     triton_can_run,
 )
-
-from . import naive
-from .operations import forced
-from .shapes import Case
 
 Build = Callable[[nn.Linear, Case], nn.Module]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from . import shapes
-from .comparison import Settings, compare
-from .contenders import CONTENDERS, methods, names
-from .replay import clock
-from .shapes import DTYPES, Case, Shape
+from benchmarks.measure import shapes
+from benchmarks.measure.replay import clock
+from benchmarks.measure.shapes import DTYPES, Case, Shape
+from benchmarks.subjects.contenders import CONTENDERS, methods, names
+from benchmarks.suites.comparison import Settings, compare
 
 GPU = torch.cuda.is_available()
 DTYPE = "bf16" if GPU else "fp32"

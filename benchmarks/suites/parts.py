@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
+from benchmarks.measure import results, shapes
+from benchmarks.measure.part import add, attempt, show, spread
+from benchmarks.measure.results import Record, Run
+from benchmarks.measure.shapes import Case, Shape
+from benchmarks.measure.timing import ceilings
+from benchmarks.report.goals import P1_METHODS
+from benchmarks.subjects import models
+from benchmarks.subjects.contenders import CONTENDERS, methods, names
+from benchmarks.subjects.operations import checks, large_offset_check, run_check
+from benchmarks.suites import answers, model_limits, model_step, sweep
+from benchmarks.suites.comparison import Settings, compare
 from genft_kernels.plan import Problem, device_facts
-
-from . import answers, model_limits, model_step, results, shapes, sweep
-from .comparison import Record, Settings, compare
-from .contenders import CONTENDERS, methods, names
-from .goals import P1_METHODS
-from .operations import checks, large_offset_check, run_check
-from .results import Run
-from .runner import add, attempt, show, spread
-from .shapes import Case, Shape
-from .timing import ceilings
 
 
 def _gpu(run: Run) -> bool:
@@ -43,7 +44,7 @@ def _compare(run: Run, shape: Shape, r: int, contenders: Sequence[str], mode: st
     show(compare(case, contenders, mode, settings=settings, ceilings=run.data["ceilings"], run=run, **more))
 
 
-def _compare_models(run: Run, size: model_step.Size, *arguments: Any, **more: Any) -> None:
+def _compare_models(run: Run, size: models.Size, *arguments: Any, **more: Any) -> None:
     show(model_step.compare_models(size, dtype_of(run), run.device, *arguments, run=run, **more))
     if _gpu(run):
         torch.cuda.empty_cache()
@@ -149,24 +150,24 @@ def p3(run: Run) -> None:
 
 def p6core(run: Run) -> None:
     """A training step of a Llama-3-8B-shaped model: what goal P6 compares."""
-    size = model_step.TINY if run.tiny else model_step.LLAMA3_8B
-    peers = [name for name in model_step.variants(size) if name.startswith("peft-lora-")]
+    size = models.TINY if run.tiny else models.LLAMA3_8B
+    peers = [name for name in models.variants(size) if name.startswith("peft-lora-")]
     _compare_models(run, size, ["genft-wegeft", *peers], settings=_settings(run, 15.0, max_rounds=20))
 
 
 def p6(run: Run) -> None:
     """A whole training step of a Llama-shaped model with every method, and of one of its blocks."""
-    block, model = (model_step.TINY,) * 2 if run.tiny else (model_step.LLAMA3_BLOCK, model_step.LLAMA3_8B)
+    block, model = (models.TINY,) * 2 if run.tiny else (models.LLAMA3_BLOCK, models.LLAMA3_8B)
     if not _gpu(run) and not run.tiny:
-        block, model = model_step.CPU_BLOCK, model_step.CPU_MODEL
+        block, model = models.CPU_BLOCK, models.CPU_MODEL
     for size, suite in [(block, "block"), (model, "model")][: 1 if run.tiny else 2]:
         _compare_models(run, size, suite=suite, settings=_settings(run, 6.0, max_rounds=20))
 
 
 def modes(run: Run) -> None:
     """The whole model's step with gradient checkpointing, compiled and captured, and its decoding, captured."""
-    model = model_step.TINY if run.tiny else model_step.LLAMA3_8B if _gpu(run) else model_step.CPU_MODEL
-    peers = [name for name in model_step.variants(model) if name.startswith("peft-lora-")]
+    model = models.TINY if run.tiny else models.LLAMA3_8B if _gpu(run) else models.CPU_MODEL
+    peers = [name for name in models.variants(model) if name.startswith("peft-lora-")]
     chosen = ["frozen", *peers, *(name for name in _modules() if name in _IN_MODELS), "one-block-full"]
     listed = [("step-graph", model), ("step-checkpoint", model)]
     for batch in (2,) if run.tiny else (1, 8, 64):
@@ -182,8 +183,8 @@ _IN_MODELS = ("genft-wegeft", "genft-gift", "genft-genft-gelu", "genft-lora", "g
 
 def fits(run: Run) -> None:
     """The longest sequence and the largest batch beside peft LoRA's, by bisection."""
-    model = model_step.TINY if run.tiny else model_step.LLAMA3_8B if _gpu(run) else model_step.CPU_MODEL
-    peer = next(name for name in model_step.variants(model) if name.startswith("peft-lora-"))
+    model = models.TINY if run.tiny else models.LLAMA3_8B if _gpu(run) else models.CPU_MODEL
+    peer = next(name for name in models.variants(model) if name.startswith("peft-lora-"))
     names = ["frozen", peer, "genft-wegeft", "genft-genft-gelu"][: 2 if run.tiny else 4]
     budget = None if _gpu(run) else (1 << 18 if run.tiny else 1 << 29)
     for what, most, grain in (
@@ -201,11 +202,11 @@ def fits(run: Run) -> None:
 def mixed(run: Run) -> None:
     """Decoding with 1, 8 and 64 adapters in one batch against one adapter."""
     if run.tiny:
-        size, counts = replace(model_step.TINY, batch=4, sequence=1), (1, 2, 4)
+        size, counts = replace(models.TINY, batch=4, sequence=1), (1, 2, 4)
     elif _gpu(run):
-        size, counts = replace(model_step.LLAMA3_BLOCK, layers=2, batch=64, sequence=1), (1, 8, 64)
+        size, counts = replace(models.LLAMA3_BLOCK, layers=2, batch=64, sequence=1), (1, 8, 64)
     else:
-        size, counts = replace(model_step.CPU_BLOCK, batch=16, sequence=1), (1, 8, 16)
+        size, counts = replace(models.CPU_BLOCK, batch=16, sequence=1), (1, 8, 16)
     settings = _settings(run, 4.0, max_rounds=30)
     r = 4 if run.tiny else 16
     add(run, model_limits.mixed(size, dtype_of(run), run.device, counts, r, settings))
@@ -243,7 +244,7 @@ def n1(run: Run) -> None:
 
 def p10(run: Run) -> None:
     """Swapping 224 layers, saving the adapter (P10)."""
-    size = replace(model_step.TINY) if run.tiny else model_step.LLAMA3_8B
+    size = replace(models.TINY) if run.tiny else models.LLAMA3_8B
     add(run, model_step.swap(size, repeats=1 if run.tiny else 3))
 
 
@@ -273,9 +274,9 @@ def scaling(run: Run) -> None:
     points += [(replace(base, n=(width,), k=width), r) for width in widths] + [(base, rank) for rank in ranks]
     for shape, rank in run.paced(points):
         _compare(run, shape, rank, contenders, suite="scaling", settings=_settings(run, 2.0))
-    size = model_step.TINY if run.tiny else model_step.LLAMA3_BLOCK if _gpu(run) else model_step.CPU_MODEL
+    size = models.TINY if run.tiny else models.LLAMA3_BLOCK if _gpu(run) else models.CPU_MODEL
     for deep in run.paced([replace(size, batch=1, layers=depth) for depth in depths]):
-        chosen = [n for n in model_step.variants(deep) if n.startswith("genft-") or n in ("frozen", "peft-lora-r16")]
+        chosen = [n for n in models.variants(deep) if n.startswith("genft-") or n in ("frozen", "peft-lora-r16")]
         chosen = chosen[: 3 if run.tiny else None]
         _compare_models(run, deep, chosen, suite="scaling", settings=_settings(run, 3.0, max_rounds=20))
 
@@ -306,7 +307,7 @@ def again(run: Run) -> None:
     problems = missed(results.newest([*runs, run.data]))
     print(f"  {len(problems)} problems", flush=True)
     name = f"{device_facts(run.device).architecture}.json"
-    packaged = results.ROOT.parent / "genft_kernels" / "plans" / name
+    packaged = results.ROOT / "genft_kernels" / "plans" / name
     if packaged.is_file() and run.folder is not None:
         run.folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(packaged, run.folder / f"plans-{name}")

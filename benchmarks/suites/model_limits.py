@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import genft_modules
+from benchmarks.measure import memory
+from benchmarks.measure.results import Record, Run
+from benchmarks.measure.shapes import DTYPE_NAMES
+from benchmarks.subjects.layers import wake
+from benchmarks.subjects.models import LLM_TARGETS, Size, Trainee, build_base, variants
+from benchmarks.suites.comparison import Settings
 from genft_kernels.gate import errors
 from genft_kernels.timing import Stats, clock_for, interleave, ratio
-
-from . import memory
-from .comparison import Record, Settings, wake
-from .model_step import LLM_TARGETS, Size, Trainee, build_base, variants
-from .results import Run
-from .shapes import DTYPE_NAMES
 
 # ---- what fits
 

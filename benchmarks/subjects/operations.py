@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import genft_kernels
+from benchmarks.measure.shapes import DTYPES
 from genft_kernels import gate
 from genft_kernels.formulas import OPERATIONS, Examination, Tensors, draw
 from genft_kernels.plan import (
@@ -28,8 +29,6 @@ from genft_kernels.plan import (
     device_facts,
 )
 from genft_kernels.tuning import candidates
-
-from .shapes import DTYPES
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.measure import shapes
+from benchmarks.measure.part import spread
+from benchmarks.measure.results import Run
+from benchmarks.measure.shapes import DTYPE_NAMES, DTYPES
 from genft_kernels.plan import LaunchPlan, Problem, device_facts
 from genft_kernels.tuning import Timed, candidates, measure, steps, table_entry, write_table
-
-from . import shapes
-from .results import Run
-from .runner import spread
-from .shapes import DTYPE_NAMES, DTYPES
 
 
 def sweep(run: Run, problems: Sequence[Problem] | None = None) -> None:

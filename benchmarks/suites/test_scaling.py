@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .comparison import Settings, compare
-from .contenders import methods
-from .replay import clock
-from .shapes import Case, Shape
+from benchmarks.measure.replay import clock
+from benchmarks.measure.shapes import Case, Shape
+from benchmarks.subjects.contenders import methods
+from benchmarks.suites.comparison import Settings, compare
 
 GPU = torch.cuda.is_available()
 BASE, WIDE = (Shape(8192, (4096,), 4096), 8192) if GPU else (Shape(1024, (512,), 512), 1024)

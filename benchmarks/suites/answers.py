@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .comparison import Inputs, Record, describe, frozen, wake
-from .contenders import CONTENDERS, Contender, trainable
-from .results import Run
-from .shapes import Case
+from benchmarks.measure.results import Record, Run
+from benchmarks.measure.shapes import Case
+from benchmarks.subjects.contenders import CONTENDERS, Contender, trainable
+from benchmarks.subjects.layers import Inputs, frozen, wake
+from benchmarks.suites.comparison import describe
 
 RATIOS = (1e-3, 1e-4)  # of ‖ΔW‖ to ‖W0‖
 

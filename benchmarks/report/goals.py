@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .results import key
-from .shapes import CPU_CALL, CPU_GOAL
-
-Record = dict[str, Any]
+from benchmarks.measure.results import Record, key
+from benchmarks.measure.shapes import CPU_CALL, CPU_GOAL
 
 
 @dataclass(frozen=True)

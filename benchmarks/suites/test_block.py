@@ -5,18 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from . import model_step
-from .comparison import Settings
-from .replay import clock
+from benchmarks.measure.replay import clock
+from benchmarks.subjects import models
+from benchmarks.suites import model_step
+from benchmarks.suites.comparison import Settings
 
 GPU = torch.cuda.is_available()
-SIZE = model_step.LLAMA3_BLOCK if GPU else model_step.CPU_BLOCK
+SIZE = models.LLAMA3_BLOCK if GPU else models.CPU_BLOCK
 GROUP = f"block {SIZE.name} {SIZE.batch}x{SIZE.sequence}"
 
 
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize("group", [GROUP])
-@pytest.mark.parametrize("contender", model_step.variants(SIZE))
+@pytest.mark.parametrize("contender", models.variants(SIZE))
 def test_block(group, contender, device, session_run, board, benchmark):
     def measure(chosen, samples):
         dtype = torch.bfloat16 if GPU else torch.float32

@@ -10,12 +10,13 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as trace
 
-from . import parts, shapes
-from .comparison import Inputs, Subject
-from .contenders import CONTENDERS, methods
-from .results import Run
-from .runner import Part
-from .shapes import Case, Shape
+from benchmarks.measure import shapes
+from benchmarks.measure.part import Part
+from benchmarks.measure.results import Run
+from benchmarks.measure.shapes import Case, Shape
+from benchmarks.subjects.contenders import CONTENDERS, methods
+from benchmarks.subjects.layers import Inputs, Subject
+from benchmarks.suites import parts
 
 SLOW = 1.5  # times its bytes over the copy ceiling
 STEPS = 5

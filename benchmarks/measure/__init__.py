@@ -1,0 +1,1 @@
+"""What measuring needs: shapes, clocks, bytes, a run and its result file."""

@@ -1,0 +1,138 @@
+"""The README's picture, and what stands between its markers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.measure.results import Record
+from benchmarks.report import budget, text
+from benchmarks.report.devices import Device
+from benchmarks.report.drawing import COLOURS, canvas, save
+
+# Method, contender, when to take it, and what it trains at r = 16 on the q, k, v, up and down projections of
+# Llama-3-8B, as docs/guides/choose.md counts it.
+SHOWN = (
+    ("**WeGeFT**", "genft-wegeft", "you have no reason for another: the default; also on quantised models", "0.983 M"),
+    ("**GIFT** (identity)", "genft-gift", "you want one pair for all layers, or a block between φ and ψ", "0.983 M"),
+    ("**GenFT** (gelu)", "genft-genft-gelu", "ΔW should have full rank, and a slower step is acceptable", "27.1 M"),
+    ("**GRFT**", "genft-grft-row", "you want to train existing rows, chosen by their gradients", "15.7 M"),
+    ("**LoRA**", "genft-lora", "you need a baseline, or LoRA from the start", "28.3 M"),
+)
+
+# What the memory of a method is compared with: the formulation of its released code, or peft's own layer.
+COMPARED = (
+    ("GenFT (gelu)", "genft-genft-gelu", ("released-genft-gelu", "naive-genft-gelu")),
+    ("GenFT (leaky ReLU)", "genft-genft-leakyrelu", ("released-genft-leakyrelu", "naive-genft-leakyrelu")),
+    ("GenFT (linear)", "genft-genft-linear", ("naive-genft-linear",)),
+    ("PEANuT", "genft-peanut", ("peft-peanut",)),
+    ("WeGeFT", "genft-wegeft", ("naive-wegeft",)),
+    ("GIFT", "genft-gift", ("naive-gift",)),
+    ("LoRA", "genft-lora", ("peft-lora",)),
+)
+
+
+def _memory_pairs(devices: dict[str, Device]) -> list[tuple[str, Record, Record]]:
+    """Method, the formulation that it is compared with, and ours, from the device on which most of COMPARED was
+    measured: what is kept for backward does not depend on the device."""
+    found = []
+    for device in devices.values():
+        records = {r["contender"]: r for r in device.typical() if "memory" in r}
+        pairs = [
+            (name, records[other], records[own])
+            for name, own, others in COMPARED
+            if own in records and (other := next((o for o in others if o in records), None))
+        ]
+        released = sum(other["contender"].startswith("released-") for _, other, _ in pairs)
+        found.append((released, len(pairs), pairs))
+    return max(found, key=lambda item: item[:2], default=(0, 0, []))[2]
+
+
+def blocks(devices: dict[str, Device], adapted: Sequence[Record] = ()) -> dict[str, str]:
+    """What stands between the README's markers, by the name of the pair of markers. `adapted`: result files of
+    `benchmarks.adaptation`, of which the first counts."""
+    return {"memory": _memory_block(devices), "methods": _methods_block(devices, adapted)}
+
+
+def _memory_block(devices: dict[str, Device]) -> str:
+    pairs = _memory_pairs(devices)
+    if not pairs:
+        return ""
+    name, other, ours = pairs[0]
+    place = "in peft" if other["contender"].startswith("peft-") else "with the released formulation"
+    return (
+        f"Memory kept for the backward pass by {text.case(ours)}, beyond the layer's input. {name}: "
+        f"{text.size(ours['memory']['saved'])}, against {text.size(other['memory']['saved'])} {place}.\n"
+    )
+
+
+def _methods_block(devices: dict[str, Device], adapted: Sequence[Record]) -> str:
+    typical = [{r["contender"]: r for r in device.typical() if "ratio" in r} for device in devices.values()]
+    typical = [records for records in typical if records]
+    lines: list[str] = []
+    if typical:
+        rows = [
+            [name, use, trains, _across(typical, contender), text.size(own["memory"]["saved"])]
+            for name, contender, use, trains in SHOWN
+            if (own := next((records[contender] for records in typical if contender in records), None))
+        ]
+        lines += text.table(["method", "use it when", "trains", "time", "memory"], rows)
+        compared = [
+            f"{words} {_across(typical, contender)}"
+            for words, contender in (("peft's LoRA takes", "peft-lora"), ("training the whole weight", "trainable"))
+            if any(contender in records for records in typical)
+        ]
+        lines += [
+            "Trains: parameters at r = 16 on the q, k, v, up and down projections of Llama-3-8B. Time: forward and "
+            f"backward of {text.case(next(iter(typical[0].values())))}, relative to the frozen layer, on "
+            f"{' and '.join(device.name for device in devices.values() if device.typical())}"
+            f"{'; ' if compared else ''}{', '.join(compared)}. Memory: kept for backward beyond the layer's input.",
+            "",
+        ]
+    for data in adapted[:1]:
+        best: dict[str, float] = {}
+        for row in budget.rows(data):
+            best.setdefault(row.name.split(" (")[0], statistics.mean(row.bits))
+        full = best.pop("full fine-tuning", None)
+        if best:
+            lines += [
+                f"**{next(iter(best))} leads** on our small task at {data['about']['budget']:,} trainable parameters. "
+                f"Held-out bits per byte: {', '.join(f'{name} {bits:.2f}' for name, bits in best.items())}"
+                + (f"; full fine-tuning {full:.2f}." if full else "."),
+                "",
+            ]
+    return "\n".join(lines).rstrip() + "\n" if lines else ""
+
+
+def _across(typical: list[dict[str, Record]], contender: str) -> str:
+    """A contender's time over the frozen layer's, from the least to the most of the devices."""
+    found = [records[contender] for records in typical if contender in records]
+    found.sort(key=lambda record: record["ratio"]["median"])
+    return "–".join(dict.fromkeys((text.ratio(found[0]), text.ratio(found[-1])))) + "×"
+
+
+def draw_kept(devices: dict[str, Device], path: Path) -> Path | None:
+    """The README's picture: bytes saved for backward, method by method, beside the released formulation."""
+    pairs = _memory_pairs(devices)
+    if not pairs:
+        return None
+    figure, axes = canvas(1, 1, 8, 0.42 * len(pairs) + 1.1)
+    axis = axes[0][0]
+    for which, offset, colour, words in (
+        (1, -0.19, COLOURS["naive"], "released formulation (PEANuT and LoRA: peft)"),
+        (2, 0.19, COLOURS["genft"], "genft"),
+    ):
+        saved = [pair[which]["memory"]["saved"] for pair in pairs]
+        places = [place + offset for place in range(len(pairs))]
+        axis.barh(places, [count / 2**20 for count in saved], height=0.36, color=colour, label=words)
+        for place, count in zip(places, saved, strict=True):
+            at = (count / 2**20, place)
+            axis.annotate(text.size(count), at, (3, 0), textcoords="offset points", va="center", size=8)
+    axis.set_yticks(range(len(pairs)), [pair[0] for pair in pairs])
+    axis.invert_yaxis()
+    axis.set_xlabel("MiB kept for the backward pass, beyond the layer's input")
+    axis.set_title(text.case(pairs[0][2]), fontsize=9)
+    axis.margins(x=0.08)
+    axis.legend(loc="lower right", frameon=False)
+    return save(figure, path)
