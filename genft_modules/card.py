@@ -178,6 +178,10 @@ def block(facts: Facts, note: str = "") -> str:
 
 def note_of_export(method: str | None, errors: Sequence[float]) -> str:
     """A sentence on an exported LoRA: the original method, and the maximum error if some layers are not exact."""
-    origin = f"Converted from a {METHODS.get(method, method.upper())} adapter" if method else "Converted from a genft adapter"
+    origin = (
+        f"Converted from a {METHODS.get(method, method.upper())} adapter"
+        if method
+        else "Converted from a genft adapter"
+    )
     how = f"with a relative error of ΔW of at most {max(errors):.1e}" if errors else "exactly"
     return f"{origin}, {how}; only valid for these weights of the base model."
