@@ -52,9 +52,10 @@ $(OPTIONAL_STAMP): $(STAMP)
 	DS_BUILD_OPS=0 $(INSTALL) -e ".[dev,optional]"
 	touch $(OPTIONAL_STAMP)
 
-# The files with tests that ask for a package. -ra lists what is skipped all the same.
+# The files with tests that ask for a package, and the kernels at every rank. -ra lists what is skipped all the same.
 test-all: $(OPTIONAL_STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(shell grep -rlF pytest.importorskip tests) $(ARGS)
+	OMP_NUM_THREADS=1 GENFT_ALL_RANKS=1 $(BIN)/python -m pytest -n auto --dist worksteal \
+		tests/kernels/test_cross_compile.py $(shell grep -rlF pytest.importorskip tests) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

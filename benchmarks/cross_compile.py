@@ -1,18 +1,18 @@
 """Compiles what the launchers launch for GPUs that are not here, and reads the resources the compiler reports.
 
-`python -m benchmarks.cross_compile [TARGET ...]` prints a line for every kernel of every default plan.
+`python -m benchmarks.cross_compile [--widest] [TARGET ...]` prints a line for every kernel of every default plan; with
+--widest only at the largest rank that a plan serves.
 `python -m benchmarks.cross_compile --table docs/compiled.md` writes what one target's kernels are made of.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -212,13 +212,21 @@ def sliced_product_calls(k: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:
 
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-RANKS = (16, 32, 64, 128)
+RANKS = (16, 32, 64, 128)  # as kernels pad them
 
 
-def default_calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every plan that `default_plan` chooses from on the target, at every padded rank; dropout at the widest."""
+def ranks_of(table: Iterable[tuple[Any, ...]], every: bool) -> tuple[int, ...]:
+    """The largest rank that each entry of a table of default plans serves, which takes the most registers; or all."""
+    return RANKS if every else tuple(widest for widest, *_ in table)
+
+
+def default_calls(target: str, *, every: bool = True) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every plan that `default_plan` chooses from on the target, at every padded rank, or at the widest that it serves;
+    dropout at the widest."""
     facts = DeviceFacts(target, PROCESSORS[target])
-    for (itemsize, dtype), r in itertools.product(DTYPES.items(), RANKS):
+    low_rank = [(size, r) for size in DTYPES for r in ranks_of(plans.SKINNY_DEFAULTS[size], every)]
+    for itemsize, r in low_rank:
+        dtype = DTYPES[itemsize]
         listed: dict[LaunchPlan, int] = {}
         for rows in (16, 64, M):
             problem = Problem("lowrank_linear", rows, N, K, r, itemsize)
@@ -241,7 +249,9 @@ def default_calls(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"lowrank_{name} r={r} torch.bfloat16 fused", call
         for name, call in sliced_product_calls(r, torch.bfloat16, plan):
             yield f"sliced_{name} k={r} torch.bfloat16 fused", call
-    for (itemsize, dtype), r in itertools.product(DTYPES.items(), RANKS):
+    generated = [(size, r) for size in DTYPES for r in ranks_of(plans.GENERATED_DEFAULTS[size], every)]
+    for itemsize, r in generated:
+        dtype = DTYPES[itemsize]
         plan = plans.default_plan(Problem("generated_linear", M, N, K, r, itemsize), facts)
         if plan.algorithm in plans.LIBRARY:
             continue
@@ -335,10 +345,10 @@ def main() -> int:
     if sys.argv[1:2] == ["--table"]:
         Path(sys.argv[2]).write_text(table())
         return 0
-    targets = sys.argv[1:] or list(TARGETS)
+    targets = [word for word in sys.argv[1:] if word != "--widest"] or list(TARGETS)
     failures = 0
     for target in targets:
-        for label, call in default_calls(target):
+        for label, call in default_calls(target, every="--widest" not in sys.argv):
             for found in compile_all(target, call):
                 bad = found.spilled > 0 or found.shared > SHARED_LIMIT[target]
                 failures += bad

@@ -24,7 +24,13 @@ LONG = ("test_cross_compile", "tests/distributed", "tests/benchmarks", "tests/cl
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
+    long = [item for item in items if any(name in item.nodeid for name in LONG)]
+    rest = [item for item in items if not any(name in item.nodeid for name in LONG)]
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # each begins with a part of the list
+    cuts = [len(rest) * worker // workers for worker in range(workers + 1)]
+    items[:] = [
+        item for worker in range(workers) for item in (*long[worker::workers], *rest[cuts[worker] : cuts[worker + 1]])
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Every kernel of every plan compiles for GPUs that are not here: no spills, shared memory that fits, wgmma on Hopper.
 
+At the largest rank that a plan serves; at every rank with GENFT_ALL_RANKS=1, as in `make test-all`.
+
 In a process of its own, for there the kernels must not be interpreted.
 """
 
@@ -15,12 +17,13 @@ import pytest
 from benchmarks.cross_compile import inner_loop
 
 ROOT = Path(__file__).parents[2]
+RANKS = [] if os.environ.get("GENFT_ALL_RANKS") else ["--widest"]  # `make test-all` compiles for every rank
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_plan_compiles_within_limits(target):
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.cross_compile", target],
+        [sys.executable, "-m", "benchmarks.cross_compile", *RANKS, target],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         cwd=ROOT,
         capture_output=True,
