@@ -162,7 +162,7 @@ def edit_calls(r: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:
     yield "edit_forward", lambda: edit.input_edit_forward(x, psi, phi, 1.5, plan)
     yield "edit_backward", lambda: edit.input_edit_backward(x, x, psi, phi, t, 1.5, [True] * 3, plan)
     yield "features_forward", lambda: features.weight_features_forward(weight, psi, None, 1.5, 0.1, seed, plan)
-    yield "features_backward", lambda: features.weight_features_backward(dz, weight, psi, 1.5, 0.1, seed, [True], plan)
+    yield "features_backward", lambda: features.weight_features_backward(dz, weight, 1.5, 0.1, seed, [True], plan)
 
 
 def grouped_calls(r: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:

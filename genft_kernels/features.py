@@ -17,7 +17,8 @@ _weight_features = Operation(
     reference,
     sizes=lambda weight, a: (weight.shape[0], *weight.shape, a.shape[0]),
     outputs={"z": lambda weight, a: a.new_empty(weight.shape[0], a.shape[0])},
-    gradients=("a",),
+    gradients={"a": lambda dz, weight: dz.new_empty(dz.shape[1], weight.shape[1])},
+    backward_sizes=lambda dz, weight: (weight.shape[0], *weight.shape, dz.shape[1]),
 )
 
 

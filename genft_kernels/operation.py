@@ -57,6 +57,8 @@ class Operation:
         outputs: functions that allocate the result and the tensors saved for backward; their parameters name the
             arguments they need.
         gradients: the arguments that `<name>_backward` differentiates, in its order; empty if there is no backward.
+            A mapping has a function for each that allocates its gradient, for arguments that are not saved.
+        backward_sizes: like `sizes`, if backward does not have the arguments that `sizes` names.
     """
 
     def __init__(
@@ -66,7 +68,8 @@ class Operation:
         *,
         sizes: Callable[..., tuple[int, int, int, int]],
         outputs: Mapping[str, Callable[..., Tensor]],
-        gradients: Sequence[str] = (),
+        gradients: Sequence[str] | Mapping[str, Callable[..., Tensor]] = (),
+        backward_sizes: Callable[..., tuple[int, int, int, int]] | None = None,
     ) -> None:
         self._forward = _Pass(name, f"{name}_forward", reference, sizes)
         names = self._forward.names
@@ -77,8 +80,12 @@ class Operation:
         self._eager: Any = None
         dispatched = _without_gradient(self.overload)
         if gradients:
-            self._backward = _Pass(name, f"{name}_backward", reference, sizes, like=names[0])
-            self._made = list(gradients)
+            self._backward = _Pass(name, f"{name}_backward", reference, backward_sizes or sizes, like=names[0])
+            given = self._backward.names
+            self._made = [
+                _of_named(gradients[one], given) if isinstance(gradients, Mapping) else _like(given.index(one))
+                for one in gradients
+            ]
             self._biased = "bias" in names
             self.backward_overload = _define(
                 f"{name}_backward", self._backward, "Tensor[]", self.backward_body, self._backward_fake
@@ -137,11 +144,11 @@ class Operation:
         return [dy.new_empty(0) if one is None else one.contiguous() for one in self._run_backward(*arguments)]
 
     def _backward_fake(self, *arguments: Any) -> list[Tensor]:
-        dy, needs, names = arguments[0], arguments[-2], self._backward.names
-        likes = [arguments[names.index(gradient)] for gradient in self._made]
-        likes += [dy[0]] * self._biased
+        dy, needs = arguments[0], arguments[-2]
+        made = [*self._made, *([lambda arguments: arguments[0][0]] * self._biased)]
         return [
-            like.new_empty(like.shape) if need else dy.new_empty(0) for like, need in zip(likes, needs, strict=True)
+            torch.empty_like(make(arguments), memory_format=torch.contiguous_format) if need else dy.new_empty(0)
+            for make, need in zip(made, needs, strict=True)
         ]
 
     def _differentiable(
@@ -227,6 +234,10 @@ def _of_named(function: Callable[..., Any], names: Sequence[str]) -> Callable[[S
     """`function`, whose parameters name some of the arguments, as a function of all arguments."""
     chosen = [names.index(name) for name in inspect.signature(function).parameters]
     return lambda arguments: function(*[arguments[at] for at in chosen])
+
+
+def _like(at: int) -> Callable[[Sequence[Any]], Any]:
+    return lambda arguments: arguments[at]
 
 
 def _only(outputs: list[Tensor]) -> Tensor | tuple[Tensor, ...]:

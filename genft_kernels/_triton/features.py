@@ -24,7 +24,6 @@ def weight_features_forward(
 def weight_features_backward(
     dz: Tensor,
     weight: Tensor,
-    a: Tensor,
     ratio: float,
     dropout: float,
     seed: Tensor | None,
@@ -34,4 +33,4 @@ def weight_features_backward(
     if not needs[0]:
         return (None,)
     drop = {"dropout": dropout, "seed": seed}
-    return (launch_reduce(weight, dz, plan.skinny, a.dtype, transposed=True, scale=ratio, **drop),)
+    return (launch_reduce(weight, dz, plan.skinny, dz.dtype, transposed=True, scale=ratio, **drop),)

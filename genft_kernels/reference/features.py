@@ -21,9 +21,9 @@ def weight_features_forward(
 
 
 def weight_features_backward(
-    dz: Tensor, weight: Tensor, a: Tensor, ratio: float, dropout: float, seed: Tensor | None, needs: list[bool]
+    dz: Tensor, weight: Tensor, ratio: float, dropout: float, seed: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor | None]:
     """dA = ρ dZᵀ drop(W0) [r,K]."""
     if not needs[0]:
         return (None,)
-    return (outer(dz.to(weight.dtype), weight, dropout, seed).to(a.dtype).mul_(ratio),)
+    return (outer(dz.to(weight.dtype), weight, dropout, seed).to(dz.dtype).mul_(ratio),)

@@ -278,7 +278,7 @@ def test_opcheck(algorithm, device):
             (torch.ops.genft.input_edit_backward.default, (x, x, psi, phi, t, 0.5, [True, False, True], edit_plan)),
             (
                 torch.ops.genft.weight_features_backward.default,
-                (q, weight, psi, 0.5, 0.2, seed, [True, True], edit_plan),
+                (q, weight, 0.5, 0.2, seed, [True, True], edit_plan),
             ),
         ]
         for operator, arguments in backward:
@@ -326,6 +326,20 @@ def test_saved_for_backward_is_t_at_most(name, algorithm, device):
     assert y.requires_grad
     rows = 0 if name.startswith(("generated", "sliced")) else m + n if name == "input_edit_linear" else m
     assert sum(saved.values()) == rows * r * 2
+
+
+def test_features_keep_neither_their_factor_nor_a_copy_of_the_weight(device):
+    weight, leaf = torch.randn(9, 7, device=device), torch.randn(3, 7, device=device, requires_grad=True)
+    kept = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    a = leaf * 2
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gk.weight_features(weight, a)
+    assert kept == [weight.data_ptr()]
 
 
 # ---- around the operation
