@@ -32,7 +32,7 @@ METHODS = {
     "sas": "SaS (arXiv 2504.03450, reconstructed)",
     "peanut": "PEANuT (arXiv 2410.01870)",
 }
-TASKS = {
+TASKS = {  # the Auto class of each task type; an adapter without a task type stores its class
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",

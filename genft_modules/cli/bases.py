@@ -10,21 +10,13 @@ from typing import Any
 
 import torch
 
+from genft_modules.card import TASKS
 from genft_modules.cli.console import UserError, one_line, say
 from genft_modules.disk.adapters import load_adapter, read_config
 from genft_modules.files import check_new
 from genft_modules.methods import GeneratorConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# The Auto class of each task type. An adapter without a task type stores its class.
-_KINDS = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 def launched() -> int:
@@ -145,7 +137,7 @@ def _kind(config: Any, base_config: Any) -> str:
     import transformers
 
     named = (config.auto_mapping or {}).get("base_model_class")
-    for kind in (named, _KINDS.get(config.task_type), *(base_config.architectures or ())):
+    for kind in (named, TASKS.get(config.task_type), *(base_config.architectures or ())):
         if kind and hasattr(transformers, kind):
             return str(kind)
     raise UserError(
