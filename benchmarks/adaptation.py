@@ -33,11 +33,11 @@ import transformers
 from benchmarks.measure import results
 from benchmarks.report import budget
 from benchmarks.report.__main__ import main as write_report
-from genft_modules.cli import bases, finetune, measure, recipes
-from genft_modules.cli.console import quiet, say
-from genft_modules.cli.data import byte_tokenizer, collate, encode, read_records
-from genft_modules.cli.demo import run as demo
-from genft_modules.cli.demo.run import Demo
+from genft_cli import bases, finetune, measure, recipes
+from genft_cli.console import quiet, say
+from genft_cli.data import byte_tokenizer, collate, encode, read_records
+from genft_cli.demo import run as demo
+from genft_cli.demo.run import Demo
 from genft_modules.progress import bar
 
 TUNING_FACTORS = (0.4, 1.0, 2.5)

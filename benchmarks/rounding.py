@@ -32,7 +32,7 @@ from benchmarks.measure import results
 from genft_kernels.dither import add_dithered
 from genft_kernels.reference import edit, generated
 from genft_modules import FusedGenLinear, GenFTConfig, WeGeFTConfig
-from genft_modules.cli.demo import run as demo
+from genft_cli.demo import run as demo
 
 TARGETS = list(demo.Demo().target_modules)
 SUBJECTS: dict[str, Any] = {

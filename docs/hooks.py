@@ -28,7 +28,7 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 
 
 def _help(command: list[str]) -> str:
-    from genft_modules.cli import main as cli
+    from genft_cli import main as cli
 
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
     with redirect_stdout(StringIO()) as text, suppress(SystemExit):

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # A package may import those to its right.
-ORDER = ["tests", "benchmarks", "genft_modules", "genft_kernels"]
+ORDER = ["tests", "benchmarks", "genft_cli", "genft_modules", "genft_kernels"]
 
 
 def imports_of(path: Path, modules: Iterable[str] = ()) -> set[str]:
@@ -39,7 +39,7 @@ def test_imports_run_one_way(package):
 
 
 def test_modules_use_public_names_of_the_kernels():
-    for path in (ROOT / "genft_modules").rglob("*.py"):
+    for path in [*(ROOT / "genft_modules").rglob("*.py"), *(ROOT / "genft_cli").rglob("*.py")]:
         for name in imports_of(path):
             assert not name.startswith("genft_kernels._"), f"{path.name} imports {name}"
 
@@ -60,7 +60,7 @@ def test_no_circle_of_imports(package):
 # of genft_modules stands on, and the commands of benchmarks.
 FILES = ""
 WINGS = {
-    "genft_modules": [FILES, "methods", "layer", "model", "disk", "cli"],
+    "genft_modules": [FILES, "methods", "layer", "model", "disk"],
     "benchmarks": ["measure", "report", "subjects", "suites", FILES],
 }
 
@@ -101,7 +101,7 @@ def test_the_reference_never_imports_triton():
 
 
 def test_nothing_is_unpickled_but_released_checkpoints_and_those_with_weights_only():
-    for package in ("genft_kernels", "genft_modules"):
+    for package in ("genft_kernels", "genft_modules", "genft_cli"):
         for path in (ROOT / package).rglob("*.py"):
             assert not imports_of(path) & {"pickle", "joblib", "dill", "cloudpickle"}, path.name
             for node in ast.walk(ast.parse(path.read_text())):
@@ -112,7 +112,7 @@ def test_nothing_is_unpickled_but_released_checkpoints_and_those_with_weights_on
 
 def test_no_text_is_run_and_no_name_from_a_file_is_imported():
     """What SECURITY.md promises of adapters. Of YAML, only plain values are read."""
-    for package in ("genft_kernels", "genft_modules"):
+    for package in ("genft_kernels", "genft_modules", "genft_cli"):
         for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if not isinstance(node, ast.Call):

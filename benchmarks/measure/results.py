@@ -91,7 +91,7 @@ def commit(given: str = "") -> str:
     found = _command("git", "rev-parse", "--short=10", "HEAD") or given or os.environ.get("GENFT_COMMIT", "")
     if not found:
         return "unknown"
-    code = ("genft_kernels", "genft_modules", "benchmarks", ":!benchmarks/results")
+    code = ("genft_kernels", "genft_modules", "genft_cli", "benchmarks", ":!benchmarks/results")
     changed = _command("git", "status", "--porcelain", "--untracked-files=all", "--", *code)
     return f"{found}-dirty" if changed or any(user_tables().glob("*.json")) else found
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from genft_modules.cli.demo.run import NAMES
+from genft_cli.demo.run import NAMES
 
 SCHEMA = 1
 REFERENCE = "peft-lora"  # what the others' time is relative to

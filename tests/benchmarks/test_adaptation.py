@@ -15,14 +15,14 @@ from benchmarks.report import budget
 from benchmarks.report.__main__ import main as report
 from benchmarks.report.text import spread
 from genft_modules import METHODS
-from genft_modules.cli.demo import run as demo
+from genft_cli.demo import run as demo
 
 SMOKE = adaptation.SIZES["smoke"]
 
 
 def in_process(command, environment=None):
     package = command[2]
-    module = importlib.import_module(f"{package}.main" if package == "genft_modules.cli" else package)
+    module = importlib.import_module(f"{package}.main" if package == "genft_cli" else package)
     assert module.main(command[3:]) == 0
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from genft_modules.cli import main as cli
-from genft_modules.cli.data import byte_tokenizer
+from genft_cli import main as cli
+from genft_cli.data import byte_tokenizer
 
 PROSE = "".join(
     f"Paragraph {i}: the {a} of the {b} is {i * 7 % 13}.\n\n"

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from genft_modules import GenFTConfig, GIFTConfig, WeGeFTConfig, save_adapter
-from genft_modules.cli.plotting import update_norms
+from genft_cli.plotting import update_norms
 from tests.cli.conftest import Genft, Result
 
 IDS = torch.arange(12).reshape(2, 6)

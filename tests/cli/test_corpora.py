@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from genft_modules.cli.data import normal
-from genft_modules.cli.demo import corpora
+from genft_cli.data import normal
+from genft_cli.demo import corpora
 
 
 @pytest.fixture(scope="module")

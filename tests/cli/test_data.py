@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genft_modules.cli.console import UserError
-from genft_modules.cli.data import (
+from genft_cli.console import UserError
+from genft_cli.data import (
     IGNORED,
     Record,
     byte_tokenizer,

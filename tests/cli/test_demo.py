@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from genft_modules.cli.demo import run as demo
-from genft_modules.cli.demo.run import Demo
+from genft_cli.demo import run as demo
+from genft_cli.demo.run import Demo
 
 MINIATURE = Demo(
     hidden=32, layers=2, heads=2, feed_forward=48, seq_len=64, batch_size=2, pretrain_steps=2, pretrain_batch=2,

@@ -56,7 +56,7 @@ def test_version_and_help(genft: Genft, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_console_script_has_no_traceback() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "genft_modules.cli", "finetune", "--model", "./nowhere", "--dataset", "./nothing.txt"],
+        [sys.executable, "-m", "genft_cli", "finetune", "--model", "./nowhere", "--dataset", "./nothing.txt"],
         capture_output=True,
         text=True,
         check=False,

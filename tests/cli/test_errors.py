@@ -137,7 +137,7 @@ def test_resume_needs_the_same_job_and_a_checkpoint(genft: Genft, llama: Path, p
 def test_failure_in_training_leaves_nothing(
     genft: Genft, llama: Path, prose: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genft_modules.cli import training
+    from genft_cli import training
 
     def fails(*args: object, **kwargs: object) -> None:
         raise RuntimeError("out of memory")

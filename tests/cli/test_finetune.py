@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from genft_modules import METHODS
-from genft_modules.cli import training
-from genft_modules.cli.data import byte_tokenizer, encode, read_records
-from genft_modules.cli.verify import verify
+from genft_cli import training
+from genft_cli.data import byte_tokenizer, encode, read_records
+from genft_cli.verify import verify
 from tests.cli.conftest import Genft
 
 QUICK = ("--steps", 4, "--batch-size", 2, "--seq-len", 32, "--device", "cpu", "--lr", 1e-2)
@@ -60,7 +60,7 @@ def test_a_saved_run_is_reloaded_in_a_new_process(genft: Genft, llama: Path, tex
 
 
 def test_a_reload_that_differs_is_an_error(genft: Genft, llama: Path, texts: Path, monkeypatch: Any) -> None:
-    from genft_modules.cli import verify
+    from genft_cli import verify
 
     found = {"loaded": 1.0, "merged": 1.0, "largest_logit": 2.0, "agree": False}
     monkeypatch.setattr(verify, "verify_in_new_process", lambda runs: [found] * len(runs))

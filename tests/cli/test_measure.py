@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genft_modules.cli.console import table
-from genft_modules.cli.measure import PeakMemory, ratio, step_seconds
+from genft_cli.console import table
+from genft_cli.measure import PeakMemory, ratio, step_seconds
 
 
 def test_peak_memory_counts_what_was_held_in_between(device: torch.device) -> None:

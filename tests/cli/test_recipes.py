@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from genft_modules import METHODS
-from genft_modules.cli.console import UserError
-from genft_modules.cli.recipes import RECIPES, methods, parse_field, peft_config
+from genft_cli.console import UserError
+from genft_cli.recipes import RECIPES, methods, parse_field, peft_config
 
 
 def test_methods() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from genft_kernels import LaunchPlan, Problem, choose_plan, device_facts, tuning
-from genft_modules.cli import doctor, recipes, tune
+from genft_cli import doctor, recipes, tune
 from tests.cli.conftest import Genft
 
 

@@ -15,9 +15,9 @@ import torch
 import transformers  # noqa: F401 - before the forks
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: F401
 
-from genft_modules.cli import finetune, training  # noqa: F401
-from genft_modules.cli import main as cli
-from genft_modules.cli.data import byte_tokenizer
+from genft_cli import finetune, training  # noqa: F401
+from genft_cli import main as cli
+from genft_cli.data import byte_tokenizer
 from tests.distributed.contract import fork
 
 STEPS = 24

@@ -1,4 +1,4 @@
-"""`torchrun -m genft_modules.cli finetune` on two processes; one of them is killed, and nothing is lost.
+"""`torchrun -m genft_cli finetune` on two processes; one of them is killed, and nothing is lost.
 
 One test, so that its processes run once, whatever the workers.
 """
@@ -72,7 +72,7 @@ def a_killed_process_changes_nothing(folder: Path) -> None:
     """torchrun starts both again, and the run ends as the one that was not disturbed."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with subprocess.Popen(
-        [*torchrun, "--max-restarts", "1", "-m", "genft_modules.cli", *arguments(folder, "killed")],
+        [*torchrun, "--max-restarts", "1", "-m", "genft_cli", *arguments(folder, "killed")],
         cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as launched:  # fmt: skip
         output = folder / "killed"

@@ -17,8 +17,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from genft_modules.cli.data import IGNORED, Windows, collate
-from genft_modules.cli.measure import PeakMemory, synchronize
+from genft_cli.data import IGNORED, Windows, collate
+from genft_cli.measure import PeakMemory, synchronize
 from genft_modules.model.slices import PenaltyMixin
 from genft_modules.progress import bar
 

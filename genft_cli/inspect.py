@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from genft_modules.cli.bases import genft_config, load, method_of, path_of
-from genft_modules.cli.console import UserError, table
+from genft_cli.bases import genft_config, load, method_of, path_of
+from genft_cli.console import UserError, table
 from genft_modules.files import PREFIX, WEIGHTS, some
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods import GeneratorConfig
@@ -33,7 +33,7 @@ class _Layer:
 
 def inspect(adapter: str, *, model: str | None = None, plot: str | None = None, device: str = "auto") -> str:
     """Describe an adapter; if its base model is available locally, also measure and plot each layer's ΔW."""
-    from genft_modules.cli import plotting
+    from genft_cli import plotting
 
     config = genft_config(adapter, "inspect")
     recorded = config.base_model_name_or_path

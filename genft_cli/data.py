@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from genft_modules.cli.console import UserError, one_line
+from genft_cli.console import UserError, one_line
 from genft_modules.progress import bar
 
 IGNORED = -100  # the label that transformers' losses ignore

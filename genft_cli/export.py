@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from genft_modules.cli.bases import base_of, check_output, genft_config, load, method_of, path_of
-from genft_modules.cli.console import UserError, one_line, table
+from genft_cli.bases import base_of, check_output, genft_config, load, method_of, path_of
+from genft_cli.console import UserError, one_line, table
 from genft_modules.disk.export import export_lora
 
 

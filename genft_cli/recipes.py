@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from genft_modules.cli.console import UserError, one_line
+from genft_cli.console import UserError, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Recipe:
 
 # For models with billions of parameters. The values for WeGeFT and LoRA are from the commands published by WeGeFT's
 # authors for Llama-2-7B; the other learning rates are chosen by analogy, as starting points. A small model needs about
-# ten times more: see LEARNING_RATES in genft_modules.cli.demo.run.
+# ten times more: see LEARNING_RATES in genft_cli.demo.run.
 RECIPES: dict[str, Recipe] = {
     "wegeft": Recipe(lr=2e-4, r=64, alpha_by_r=2),
     "gift": Recipe(lr=2e-4, r=64),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from genft_modules.cli.console import INTERRUPTED, UserError, is_first, one_line, quiet
+from genft_cli.console import INTERRUPTED, UserError, is_first, one_line, quiet
 
 _EXAMPLES = """\
 examples:
@@ -243,7 +243,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(f"genft {version('genft')}")
         return 0
     if command == "doctor":
-        from genft_modules.cli import doctor
+        from genft_cli import doctor
 
         return doctor.run(options["seconds"])
     if command == "finetune":
@@ -260,8 +260,8 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _demo(options: dict[str, Any]) -> int:
-    from genft_modules.cli import bases
-    from genft_modules.cli.demo import run as demo
+    from genft_cli import bases
+    from genft_cli.demo import run as demo
 
     if bases.launched() > 1:
         raise UserError("torchrun: the demo runs in one process; use --model and --dataset")
@@ -275,7 +275,7 @@ def _demo(options: dict[str, Any]) -> int:
 
 
 def _finetune(options: dict[str, Any]) -> int:
-    from genft_modules.cli import finetune, recipes
+    from genft_cli import finetune, recipes
 
     for name in ("model", "dataset"):
         if name not in options:
@@ -303,7 +303,7 @@ def _finetune(options: dict[str, Any]) -> int:
 
 
 def _tune(options: dict[str, Any]) -> int:
-    from genft_modules.cli import tune
+    from genft_cli import tune
 
     if "rows" in options:
         try:
@@ -315,7 +315,7 @@ def _tune(options: dict[str, Any]) -> int:
 
 
 def _adapter(command: str, options: dict[str, Any]) -> int:
-    from genft_modules.cli import export, inspect, merge
+    from genft_cli import export, inspect, merge
 
     run: dict[str, Callable[..., str]] = {
         "merge": merge.merge,

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from genft_modules.cli import recipes
-from genft_modules.cli.bases import DTYPES, check_device, launched, load_base, model_config, place
-from genft_modules.cli.console import UserError, one_line, say
-from genft_modules.cli.data import Windows, byte_tokenizer, collate, encode, read_records, split_records
-from genft_modules.cli.measure import PeakMemory
+from genft_cli import recipes
+from genft_cli.bases import DTYPES, check_device, launched, load_base, model_config, place
+from genft_cli.console import UserError, one_line, say
+from genft_cli.data import Windows, byte_tokenizer, collate, encode, read_records, split_records
+from genft_cli.measure import PeakMemory
 from genft_modules.disk.adapters import save_adapter
 from genft_modules.files import new_directory
 from genft_modules.model import distributed
@@ -306,7 +306,7 @@ def _started_again(directory: Path) -> bool:
 @contextmanager
 def _directory(job: Job, resume: bool, overwrite: bool) -> Iterator[tuple[Path, Path | None]]:
     """(output directory, checkpoint to resume from); the directory is removed if the run fails without a checkpoint."""
-    from genft_modules.cli.training import checkpoints, drop_checkpoints
+    from genft_cli.training import checkpoints, drop_checkpoints
 
     directory, resume_from = distributed.from_first(lambda: _prepared(job, resume, overwrite))
     try:
@@ -325,7 +325,7 @@ def _directory(job: Job, resume: bool, overwrite: bool) -> Iterator[tuple[Path, 
 
 
 def _prepared(job: Job, resume: bool, overwrite: bool) -> tuple[Path, Path | None]:
-    from genft_modules.cli.training import checkpoints
+    from genft_cli.training import checkpoints
 
     directory = Path(job.output).expanduser()
     settings = directory / "job.json"
@@ -372,8 +372,8 @@ def _check_same(job: Job, before: dict[str, Any]) -> None:
 def _train(checked: Checked, directory: Path, resume_from: Path | None) -> dict[str, Any]:
     from transformers import set_seed
 
-    from genft_modules.cli import plotting, verify
-    from genft_modules.cli.training import Schedule, bits_per_byte, train
+    from genft_cli import plotting, verify
+    from genft_cli.training import Schedule, bits_per_byte, train
 
     job = checked.job
     began = time.perf_counter()

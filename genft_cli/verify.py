@@ -1,6 +1,6 @@
 """Verification of a saved run: reload it in a new process and compare its logits with those of the trained model.
 
-`python -m genft_modules.cli.verify RUN...` reads RUN/run.json and RUN/probe.safetensors, writes RUN/reload.json.
+`python -m genft_cli.verify RUN...` reads RUN/run.json and RUN/probe.safetensors, writes RUN/reload.json.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from genft_modules.cli.console import INTERRUPTED, quiet
+from genft_cli.console import INTERRUPTED, quiet
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods.weights import is_quantised
 from genft_modules.progress import bar
@@ -44,7 +44,7 @@ def _logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 
 def verify_in_new_process(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """`verify` for each run, in one new process. Raises RuntimeError if that process fails."""
-    done = subprocess.run([sys.executable, "-m", "genft_modules.cli.verify", *map(str, runs)], check=False)
+    done = subprocess.run([sys.executable, "-m", "genft_cli.verify", *map(str, runs)], check=False)
     if done.returncode == INTERRUPTED:
         raise KeyboardInterrupt
     if done.returncode:

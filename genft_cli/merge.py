@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from genft_modules.cli.bases import DTYPES, base_of, check_output, config_of, load, method_of, path_of, place
-from genft_modules.cli.console import UserError, one_line, say
+from genft_cli.bases import DTYPES, base_of, check_output, config_of, load, method_of, path_of, place
+from genft_cli.console import UserError, one_line, say
 from genft_modules.files import new_directory
 
 # Files of a model directory other than config and weights: tokenizer, processors, chat template.

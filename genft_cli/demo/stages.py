@@ -1,4 +1,4 @@
-"""Stages of the demo that run in their own process: `python -m genft_modules.cli.demo.stages STAGE DEMO PATH...`."""
+"""Stages of the demo that run in their own process: `python -m genft_cli.demo.stages STAGE DEMO PATH...`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from genft_modules.cli import bases, finetune, recipes
-from genft_modules.cli.console import INTERRUPTED, quiet, say
-from genft_modules.cli.data import byte_tokenizer, collate, encode, read_records
-from genft_modules.cli.demo.run import Demo
-from genft_modules.cli.measure import step_seconds
-from genft_modules.cli.training import Schedule, train
+from genft_cli import bases, finetune, recipes
+from genft_cli.console import INTERRUPTED, quiet, say
+from genft_cli.data import byte_tokenizer, collate, encode, read_records
+from genft_cli.demo.run import Demo
+from genft_cli.measure import step_seconds
+from genft_cli.training import Schedule, train
 
 
 def pretrain(demo: Demo, text: Path, directory: Path) -> None:

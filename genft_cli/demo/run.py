@@ -2,7 +2,7 @@
 
 Each method runs as `genft finetune --model ... --dataset ...` in its own process, so that peak memory is measured per
 method. Then the step times of all methods are measured in turns, and a new process reloads every adapter. This module
-starts the processes and reports; `genft_modules.cli.demo.stages` has pretraining and timing.
+starts the processes and reports; `genft_cli.demo.stages` has pretraining and timing.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from genft_modules.cli.console import INTERRUPTED, UserError, one_line, say, table
-from genft_modules.cli.demo import corpora
-from genft_modules.cli.measure import ratio
-from genft_modules.cli.plotting import loss_curves
-from genft_modules.cli.verify import verify_in_new_process
+from genft_cli.console import INTERRUPTED, UserError, one_line, say, table
+from genft_cli.demo import corpora
+from genft_cli.measure import ratio
+from genft_cli.plotting import loss_curves
+from genft_cli.verify import verify_in_new_process
 
 REFERENCE = "peft-lora"  # times are relative to this method
 NAMES = {
@@ -196,7 +196,7 @@ def finetune_command(
 ) -> list[str]:
     """The command that fine-tunes the base on `texts["train"]` and evaluates on `texts["held-out"]`."""
     command = [
-        sys.executable, "-m", "genft_modules.cli", "finetune",
+        sys.executable, "-m", "genft_cli", "finetune",
         "--model", str(base), "--dataset", str(texts["train"]), "--eval-dataset", str(texts["held-out"]),
         "--method", method, "--lr", str(lr), "--evaluations", str(demo.evaluations),
         "--steps", str(demo.adapt_steps), "--batch-size", str(demo.batch_size),
@@ -224,9 +224,9 @@ def _adapt(demo: Demo, method: str, base: Path, texts: dict[str, Path], output: 
 
 
 def _stage(name: str, demo: Demo, *paths: Path) -> None:
-    """Run one of `genft_modules.cli.demo.stages` in a new process."""
+    """Run one of `genft_cli.demo.stages` in a new process."""
     settings = json.dumps(dataclasses.asdict(demo))
-    _run([sys.executable, "-m", "genft_modules.cli.demo.stages", name, settings, *map(str, paths)])
+    _run([sys.executable, "-m", "genft_cli.demo.stages", name, settings, *map(str, paths)])
 
 
 def _run(command: list[str]) -> None:

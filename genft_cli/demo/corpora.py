@@ -8,8 +8,8 @@ import re
 import sysconfig
 from pathlib import Path
 
-from genft_modules.cli.console import UserError
-from genft_modules.cli.data import hold_out, normal
+from genft_cli.console import UserError
+from genft_cli.data import hold_out, normal
 
 # Excluded from the code: tests (repetitive), encoding tables (numbers), and the documentation topics, which the demo
 # fine-tunes on.

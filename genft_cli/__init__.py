@@ -1,0 +1,1 @@
+"""The `genft` command, also available as `python -m genft_cli`."""

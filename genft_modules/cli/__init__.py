@@ -1,1 +1,0 @@
-"""The `genft` command, also available as `python -m genft_modules.cli`."""
