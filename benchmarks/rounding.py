@@ -29,10 +29,10 @@ from peft import get_peft_model
 from torch import Tensor
 
 from benchmarks.measure import results
+from genft_cli.demo import run as demo
 from genft_kernels.dither import add_dithered
 from genft_kernels.reference import edit, generated
 from genft_modules import FusedGenLinear, GenFTConfig, WeGeFTConfig
-from genft_cli.demo import run as demo
 
 TARGETS = list(demo.Demo().target_modules)
 SUBJECTS: dict[str, Any] = {

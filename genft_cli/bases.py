@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from genft_modules.card import TASKS
 from genft_cli.console import UserError, one_line, say
+from genft_modules.card import TASKS
 from genft_modules.disk.adapters import load_adapter, read_config
 from genft_modules.files import check_new
 from genft_modules.methods import GeneratorConfig

@@ -10,11 +10,11 @@ from importlib import metadata
 
 import torch
 
+from genft_cli.console import UserError, one_line, table
 from genft_kernels import DeviceFacts, Problem, choose_plan, device_facts
 from genft_kernels.formulas import OPERATIONS, Examination, draw
 from genft_kernels.gate import Verdict
 from genft_kernels.plan import measured_entry
-from genft_cli.console import UserError, one_line, table
 
 _PACKAGES = ("genft", "torch", "triton", "transformers", "peft", "accelerate", "numpy")
 _SHAPE = {"m": 8192, "n": 4096, "k": 4096, "r": 16}  # a projection of an 8B model, four sequences of 2048 tokens

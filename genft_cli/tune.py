@@ -9,13 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from genft_kernels import Problem, device_facts
-from genft_kernels.plan import FEW_ROWS, user_tables
-from genft_kernels.tuning import Tuned, operation_of, tune, write_table
 from genft_cli import recipes
 from genft_cli.bases import DTYPES, model_config
 from genft_cli.console import UserError, one_line, say, table
 from genft_cli.finetune import adapted_on_meta
+from genft_kernels import Problem, device_facts
+from genft_kernels.plan import FEW_ROWS, user_tables
+from genft_kernels.tuning import Tuned, operation_of, tune, write_table
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods import Generator
 from genft_modules.methods.forms import Form, Generated, InputEdit, LowRank

@@ -14,8 +14,8 @@ from benchmarks import adaptation
 from benchmarks.report import budget
 from benchmarks.report.__main__ import main as report
 from benchmarks.report.text import spread
-from genft_modules import METHODS
 from genft_cli.demo import run as demo
+from genft_modules import METHODS
 
 SMOKE = adaptation.SIZES["smoke"]
 

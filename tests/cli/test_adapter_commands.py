@@ -21,8 +21,8 @@ from transformers import (
     BertForMaskedLM,
 )
 
-from genft_modules import GenFTConfig, GIFTConfig, WeGeFTConfig, save_adapter
 from genft_cli.plotting import update_norms
+from genft_modules import GenFTConfig, GIFTConfig, WeGeFTConfig, save_adapter
 from tests.cli.conftest import Genft, Result
 
 IDS = torch.arange(12).reshape(2, 6)

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from genft_modules import METHODS
 from genft_cli import training
 from genft_cli.data import byte_tokenizer, encode, read_records
 from genft_cli.verify import verify
+from genft_modules import METHODS
 from tests.cli.conftest import Genft
 
 QUICK = ("--steps", 4, "--batch-size", 2, "--seq-len", 32, "--device", "cpu", "--lr", 1e-2)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from genft_modules import METHODS
 from genft_cli.console import UserError
 from genft_cli.recipes import RECIPES, methods, parse_field, peft_config
+from genft_modules import METHODS
 
 
 def test_methods() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from genft_kernels import LaunchPlan, Problem, choose_plan, device_facts, tuning
 from genft_cli import doctor, recipes, tune
+from genft_kernels import LaunchPlan, Problem, choose_plan, device_facts, tuning
 from tests.cli.conftest import Genft
 
 
