@@ -160,9 +160,9 @@ def test_make_test_all_runs_what_is_skipped_otherwise(tmp_path):
     assert "GENFT_ALL_RANKS=1" in recipe  # of that file
     asked = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
-        found = re.findall(r'importorskip\("(\w+)', path.read_text())
+        found = re.findall(r'importorskip\((?:"(\w+)")?', path.read_text())
         assert bool(found) == (str(path.relative_to(ROOT)) in files), path
-        asked |= set(found)
+        asked |= set(found) - {""}  # a name that is not written there, but in a guide
     assert asked - {"datasets"} <= packages  # that one comes with trl
 
 
