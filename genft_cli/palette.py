@@ -17,18 +17,18 @@ class Look:
     mark: str
 
 
-# Colours of Okabe and Ito and of Tol, which colour-blind readers can tell apart; two that are close differ in the line.
+# Colours that can be told apart in each kind of colour blindness, which a test checks; lines and marks differ as well.
 LOOKS = {
-    "wegeft": Look("#0072B2", "-", "o"),
-    "gift": Look("#56B4E9", (0, (5, 2)), "s"),
-    "genft": Look("#44AA66", "-", "^"),
-    "genft-gelu": Look("#117733", (0, (5, 2)), "v"),
-    "grft": Look("#D55E00", (0, (1, 1)), "D"),
-    "sas": Look("#CC79A7", (0, (6, 2, 1, 2)), "P"),
-    "peanut": Look("#E69F00", (0, (3, 1)), "X"),
-    "lora": Look("#882255", "-", "<"),
-    "peft-lora": Look("#AA4499", (0, (4, 1, 1, 1, 1, 1)), ">"),
-    "full": Look("#000000", (0, (7, 3)), "*"),
+    "wegeft": Look("#1736CF", "-", "o"),
+    "gift": Look("#8C97FF", (0, (5, 2)), "s"),
+    "genft": Look("#13C176", "-", "^"),
+    "genft-gelu": Look("#163E17", (0, (5, 2)), "v"),
+    "grft": Look("#B84A11", (0, (1, 1)), "D"),
+    "sas": Look("#F07BBB", (0, (6, 2, 1, 2)), "P"),
+    "peanut": Look("#CAA800", (0, (3, 1)), "X"),
+    "lora": Look("#6B1153", "-", "<"),
+    "peft-lora": Look("#7C3BA0", (0, (4, 1, 1, 1, 1, 1)), ">"),
+    "full": Look("#000000", "-", "*"),
 }
 OTHER = Look("#8A8A8A", (0, (2, 2)), ".")
 _TITLES = {"lora (peft)": "peft-lora", "genft (gelu)": "genft-gelu", "full fine-tuning": "full"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 from matplotlib.text import Text
 
@@ -22,6 +23,30 @@ def test_every_method_has_a_look_of_its_own():
     assert all(look(title) == LOOKS[method] for method, title in NAMES.items() if method != "lora")
     assert look("LoRA (genft)") == look("lora") != look("peft-lora")
     assert look("something else") == OTHER
+
+
+# How linear RGB is seen, from Machado, Oliveira and Fernandes (2009), severity 1.
+SEEN = {
+    "normal": np.eye(3),
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def lab(colour: str, seen) -> np.ndarray:
+    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    ratio = XYZ @ np.clip(np.array(seen) @ linear, 0, 1) / XYZ.sum(1)
+    x, y, z = np.where(ratio > 0.008856, np.cbrt(ratio), 7.787 * ratio + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("eyes", SEEN)
+def test_colours_can_be_told_apart(eyes):
+    places = [lab(found.colour, SEEN[eyes]) for found in LOOKS.values()]
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(places, 2)) > 25  # 2 can just be seen
 
 
 def test_what_was_measured_has_its_methods_look():
