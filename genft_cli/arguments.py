@@ -6,6 +6,7 @@ Importing this module imports neither torch nor TRL; `parse` does.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import textwrap
@@ -124,7 +125,7 @@ def parse(command: str, arguments: Sequence[str], extra: type | None = None) -> 
     parser.set_defaults_with_config(**_defaults(command, method))
     if unknown := [name for name in config if name not in _names(parser)]:
         raise UserError(f"--config: unknown {unknown[0]}{_close(unknown[0], _names(parser))}")
-    parser.set_defaults_with_config(**config)
+    parser.set_defaults_with_config(**copy.deepcopy(config))  # TRL changes nested values in place
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True, look_for_args_file=False

@@ -1,7 +1,7 @@
 """Data sets of the training commands: a local file or folder, or a data set on the Hub; read by `datasets`.
 
 What TRL's trainers prepare themselves (text, prompt and completion, messages, preferences) is handed on as it is;
-Alpaca's columns become prompt and completion. Anything else is refused with the columns that were found.
+Alpaca's columns become prompt and completion, ShareGPT's conversations become messages. Anything else is refused with the columns that were found.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ READERS = {
 }  # fmt: skip
 # What TRL's trainers take, by command; the first that fits counts.
 COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "finetune": (("input_ids",), ("messages",), ("conversations",), ("prompt", "completion"), ("text",)),
+    "finetune": (("input_ids",), ("messages",), ("prompt", "completion"), ("text",)),
     "dpo": (("chosen", "rejected"),),
     "grpo": (("prompt",),),
 }
@@ -154,6 +154,9 @@ def prepared(data: Any, options: Options, name: str) -> Any:
             _alpaca, remove_columns=[column for column in found if column in ("instruction", "input", "output")]
         )
         found = list(data.column_names or next(iter(data)))
+    if "conversations" in found and "messages" not in found:
+        data = data.map(_chatml, remove_columns=["conversations"])
+        found = list(data.column_names or next(iter(data)))
     text = getattr(options.training, "dataset_text_field", "text")
     kinds = [tuple(text if column == "text" else column for column in kind) for kind in COLUMNS[options.command]]
     fits = [kind for kind in kinds if set(kind) <= set(found)]
@@ -171,6 +174,18 @@ def prepared(data: Any, options: Options, name: str) -> Any:
 def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
     values = {"instruction": row["instruction"] or "", "input": row.get("input") or ""}
     return {"prompt": ALPACA[bool(values["input"])].format(**values), "completion": row["output"]}
+
+
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def _chatml(row: Mapping[str, Any]) -> dict[str, Any]:
+    """ShareGPT's conversations as messages; TRL would leave the roles as they are."""
+    messages = []
+    for turn in row["conversations"] or []:
+        role, text = turn.get("from") or turn["role"], turn.get("value") or turn["content"]
+        messages.append({"role": _ROLES.get(role, role), "content": text})
+    return {"messages": messages}
 
 
 def _without_empty(data: Any, columns: tuple[str, ...], name: str) -> Any:

@@ -11,6 +11,7 @@ from genft_cli import data, job, runs
 from genft_cli.arguments import COMMANDS, Options
 from genft_cli.bases import place
 from genft_cli.console import UserError, is_first, one_line, say
+from genft_modules.methods import GeneratorConfig
 
 PROBE_TOKENS = 256  # length of the text on which the reloaded adapter is compared
 
@@ -92,7 +93,7 @@ def _fit_length(options: Options, base_config: Any) -> None:
 
 def _check_template(options: Options, train: Any, tokenizer: Any) -> None:
     first: Mapping[str, Any] = next(iter(train))
-    chat = [name for name in ("messages", "conversations", "prompt", "chosen") if isinstance(first.get(name), list)]
+    chat = [name for name in ("messages", "prompt", "chosen") if isinstance(first.get(name), list)]
     if chat and not tokenizer.chat_template and not getattr(options.training, "chat_template_path", None):
         raise UserError(
             f"--dataset: has {chat[0]}, but the tokenizer has no chat template; name one with --chat_template_path"
@@ -116,7 +117,7 @@ def _trainer(checked: job.Job, tokenizer: Any) -> Any:
     kind = job.trainer_class(getattr(trl, COMMANDS[options.command][2]))
     say("preparing the data")
     try:
-        return kind(
+        trainer = kind(
             model=model,
             args=options.training,
             train_dataset=checked.train,
@@ -126,6 +127,12 @@ def _trainer(checked: job.Job, tokenizer: Any) -> Any:
         )
     except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as error:
         raise UserError(one_line(error)) from None
+    if isinstance(checked.peft_config, GeneratorConfig):
+        # On quantised models TRL rounds them to bf16, in which small updates are lost.
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return trainer
 
 
 def _rewards(options: Options) -> list[Any]:

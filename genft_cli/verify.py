@@ -65,10 +65,14 @@ def verify(run: Path) -> dict[str, Any]:
     probe = load_file(str(run / "probe.safetensors"))
     dtype = getattr(torch, record["dtype"])
     base = record["base"] if record["adapter"] else str(run)
-    details = {} if record["quantization"] is None else {"quantization_config": record["quantization"]}
+    details: dict[str, Any] = {}
+    if record["quantization"] is not None:
+        details = {"quantization_config": record["quantization"], "device_map": {"": record["device"]}}
     details |= record.get("load", {})
     inputs = {name: value for name, value in probe.items() if name != "logits"}
-    model = getattr(transformers, record["kind"]).from_pretrained(base, dtype=dtype, **details).to(record["device"])
+    model = getattr(transformers, record["kind"]).from_pretrained(base, dtype=dtype, **details)
+    if record["quantization"] is None:
+        model = model.to(record["device"])
     if record["adapter"]:
         model = PeftModel.from_pretrained(model, str(run))
     largest = float(probe["logits"].abs().max())

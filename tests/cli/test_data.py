@@ -59,6 +59,8 @@ def test_formats(tmp_path: Path, kind: str, suffix: str) -> None:
         assert set(train.column_names) == {"prompt", "completion"}
         assert train[0]["prompt"].endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
         assert train[0]["completion"] == "3"
+    elif kind == "sharegpt":
+        assert train[0] == {"messages": CHAT}
     else:
         assert train[0] == ROWS[kind]
 
