@@ -41,7 +41,7 @@ endif
 venv: $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/genft finetune $(ARGS)
+	$(BIN)/genft demo $(ARGS)
 
 # One thread per worker: more would fight over the cores. An idle worker takes over tests that wait behind a long one.
 test: $(STAMP)

@@ -33,10 +33,11 @@ import transformers
 from benchmarks.measure import results
 from benchmarks.report import budget
 from benchmarks.report.__main__ import main as write_report
-from genft_cli import bases, finetune, measure, recipes
+from genft_cli import bases, job, measure, methods
 from genft_cli.console import quiet, say
-from genft_cli.data import byte_tokenizer, collate, encode, read_records
 from genft_cli.demo import run as demo
+from genft_cli.demo import stages
+from genft_cli.demo.bytes import byte_tokenizer, windows
 from genft_cli.demo.run import Demo
 from genft_modules.progress import bar
 
@@ -65,14 +66,14 @@ class Entrant:
         """What sets the knob on the command line."""
         if not self.knob:
             return []
-        return ["--r", str(value)] if self.knob == "r" else ["--config", f"{self.knob}={value}"]
+        return [f"--{self.knob}", str(value)]
 
     def config(self, value: int, task: Demo) -> Any:
         """The peft configuration; None for full fine-tuning."""
         if not self.knob:
-            return recipes.peft_config(self.method)
+            return methods.peft_config(self.method)
         r, extra = (value, None) if self.knob == "r" else (None, {self.knob: value})
-        return recipes.peft_config(self.method, r=r, extra=extra, target_modules=task.target_modules)
+        return methods.peft_config(self.method, r=r, extra=extra, target_modules=task.target_modules)
 
 
 ENTRANTS = (
@@ -106,7 +107,7 @@ class Size:
 
 SIZES = {
     # 55,296 is a LoRA of rank 4.
-    "full": Size("full", Demo(adapt_steps=48, evaluations=1), 55_296),
+    "full": Size("full", Demo(pretrain_steps=800, pretrain_lr=6e-4, adapt_steps=48, evaluations=1), 55_296),
     "smoke": Size(
         "smoke",
         Demo(
@@ -129,7 +130,9 @@ def fitted(entrant: Entrant, size: Size, base: Path) -> tuple[int, int]:
     model_config = transformers.AutoConfig.from_pretrained(str(base))
 
     def count(value: int) -> int:
-        return finetune.rehearse(model_config, entrant.config(value, size.task), entrant.method)[0]
+        return job.rehearse(
+            model_config, entrant.config(value, size.task), entrant.method, transformers.AutoModelForCausalLM
+        )[0]
 
     if not entrant.knob:
         return 0, count(0)
@@ -225,8 +228,8 @@ def train(
         task, job.entrant.method, base, texts, output, lr=job.lr, options=job.entrant.options(job.value)
     )
     load = os.getloadavg()[0]
-    _call(command, environment)
-    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    _call([sys.executable, "-m", "genft_cli", *command], environment)
+    record = demo.read_record(output)
     shutil.rmtree(output)
     kept = ("trainable_parameters", "bits_per_byte_before", "bits_per_byte_after", "held_out_curve")
     return {
@@ -261,17 +264,14 @@ def _now() -> str:
 def time_steps(size: Size, base: Path, text: Path, output: Path) -> None:
     """Seconds of single training steps of every method, taken in turns, into `output` as JSON."""
     task, tokenizer, device = size.task, byte_tokenizer(), bases.check_device("auto")
-    windows = encode(read_records(str(text)), tokenizer, task.seq_len)
-    batch = collate([windows[index] for index in range(task.batch_size)], tokenizer.pad_token_id)
+    ids = windows(text.read_text(encoding="utf-8"), tokenizer, task.seq_len)[: task.batch_size].to(device)
     transformers.set_seed(task.seed)
     models = {}
     for entrant in size.entrants():
         config = entrant.config(fitted(entrant, size, base)[0], task)
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
-        models[entrant.method] = finetune.adapt(model, config, [batch]).to(device)
-    times = measure.step_seconds(
-        models, {name: tensor.to(device) for name, tensor in batch.items()}, rounds=size.rounds, title="time per step"
-    )
+        models[entrant.method] = stages.adapted(base, config).to(device)
+    batch = {"input_ids": ids, "labels": ids}
+    times = measure.step_seconds(models, batch, rounds=size.rounds, title="time per step")
     output.write_text(json.dumps(times) + "\n", encoding="utf-8")
 
 

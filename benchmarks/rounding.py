@@ -34,7 +34,8 @@ from genft_kernels.dither import add_dithered
 from genft_kernels.reference import edit, generated
 from genft_modules import FusedGenLinear, GenFTConfig, WeGeFTConfig
 
-TARGETS = list(demo.Demo().target_modules)
+TASK = demo.Demo(pretrain_steps=800, pretrain_lr=6e-4)
+TARGETS = list(TASK.target_modules)
 SUBJECTS: dict[str, Any] = {
     "genft-gelu": lambda: GenFTConfig(
         generator_share_dim=8,
@@ -71,7 +72,7 @@ def train(
     subject: str, base: Path, texts: dict[str, Path], dtype: str, rule: str, lr: float, seed: int, steps: int
 ) -> float:
     """Held-out bits per byte after `steps` steps of four windows of 256 bytes."""
-    task = demo.Demo()
+    task = TASK
     train, held = (
         torch.frombuffer(bytearray(texts[name].read_bytes()), dtype=torch.uint8).long()
         for name in ("train", "held-out")
@@ -111,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         cache = demo.default_cache()
         cache.mkdir(parents=True, exist_ok=True)
-        base, _ = demo.pretrained_base(demo.Demo(), cache)
-        texts = demo.write_texts(demo.Demo(), Path(folder))
+        base, _ = demo.pretrained_base(TASK, cache)
+        texts = demo.write_texts(TASK, Path(folder))
         for subject in arguments.subjects:
             for lr, (dtype, rule) in itertools.product(RATES[subject], RUNS[subject]):
                 how = (subject, base, texts, dtype, rule, lr)

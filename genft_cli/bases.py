@@ -24,6 +24,26 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def join() -> None:
+    """Initialise the process group of torchrun, before transformers does.
+
+    After a restart, torchrun's store may still contain addresses of the previous attempt; each gets its own prefix.
+    """
+    if launched() == 1 or torch.distributed.is_initialized():
+        return
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://"))
+    store = torch.distributed.PrefixStore(  # type: ignore[attr-defined] # torch's own list of exports lacks it
+        f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+    )
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
 def check_device(name: str) -> torch.device:
     """The device of this process; under torchrun, the GPU of its local rank."""
     if name == "auto":
@@ -44,7 +64,8 @@ def check_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def model_config(model: str) -> Any:
+def model_config(model: str, **details: Any) -> Any:
+    """The configuration of a model; `details` go to transformers. Raises UserError if it cannot be read."""
     from transformers import AutoConfig
 
     path = Path(model).expanduser()
@@ -54,7 +75,7 @@ def model_config(model: str) -> Any:
     elif path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise UserError(f"--model {model}: no such directory")
     try:
-        return AutoConfig.from_pretrained(place(model))
+        return AutoConfig.from_pretrained(place(model), **details)
     except Exception as error:  # the Hub's client raises many types for a missing model
         what = "cannot be read" if path.is_dir() else "no such directory, and cannot be read from the Hub"
         raise UserError(f"--model {model}: {what} ({one_line(error)[:200]})") from None
@@ -66,15 +87,16 @@ def place(model: str) -> str:
 
 
 def load_base(
-    model: str, dtype: torch.dtype | str, kind: str = "AutoModelForCausalLM", found_elsewhere: Collection[str] = ()
+    model: str, dtype: torch.dtype | str, kind: Any = None, found_elsewhere: Collection[str] = (), **details: Any
 ) -> Any:
-    """Load the model with the transformers class `kind`. Raises UserError if weights are missing, except those of
-    the modules named in `found_elsewhere`."""
+    """Load the model with the transformers class `kind`, by default AutoModelForCausalLM; `details` go to transformers.
+    Raises UserError if weights are missing, except those of the modules named in `found_elsewhere`."""
     import transformers
     from safetensors import SafetensorError
 
+    kind = kind or transformers.AutoModelForCausalLM
     try:
-        loaded, info = getattr(transformers, kind).from_pretrained(place(model), dtype=dtype, output_loading_info=True)
+        loaded, info = kind.from_pretrained(place(model), dtype=dtype, output_loading_info=True, **details)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {model}: its weights cannot be read ({one_line(error)[:200]})") from None
     parts = [f".{name}." for name in found_elsewhere]
@@ -122,10 +144,12 @@ def base_of(config: Any, adapter: str, model: str | None) -> str:
 
 def load(adapter: str, config: Any, base: str, device: str, dtype: torch.dtype | str = "auto") -> Any:
     """Load the base model with the adapter. Raises UserError if either cannot be read or they do not match."""
+    import transformers
+
     where = check_device(device)
     kind = _kind(config, model_config(base))
     say(f"loading {base}")
-    loaded = load_base(base, dtype, kind, found_elsewhere=config.modules_to_save or ()).to(where)
+    loaded = load_base(base, dtype, getattr(transformers, kind), found_elsewhere=config.modules_to_save or ()).to(where)
     try:
         return load_adapter(loaded, path_of(adapter))
     except ValueError as error:

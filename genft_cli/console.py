@@ -5,6 +5,7 @@ Progress goes to stderr, results to stdout.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -19,6 +20,10 @@ class UserError(Exception):
     """A user's mistake: the command prints it on one line and exits with code 2."""
 
 
+class RunError(Exception):
+    """A run that broke off for a reason that the message says: one line, and exit code 1."""
+
+
 def quiet() -> None:
     """Silence the libraries' progress bars and log messages; the command has its own."""
     from transformers.utils import logging
@@ -29,7 +34,12 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate)\b")
+    if not sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from datasets import disable_progress_bars
+
+            disable_progress_bars()
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|trl|datasets)\b")
 
 
 def is_first() -> bool:

@@ -1,274 +1,190 @@
-"""Data loading: from a user's file or a dataset on the Hub to windows of token ids.
+"""Data sets of the training commands: a local file or folder, or a data set on the Hub; read by `datasets`.
 
-`read_records` reads and checks, `split_records` makes the held-out split, `encode` makes windows, `collate` makes
-batches. No model is needed.
+What TRL's trainers prepare themselves (text, prompt and completion, messages, preferences) is handed on as it is;
+Alpaca's columns become prompt and completion. Anything else is refused with the columns that were found.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from genft_cli.arguments import Options
+from genft_cli.console import UserError, one_line, say
 
-from genft_cli.console import UserError, one_line
-from genft_modules.progress import bar
+# The readers of `datasets` for single files.
+READERS = {
+    ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow",
+    ".txt": "text",
+}  # fmt: skip
+# What TRL's trainers take, by command; the first that fits counts.
+COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "finetune": (("input_ids",), ("messages",), ("conversations",), ("prompt", "completion"), ("text",)),
+    "dpo": (("chosen", "rejected"),),
+    "grpo": (("prompt",),),
+}
+# The prompts of Stanford Alpaca, with and without an input.
+ALPACA = {
+    True: "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:\n",
+    False: "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n### Response:\n",
+}
 
-IGNORED = -100  # the label that transformers' losses ignore
 
-
-@dataclass(frozen=True)
-class Record:
-    """A training text; with a prompt, the text is its completion and only the completion has labels."""
-
-    text: str
-    prompt: str | None = None
-
-
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
-def read_records(source: str, split: str = "train") -> list[Record]:
-    """Read `source`: a .txt file, a .jsonl file, or the `split` of a dataset on the Hub.
-
-    Raises UserError, with file and line number, if the data cannot be used.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        raise UserError(f"--dataset {source}: is a directory, expected a .txt or .jsonl file")
-    if path.is_file():
-        records = _read_jsonl(path) if path.suffix in {".jsonl", ".json"} else _read_text(path)
-    elif path.suffix in {".txt", ".jsonl", ".json"} or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise UserError(f"--dataset {source}: no such file")
+def load(options: Options) -> tuple[Any, Any]:
+    """(training data, held-out data or None). Raises UserError if the data cannot be used."""
+    script, run = options.script, options.run
+    if not 0 <= run.eval_fraction < 1:
+        raise UserError(f"--eval_fraction {run.eval_fraction:g}: must be at least 0 and below 1")
+    if options.mixture.datasets:
+        data = _mixture(options)
+        name = "datasets"
+    elif script.dataset_name:
+        name = f"--dataset {script.dataset_name}"
+        data = read(script.dataset_name, name, config=script.dataset_config, streaming=script.dataset_streaming)
     else:
-        records = _read_hub(source, split)
-    records = [record for record in records if record.text.strip()]
-    if not records:
-        raise UserError(f"--dataset {source}: contains no text")
-    if len({record.prompt is None for record in records}) > 1:
-        raise UserError(f'--dataset {source}: mixes records with "text" and records with "prompt"')
-    return records
-
-
-def _decode(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--dataset {path}: not UTF-8 text ({one_line(error)})") from None
-    except OSError as error:
-        raise UserError(f"--dataset {path}: {error.strerror or one_line(error)}") from None
-
-
-def _read_text(path: Path) -> list[Record]:
-    return [Record(_decode(path))]
-
-
-def _read_jsonl(path: Path) -> list[Record]:
-    records = []
-    # Not str.splitlines, which also splits at U+2028 and other separators inside strings.
-    for number, line in enumerate(_decode(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"--dataset {path}: line {number} is not JSON ({error})") from None
-        records.append(_record(row, f"--dataset {path}: line {number}"))
-    return records
-
-
-def _read_hub(name: str, split: str) -> list[Record]:
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"--dataset {name}: no such file; to read it from the Hub, pip install datasets")
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, split=split)
-    except Exception as error:  # the Hub's client raises many types
         raise UserError(
-            f"--dataset {name}: no such file, and cannot be read from the Hub ({one_line(error)})"
-        ) from None
-    return [_record(row, f"--dataset {name}: row {number}") for number, row in enumerate(rows)]
-
-
-def _record(row: Any, where: str) -> Record:
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object")
-    names = ("prompt", "completion") if "text" not in row else ("text",)
-    for name in names:
-        if not isinstance(row.get(name), str):
-            raise UserError(f'{where} needs "text", or "prompt" and "completion", as strings')
-    return Record(row["text"]) if names == ("text",) else Record(row["completion"], row["prompt"])
-
-
-# --- holding out -------------------------------------------------------------------------------------------------
-
-
-def split_records(records: Sequence[Record], fraction: float, blocks: int = 4) -> tuple[list[Record], list[Record]]:
-    """Split into (training, held out): `fraction` of the text is held out, in `blocks` evenly spread blocks.
-
-    Contiguous blocks, because neighbouring records are similar and random ones would leak. A single text is split at
-    paragraphs, or at lines or words if it has too few. Held-out text that also occurs verbatim in the training part is
-    dropped.
-
-    Raises UserError if the data is too small to split.
-    """
-    single = len(records) == 1
-    units = [Record(piece) for piece in _pieces(records[0].text, 2 * blocks)] if single else list(records)
-    chosen = hold_out([len(unit.text) for unit in units], fraction, blocks)
-    train = [unit for unit, out in zip(units, chosen, strict=True) if not out]
-    known = {(unit.prompt, normal(unit.text)) for unit in train}
-    held = [
-        unit for unit, out in zip(units, chosen, strict=True) if out and (unit.prompt, normal(unit.text)) not in known
-    ]
-    if not train or not held:
-        raise UserError("--dataset: too small, or too repetitive, for a held-out split; use --eval-dataset")
-    if single:
-        return [Record("".join(unit.text for unit in train))], [Record("".join(unit.text for unit in held))]
-    return train, held
-
-
-def hold_out(sizes: Sequence[int], fraction: float, blocks: int = 4) -> list[bool]:
-    """Which units of these sizes are held out: `blocks` contiguous runs, each at the end of an equal share."""
-    total = sum(sizes)
-    chosen, before = [], 0
-    for size in sizes:
-        middle = (before + size / 2) / total * blocks if total else 0.0
-        chosen.append(middle % 1.0 >= 1.0 - fraction)
-        before += size
-    if not any(chosen) and fraction > 0 and len(chosen) > 1:
-        chosen[-1] = True  # few large units: their middles may all miss the blocks
-    return chosen
-
-
-def normal(text: str) -> str:
-    """The text with each run of whitespace collapsed to one space."""
-    return " ".join(text.split())
-
-
-def _pieces(text: str, least: int) -> list[str]:
-    for piece in (r".+?(?:\n\s*\n|\Z)", r".+?(?:\n|\Z)", r".+?(?:\s|\Z)"):  # paragraphs, lines, words
-        pieces = re.findall(piece, text, re.DOTALL)
-        if len(pieces) >= least:
-            return pieces
-    return [text]
-
-
-# --- tokens ------------------------------------------------------------------------------------------------------
-
-
-class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Windows over one sequence of token ids, with a mask of the tokens to predict.
-
-    ids [T] int32; predicted [T] bool; spans: (first, last + 1) of each window; `bytes`: the number of UTF-8 bytes of
-    the predicted tokens, to compare losses across tokenizers.
-    """
-
-    def __init__(self, ids: torch.Tensor, predicted: torch.Tensor, spans: list[tuple[int, int]], bytes_: int) -> None:
-        self.ids, self.predicted, self.spans, self.bytes = ids, predicted, spans, bytes_
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        first, end = self.spans[index]
-        ids = self.ids[first:end].long()
-        labels = torch.where(self.predicted[first:end], ids, IGNORED)
-        labels[0] = IGNORED  # has no context
-        return {"input_ids": ids, "labels": labels}
-
-    @property
-    def targets(self) -> int:
-        """The total number of predicted tokens."""
-        return sum(int(self.predicted[first + 1 : end].sum()) for first, end in self.spans)
-
-
-def encode(records: Sequence[Record], tokenizer: Any, seq_len: int, *, title: str = "reading") -> Windows:
-    """Token windows of at most `seq_len` ids.
-
-    Texts are concatenated, each with the tokenizer's BOS and EOS tokens if it has them, and cut into windows that
-    overlap by one token: every token except the first is predicted exactly once. A record with a prompt is a window of
-    its own, with labels on the completion only; if it is too long, the prompt is truncated from the left first.
-
-    Raises UserError if there is nothing to predict.
-    """
-    start = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
-    stop = [i for i in (tokenizer.eos_token_id,) if i is not None]
-    ids: list[torch.Tensor] = []
-    predicted: list[torch.Tensor] = []
-    spans: list[tuple[int, int]] = []
-    size, length = 0, 0
-    with bar(len(records), title, unit="record", leave=False) as progress:
-        for record in records:
-            text = tokenizer(record.text, add_special_tokens=False)["input_ids"]
-            size += len(record.text.encode())
-            if record.prompt is None:
-                row, from_ = [*start, *text, *stop], 0
-            else:
-                prompt = tokenizer(record.prompt, add_special_tokens=False)["input_ids"]
-                row, from_, lost = _fit(start, prompt, text, stop, seq_len)
-                size -= len(tokenizer.decode(lost).encode()) if lost else 0
-                spans.append((length, length + len(row)))
-            ids.append(torch.tensor(row, dtype=torch.int32))
-            predicted.append(torch.arange(len(row)) >= from_)
-            length += len(row)
-            progress.update()
-    if not spans:
-        spans = [(i, min(i + seq_len, length)) for i in range(0, length - 1, seq_len - 1)]
-        if not start and length:  # without BOS the first token is never predicted
-            size -= len(tokenizer.decode(ids[0][:1].tolist()).encode())
-    spans = [(first, end) for first, end in spans if end - first > 1]
-    windows = Windows(torch.cat(ids), torch.cat(predicted), spans, max(size, 1))
-    if not windows.targets:
-        raise UserError(f"{title}: too little text, no token to predict")
-    return windows
-
-
-def _fit(
-    start: list[int], prompt: list[int], text: list[int], stop: list[int], seq_len: int
-) -> tuple[list[int], int, list[int]]:
-    """(ids of the window, index of the first predicted token, truncated tokens of the completion)."""
-    room = seq_len - len(start) - len(stop)
-    # Without BOS, keep at least one token of the prompt.
-    kept_text = text[: room if start else room - 1]
-    space = room - len(kept_text)
-    kept_prompt = prompt[len(prompt) - min(space, len(prompt)) :]
-    head = [*start, *kept_prompt]
-    return [*head, *kept_text, *stop], len(head), text[len(kept_text) :]
-
-
-def collate(rows: Sequence[dict[str, torch.Tensor]], pad_id: int = 0) -> dict[str, torch.Tensor]:
-    """A batch: rows right-padded to the longest, [B,T]; an attention mask only if there is padding."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    batch = {}
-    for name, filler in (("input_ids", pad_id), ("labels", IGNORED)):
-        batch[name] = torch.stack(
-            [torch.nn.functional.pad(row[name], (0, longest - len(row[name])), value=filler) for row in rows]
+            "--dataset is missing: a file (.jsonl, .csv, .parquet, .txt), a folder or a data set on the Hub"
         )
-    if int(lengths.min()) < longest:
-        batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
-    return batch
+    train = prepared(_split(data, script.dataset_train_split, name), options, name)
+    if options.training.eval_strategy != "no":
+        return _held_out(options, data, train, name)
+    if run.eval_dataset is not None:
+        raise UserError("--eval_dataset: --eval_strategy no does not use it")
+    return train, None
 
 
-def byte_tokenizer() -> Any:
-    """A byte-level tokenizer: ids 0 to 255 are the bytes, then start, end and padding; 259 in total."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def read(source: str, option: str, *, config: str | None = None, streaming: bool = False) -> Any:
+    """The splits of a local file or folder, or of a data set on the Hub, by name."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
 
-    # The `tokenizers` library maps bytes to printable characters: those printable in Latin-1 to themselves, the rest
-    # to U+0100 and up.
-    shown: Iterable[int] = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    spare = iter(range(256, 512))
-    vocab = {chr(byte if byte in shown else next(spare)): byte for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|pad|>"
-    )
+    path = Path(source).expanduser()
+    try:
+        if path.is_file():
+            if path.suffix not in READERS:
+                raise UserError(f"{option}: cannot read {path.suffix or path.name}; known are {', '.join(READERS)}")
+            if path.stat().st_size == 0:
+                raise UserError(f"{option}: is empty")
+            details: dict[str, Any] = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
+            if path.suffix == ".txt":
+                details = {"sample_by": "document"}
+            return load_dataset(READERS[path.suffix], data_files=str(path), streaming=streaming, **details)
+        if path.is_dir():
+            if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+                found = load_from_disk(str(path))
+                return found if isinstance(found, DatasetDict) else DatasetDict(train=found)
+            return load_dataset(str(path), streaming=streaming)
+        if path.suffix in READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
+            raise UserError(f"{option}: no such file")
+        return load_dataset(source, config, streaming=streaming)
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow, pandas and the Hub's client raise many types
+        where = "cannot be read" if path.exists() else "no such file, and cannot be read from the Hub"
+        cause: BaseException = error.__cause__ or error
+        raise UserError(f"{option}: {where} ({one_line(cause)[:200]})") from None
+
+
+def _mixture(options: Options) -> Any:
+    from trl import get_dataset
+
+    try:
+        return get_dataset(options.mixture)
+    except Exception as error:  # as above
+        raise UserError(f"datasets: {one_line(error.__cause__ or error)[:200]}") from None
+
+
+def _split(data: Any, name: str, option: str) -> Any:
+    if name not in data:
+        raise UserError(f"{option}: has no split {name}; it has {', '.join(data)}")
+    return data[name]
+
+
+def _held_out(options: Options, data: Any, train: Any, name: str) -> tuple[Any, Any]:
+    """(training data, held-out data): a data set of its own, the test split, or a part of the training data."""
+    run, script = options.run, options.script
+    if run.eval_dataset is not None:
+        option = f"--eval_dataset {run.eval_dataset}"
+        other = read(run.eval_dataset, option)
+        split = next(split for split in (script.dataset_test_split, *other) if split in other)
+        return train, prepared(other[split], options, option)
+    for split in dict.fromkeys((script.dataset_test_split, "test", "validation", "eval")):
+        if split in data:
+            return train, prepared(data[split], options, name)
+    if "dataset_test_split" in options.given:
+        _split(data, script.dataset_test_split, name)
+    small = f"{name}: too small for a held-out part; use --eval_dataset, or --eval_strategy no"
+    if not hasattr(train, "__len__"):
+        raise UserError(f"{name}: a stream has no held-out part; use --eval_dataset, or --eval_strategy no")
+    if len(train) == 1 and "text" in train.column_names:
+        return _cut(train, run.eval_fraction, small)
+    if len(train) < 2 or not run.eval_fraction > 0:
+        raise UserError(small)
+    parts = train.train_test_split(test_size=max(1, round(run.eval_fraction * len(train))), seed=options.training.seed)
+    return parts["train"], parts["test"]
+
+
+def _cut(document: Any, fraction: float, small: str) -> tuple[Any, Any]:
+    """One long text: its end is held out, from the nearest start of a paragraph, a line or a word on."""
+    from datasets import Dataset
+
+    text = document[0]["text"]
+    want = len(text) * (1 - fraction)
+    for mark in (r"\n\s*\n", r"\n", r"\s"):
+        ends = [found.end() for found in re.finditer(mark, text) if text[found.end() :].strip()]
+        near = [end for end in ends if abs(end - want) <= max(0.5 * fraction * len(text), 1)]
+        if near:
+            at = min(near, key=lambda end: abs(end - want))
+            return Dataset.from_dict({"text": [text[:at]]}), Dataset.from_dict({"text": [text[at:]]})
+    raise UserError(small)
+
+
+# --- columns -----------------------------------------------------------------------------------------------------
+
+
+def prepared(data: Any, options: Options, name: str) -> Any:
+    """The data in columns that the trainer knows, without rows that have no text."""
+    found = list(data.column_names or next(iter(data)))
+    if options.command == "finetune" and {"instruction", "output"} <= set(found):
+        data = data.map(
+            _alpaca, remove_columns=[column for column in found if column in ("instruction", "input", "output")]
+        )
+        found = list(data.column_names or next(iter(data)))
+    text = getattr(options.training, "dataset_text_field", "text")
+    kinds = [tuple(text if column == "text" else column for column in kind) for kind in COLUMNS[options.command]]
+    fits = [kind for kind in kinds if set(kind) <= set(found)]
+    if not fits:
+        known = ", or ".join(" and ".join(kind) for kind in kinds)
+        if options.command == "finetune":
+            known += ", or instruction and output"
+        raise UserError(f"{name}: has the columns {', '.join(found)}; expected {known}")
+    if len(fits) > 1:
+        both = " as well as ".join(" and ".join(kind) for kind in fits)
+        raise UserError(f"{name}: has {both}; remove the columns that are not meant")
+    return _without_empty(data, fits[0], name)
+
+
+def _alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
+    values = {"instruction": row["instruction"] or "", "input": row.get("input") or ""}
+    return {"prompt": ALPACA[bool(values["input"])].format(**values), "completion": row["output"]}
+
+
+def _without_empty(data: Any, columns: tuple[str, ...], name: str) -> Any:
+    """Without rows in which the last of the columns is empty; says how many there were."""
+    column = columns[-1]
+    if not hasattr(data, "__len__"):
+        return data
+    for each in columns:
+        kind = getattr(data.features[each], "dtype", "list")  # a list or a mapping has none
+        if kind not in ("string", "large_string", "null", "list"):
+            raise UserError(f"{name}: the column {each} has values of type {kind}; expected text")
+    kept = data.filter(lambda value: bool(value.strip() if isinstance(value, str) else value), input_columns=column)
+    if not len(kept):
+        raise UserError(f"{name}: the column {column} is empty in every row")
+    if lost := len(data) - len(kept):
+        say(f"{name}: {lost} of {len(data)} rows have no {column} and are left out")
+    return kept

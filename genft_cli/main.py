@@ -9,36 +9,90 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from genft_cli.console import INTERRUPTED, UserError, is_first, one_line, quiet
+from genft_cli.console import INTERRUPTED, RunError, UserError, is_first, one_line, quiet, say
 
 _EXAMPLES = """\
 examples:
-  genft finetune                          the built-in demo: compares the methods, a few minutes on two cores
+  genft demo                              compare the methods on a small model, in three minutes on two cores
   genft finetune --model ./llama --dataset notes.txt --method wegeft --r 64
-  genft finetune --model ./llama --dataset dialogues.jsonl --method lora --epochs 2 --save-every 100
-  genft finetune --model ./llama --dataset dialogues.jsonl --method lora --epochs 2 --save-every 100 --resume
-  genft merge runs/wegeft/adapter --output merged
-  genft export-lora runs/wegeft/adapter --output lora
-  genft inspect runs/wegeft/adapter --plot norms.png
+  genft finetune --model ./llama --dataset dialogues.jsonl --num_train_epochs 2 --packing
+  genft finetune --config run.yaml --resume
+  genft generate runs/wegeft --prompt "The colour of the cat is"
+  genft merge runs/wegeft --output merged
+  genft export-lora runs/wegeft --output lora
+  genft inspect runs/wegeft --plot norms.png
   genft tune --model ./llama              find the fastest kernels for the model's shapes on this GPU
   genft doctor                            versions, devices, the plan for one shape, a numerical self-check
 """
 
-_FINETUNE = """\
-Fine-tune a model on a dataset and save the adapter. Without --model and --dataset, run the built-in demo: it pretrains
-a small byte-level Llama on the source code of Python's standard library (cached), fine-tunes it on Python's
-documentation with several methods, and prints a table.
+# The commands that train: one line for `genft --help`, and what `genft COMMAND --help` begins and ends with.
+_TRAIN = {
+    "finetune": (
+        "fine-tune a model (TRL's SFTTrainer)",
+        """\
+Fine-tune a language model and save the adapter. Training is TRL's SFTTrainer: chat templates, packing, evaluation,
+checkpoints, 4-bit base models, report_to and push_to_hub work as they do there.
 
-data: .txt (one long text), .jsonl with "text" or with "prompt" and "completion" (loss on the completion only), or the
-name of a dataset on the Hub with these columns (needs: pip install datasets).
+data: .jsonl, .json, .csv, .parquet, a folder or a data set on the Hub, with "messages", "prompt" and "completion",
+"instruction" and "output" (Alpaca) or "text"; or .txt, one long text. Without --eval_dataset and without a test split,
+a part of the data is held out.
+""",
+        """\
+examples:
+  genft finetune --model ./llama --dataset dialogues.jsonl
+  genft finetune --model ./llama --dataset notes.txt --method lora --r 16 --num_train_epochs 3 --learning_rate 1e-4
+  genft finetune --model ./llama --dataset chat.jsonl --assistant_only_loss --packing --max_length 2048
+  genft finetune --config run.yaml --output runs/second --per_device_train_batch_size 4
+  genft finetune --config run.yaml --resume
+""",
+    ),
+    "dpo": (
+        "train on preferences (TRL's DPOTrainer)",
+        """\
+Train on preferences with TRL's DPOTrainer and save the adapter. The reference model is the base model, with the adapter
+disabled.
+
+data: rows with "chosen" and "rejected", and "prompt" if these do not begin with it.
+""",
+        """\
+examples:
+  genft dpo --model ./llama --dataset preferences.jsonl --beta 0.1
+""",
+    ),
+    "grpo": (
+        "train on rewards (TRL's GRPOTrainer)",
+        """\
+Train on rewards with TRL's GRPOTrainer and save the adapter.
+
+data: rows with "prompt", and any columns that the reward functions read.
+""",
+        """\
+examples:
+  genft grpo --model ./llama --dataset problems.jsonl --reward_funcs accuracy_reward
+  genft grpo --model ./llama --dataset problems.jsonl --reward_funcs rewards.short_answers
+""",
+    ),
+}
+
+_DEMO = """\
+Pretrain a small byte-level Llama on the source code of Python's standard library (cached), fine-tune it on Python's
+documentation with several methods, and print a table, row by row.
+"""
+
+_GENERATE = """\
+Generate text with the base model and with the adapter, side by side.
+
+examples:
+  genft generate runs/wegeft --prompt "The colour of the cat is"
+  genft generate runs/wegeft --prompt "Who are you?" --chat --max-new-tokens 100
 """
 
 _MERGE = """\
 Merge an adapter into its base model and save the result as a standard model directory, which does not need genft.
 
 examples:
-  genft merge runs/wegeft/adapter --output merged
-  genft merge runs/wegeft/adapter --model ./llama --dtype float32 --output merged
+  genft merge runs/wegeft --output merged
+  genft merge runs/wegeft --model ./llama --dtype float32 --output merged
 """
 
 _EXPORT = """\
@@ -46,8 +100,8 @@ Convert an adapter to LoRA. The conversion is exact if ΔW has low rank, which h
 nonlinear outer activation. Otherwise ΔW is truncated to --rank singular values, or as many as --max-error requires.
 
 examples:
-  genft export-lora runs/wegeft/adapter --output lora
-  genft export-lora runs/genft-gelu/adapter --output lora --max-error 0.01
+  genft export-lora runs/wegeft --output lora
+  genft export-lora runs/genft-gelu --output lora --max-error 0.01
 """
 
 _INSPECT = """\
@@ -55,8 +109,8 @@ Show method, settings, parameter counts and shared tensors of an adapter; with i
 each layer's ΔW.
 
 examples:
-  genft inspect runs/wegeft/adapter
-  genft inspect runs/wegeft/adapter --model ./llama --plot norms.svg
+  genft inspect runs/wegeft
+  genft inspect runs/wegeft --model ./llama --plot norms.svg
 """
 
 _TUNE = """\
@@ -94,83 +148,25 @@ def _parser() -> argparse.ArgumentParser:
         "operations against float64. The exit code is 1 if the check fails.",
     )
     doctor.add_argument("--seconds", type=float, default=10.0, metavar="S", help="duration of the check (default: 10)")
-    _add_finetune(commands)
+    _add_demo(commands)
+    _add_training(commands)
     _add_adapter_commands(commands)
     _add_tune(commands)
     return parser
 
 
-def _add_finetune(commands: Any) -> None:
-    # Options that are not given are absent from the namespace; the defaults are in finetune.Job and recipes.
-    sub = commands.add_parser(
-        "finetune",
-        help="fine-tune a model; without arguments, run the built-in demo",
-        description=_FINETUNE,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    what = sub.add_argument_group("model and data")
-    what.add_argument("--model", metavar="PATH_OR_HUB_ID", help="a local model directory, or a model on the Hub")
-    what.add_argument("--dataset", metavar="FILE_OR_HUB_ID", help=".txt, .jsonl, or a dataset on the Hub")
-    what.add_argument("--dataset-split", metavar="NAME", help="split of a dataset on the Hub (default: train)")
-    what.add_argument("--eval-dataset", metavar="FILE_OR_HUB_ID", help="held-out data (default: a part of --dataset)")
-    what.add_argument("--eval-fraction", type=float, metavar="F", help="held-out share of --dataset (default: 0.05)")
-    what.add_argument("--evaluations", type=int, metavar="N", help="number of evaluations during training (default: 4)")
-    what.add_argument("--output", metavar="DIR", help="output directory (default: runs/METHOD; the demo: runs/demo)")
-    what.add_argument("--byte-level", action="store_true", help="use bytes as tokens, for a model without a tokenizer")
-    what.add_argument("--cache-dir", metavar="DIR", help="cache directory of the demo (default: ~/.cache/genft)")
-    what.add_argument("--methods", nargs="+", metavar="NAME", help="methods of the demo (default: all)")
+def _add_training(commands: Any) -> None:
+    for name, (summary, _, _) in _TRAIN.items():
+        commands.add_parser(name, help=summary, add_help=False)
 
-    how = sub.add_argument_group("method")
-    how.add_argument(
-        "--method",
-        metavar="NAME",
-        help="wegeft (default), gift, genft, genft-gelu, grft, sas, peanut, lora, peft-lora, full",
-    )
-    how.add_argument(
-        "--r",
-        "--rank",
-        type=int,
-        help="rank (default: 64 for wegeft and gift, else 16); genft and sas: half of it shared between layers; grft: "
-        "number of rows or columns; under torchrun use --rank, because torchrun parses --r itself",
-    )
-    how.add_argument("--alpha", type=float, help="the update is scaled by alpha / r (default: twice the rank)")
-    how.add_argument("--dropout", type=float, metavar="P", help="dropout probability of the method (default: 0)")
-    how.add_argument("--target-modules", nargs="+", metavar="NAME", help="module names, or one regular expression")
-    how.add_argument("--config", nargs="+", metavar="KEY=VALUE", help="other fields of the method's configuration")
-    how.add_argument(
-        "--backend", choices=("auto", "triton", "reference"), help="kernels of the genft methods (default: auto)"
-    )
-    how.add_argument(
-        "--calibration-batches",
-        type=int,
-        metavar="N",
-        help="number of batches for grft's gradient-based selection (default: 16)",
-    )
 
-    train = sub.add_argument_group("training")
-    train.add_argument("--lr", type=float, help="peak learning rate, cosine decay (default: 2e-4; full: 2e-5)")
-    length = train.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="number of optimizer steps")
-    length.add_argument("--epochs", type=float, help="number of epochs (default: 1)")
-    train.add_argument("--batch-size", type=int, metavar="N", help="sequences per batch and process (default: 8)")
-    train.add_argument("--grad-accumulation", type=int, metavar="N", help="batches per optimizer step (default: 1)")
-    train.add_argument(
-        "--seq-len", type=int, metavar="N", help="tokens per sequence (default: 512 or the model's limit)"
+def _add_demo(commands: Any) -> None:
+    sub = commands.add_parser("demo", help="compare the methods on a small model, in three minutes", description=_DEMO)
+    sub.add_argument("--output", metavar="DIR", default="runs/demo", help="directory of the results (%(default)s)")
+    sub.add_argument("--cache-dir", metavar="DIR", help="directory of the pretrained model (default: ~/.cache/genft)")
+    sub.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="methods to compare, or all (default: the five of the README)"
     )
-    train.add_argument(
-        "--warmup", type=float, metavar="N", help="warmup steps, or their share if below 1 (default: 0.05)"
-    )
-    train.add_argument("--seed", type=int, help="random seed for initialisation, data order and dropout (default: 0)")
-    train.add_argument("--dtype", metavar="NAME", help="auto, float32, bfloat16, float16 (auto: bfloat16 on a GPU)")
-    train.add_argument("--device", metavar="NAME", help="auto, cuda, cpu")
-    train.add_argument("--gradient-checkpointing", action="store_true", help="save memory at about a third more time")
-    train.add_argument("--save-every", type=int, metavar="N", help="save a checkpoint every N steps (default: never)")
-    train.add_argument("--resume", action="store_true", help="resume from the last checkpoint in --output")
-    train.add_argument("--overwrite", action="store_true", help="overwrite an existing run in --output")
-    train.add_argument("--no-verify", dest="verify", action="store_false", help="skip the check of the saved adapter")
 
 
 def _add_adapter_commands(commands: Any) -> None:
@@ -198,6 +194,12 @@ def _add_adapter_commands(commands: Any) -> None:
     size.add_argument("--rank", type=int, metavar="R", help="LoRA rank for layers with full-rank ΔW")
     sub = add("inspect", "show an adapter's contents and the size of each layer's ΔW", _INSPECT)
     sub.add_argument("--plot", metavar="FILE", help="plot the norms to a .png, .svg or .pdf file")
+    sub = add("generate", "generate text with the base model and with an adapter", _GENERATE)
+    sub.add_argument("--prompt", metavar="TEXT", required=True, help="the text to continue")
+    sub.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the answer (default: 64)")
+    sub.add_argument("--temperature", type=float, metavar="T", help="sample with this temperature (default: greedy)")
+    sub.add_argument("--seed", type=int, metavar="N", help="random seed of sampling (default: 0)")
 
 
 def _add_tune(commands: Any) -> None:
@@ -221,21 +223,38 @@ def _add_tune(commands: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 0 success, 1 a check failed, 2 user error, 130 interrupted."""
+    """Run the command. Returns the exit code: 0 success, 1 a check failed or the run broke off, 2 user error, 130
+    interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    process = "" if is_first() else f"rank {os.environ['RANK']}: "
     try:
-        return _main(arguments)
+        return _main(words)
     except UserError as error:
-        process = "" if is_first() else f"rank {os.environ['RANK']}: "
         print(f"genft: error: {process}{one_line(error)}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"genft: {process}{one_line(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("genft: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 # the reader has gone; Python would flush into nothing again
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        name = type(error).__name__
+        print(f"genft: {process}{name}: {one_line(error)[:500]} (--debug shows where)", file=sys.stderr)
+        return 1
 
 
-def _main(arguments: Sequence[str] | None) -> int:
-    parser = _parser()
-    options = vars(parser.parse_args(arguments))
+def _main(words: list[str]) -> int:
+    if words and words[0] in _TRAIN:
+        return _train(words[0], words[1:])
+    options = vars(_parser().parse_args(words))
     command = options.pop("command")
     if options.pop("version"):
         from importlib.metadata import version
@@ -246,60 +265,58 @@ def _main(arguments: Sequence[str] | None) -> int:
         from genft_cli import doctor
 
         return doctor.run(options["seconds"])
-    if command == "finetune":
-        quiet()
-        return _finetune(options) if options.keys() - {"output", "cache_dir", "methods"} else _demo(options)
+    if command == "demo":
+        return _demo(options)
     if command == "tune":
         quiet()
         return _tune(options)
     if command is not None:
         quiet()
         return _adapter(command, options)
-    parser.print_help()
+    _parser().print_help()
     return 0
 
 
-def _demo(options: dict[str, Any]) -> int:
-    from genft_cli import bases
-    from genft_cli.demo import run as demo
+def _train(command: str, words: list[str]) -> int:
+    from genft_cli import arguments
 
-    if bases.launched() > 1:
-        raise UserError("torchrun: the demo runs in one process; use --model and --dataset")
-
-    cache = Path(options.get("cache_dir") or demo.default_cache()).expanduser()
-    methods = demo.check_methods(options.get("methods", demo.Demo.methods))
-    results = demo.run(demo.Demo(methods=methods), Path(options.get("output", "runs/demo")).expanduser(), cache)
-    print(demo.report(results))
-    print(f"\nsaved: {options.get('output', 'runs/demo')} (results.json, table.md, loss.png, one folder per method)")
-    return 0 if demo.agrees(results) else 1
-
-
-def _finetune(options: dict[str, Any]) -> int:
-    from genft_cli import finetune, recipes
-
-    for name in ("model", "dataset"):
-        if name not in options:
-            raise UserError(f"--{name} is missing: use --model and --dataset, or neither for the demo")
-    if "cache_dir" in options:
-        raise UserError("--cache-dir: is for the demo only")
-    if "methods" in options:
-        raise UserError("--methods: is for the demo only; use --method")
-    resume, overwrite = options.pop("resume", False), options.pop("overwrite", False)
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite are mutually exclusive")
+    _, about, examples = _TRAIN[command]
+    if {"-h", "--help"} & set(words):
+        print(arguments.short_help(command, about, examples))
+        return 0
+    if "trl" not in sys.modules:
+        say("importing torch, transformers and TRL")
     try:
-        options["config"] = dict(recipes.parse_field(text) for text in options.get("config", ()))
-    except ValueError as error:
-        raise UserError(f"--config {error}") from None
-    if "target_modules" in options:
-        options["target_modules"] = tuple(options["target_modules"])
-    options.setdefault("output", f"runs/{options.get('method', 'wegeft')}")
-    job = finetune.Job(**options)
-    record = finetune.run(job, resume=resume, overwrite=overwrite)
+        import datasets  # noqa: F401
+        import trl  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"genft {command} needs TRL and datasets: pip install 'genft[train]' ({error})") from None
+    quiet()
+    if "--help-all" in words:
+        print(arguments.full_help(command, [word for word in words if word != "--help-all"]))
+        return 0
+    from genft_cli import bases, finetune, job
+
+    bases.join()
+    options = arguments.parse(command, words)
+    record = finetune.run(options)
     if not is_first():
         return 0
-    print(finetune.summary(record, job.output))
-    return 0 if record.get("reload", {"agree": True})["agree"] else 1
+    print(job.summary(record, options.training.output_dir))
+    return 0 if record.get("reload", {}).get("agree", True) else 1
+
+
+def _demo(options: dict[str, Any]) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("torchrun: the demo runs in one process; use genft finetune")
+    from genft_cli.demo import run as demo
+
+    cache = Path(options["cache_dir"] or demo.default_cache()).expanduser()
+    methods = demo.check_methods(options["methods"] or demo.Demo.methods)
+    results = demo.run(demo.Demo(methods=methods), Path(options["output"]).expanduser(), cache)
+    print(demo.closing(results))
+    print(f"\nsaved: {options['output']} (results.json, table.md, loss.png, one folder per method)")
+    return 0 if demo.agrees(results) else 1
 
 
 def _tune(options: dict[str, Any]) -> int:
@@ -315,12 +332,13 @@ def _tune(options: dict[str, Any]) -> int:
 
 
 def _adapter(command: str, options: dict[str, Any]) -> int:
-    from genft_cli import export, inspect, merge
+    from genft_cli import export, generate, inspect, merge
 
     run: dict[str, Callable[..., str]] = {
         "merge": merge.merge,
         "export-lora": export.export,
         "inspect": inspect.inspect,
+        "generate": generate.run,
     }
     print(run[command](**options))
     return 0

@@ -11,8 +11,8 @@ from typing import Any
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def loss_curves(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Plot `training_curve` and `held_out_curve` of each run, lists of (step, bits per byte), side by side."""
+def loss_curves(runs: Mapping[str, Mapping[str, Any]], path: Path, unit: str = "bits per byte") -> None:
+    """Plot `training_curve` and `held_out_curve` of each run, lists of (step, loss in `unit`), side by side."""
     figure = _figure(11, 4.5)
     left, right = figure.subplots(1, 2)
     for (name, run), colour in zip(runs.items(), _COLOURS * len(runs), strict=False):
@@ -23,7 +23,7 @@ def loss_curves(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         held = run["held_out_curve"]
         right.plot([s for s, _ in held], [v for _, v in held], color=colour, marker="o", markersize=4, label=name)
     for axes, title in ((left, "training batches"), (right, "held-out text")):
-        axes.set(title=title, xlabel="step", ylabel="bits per byte")
+        axes.set(title=title, xlabel="step", ylabel=unit)
         axes.grid(alpha=0.3)
         axes.legend()
     _save(figure, path)

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from genft_cli import recipes
+from genft_cli import methods
 from genft_cli.bases import DTYPES, model_config
 from genft_cli.console import UserError, one_line, say, table
-from genft_cli.finetune import adapted_on_meta
+from genft_cli.job import adapted_on_meta
 from genft_kernels import Problem, device_facts
 from genft_kernels.plan import FEW_ROWS, user_tables
 from genft_kernels.tuning import Tuned, operation_of, tune, write_table
@@ -55,7 +55,7 @@ def run(
         raise UserError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
     if not (math.isfinite(minutes) and minutes > 0):
         raise UserError(f"--minutes {minutes:g}: must be above 0")
-    config = recipes.peft_config(method, r=r, target_modules=target_modules)
+    config = methods.peft_config(method, r=r, target_modules=target_modules)
     if method in {"peft-lora", "full"}:
         raise UserError(f"--method {method}: runs none of genft's operations")
     problems = problems_of(_adapted(model, config, method), sorted(set(rows)), DTYPES[dtype].itemsize)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,18 @@ TOLERANCES = {
 }
 
 
-def save_probe(model: torch.nn.Module, input_ids: torch.Tensor, path: Path) -> None:
-    """Save the logits of `model` on `input_ids` [B,T] for the comparison."""
+def save_probe(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Save the logits of `model` on `inputs` for the comparison."""
     from safetensors.torch import save_file
 
-    save_file({"input_ids": input_ids.cpu(), "logits": _logits(model, input_ids)}, str(path))
+    tensors = {name: value.cpu().contiguous() for name, value in inputs.items()}
+    save_file({**tensors, "logits": _logits(model, inputs)}, str(path))
 
 
 @torch.no_grad()
-def _logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    output: Any = model.eval()(input_ids=input_ids.to(next(model.parameters()).device))
+def _logits(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    device = next(model.parameters()).device
+    output: Any = model.eval()(**{name: value.to(device) for name, value in inputs.items()})
     logits: torch.Tensor = output.logits
     return logits.float().cpu().contiguous()
 
@@ -55,24 +57,27 @@ def verify_in_new_process(runs: Sequence[Path]) -> list[dict[str, Any]]:
 def verify(run: Path) -> dict[str, Any]:
     """Max |difference| of the logits from the trained model's: as loaded, and merged (None for a full model, and for
     adapters on quantised layers, which cannot be merged)."""
+    import transformers
     from peft import PeftModel
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     probe = load_file(str(run / "probe.safetensors"))
     dtype = getattr(torch, record["dtype"])
-    base = record["base"] if record["adapter"] else str(run / "model")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to(record["device"])
+    base = record["base"] if record["adapter"] else str(run)
+    details = {} if record["quantization"] is None else {"quantization_config": record["quantization"]}
+    details |= record.get("load", {})
+    inputs = {name: value for name, value in probe.items() if name != "logits"}
+    model = getattr(transformers, record["kind"]).from_pretrained(base, dtype=dtype, **details).to(record["device"])
     if record["adapter"]:
-        model = PeftModel.from_pretrained(model, str(run / "adapter"))
+        model = PeftModel.from_pretrained(model, str(run))
     largest = float(probe["logits"].abs().max())
-    loaded = float((_logits(model, probe["input_ids"]) - probe["logits"]).abs().max())
+    loaded = float((_logits(model, inputs) - probe["logits"]).abs().max())
     merged = None
     layers = [module for module in model.modules() if isinstance(module, FusedGenLinear)]
     if record["adapter"] and not any(is_quantised(layer.base_layer) for layer in layers):
         model = model.merge_and_unload()
-        merged = float((_logits(model, probe["input_ids"]) - probe["logits"]).abs().max())
+        merged = float((_logits(model, inputs) - probe["logits"]).abs().max())
     allowed, allowed_merged = TOLERANCES[dtype]
     agree = loaded <= allowed * largest and (merged is None or merged <= allowed_merged * largest)
     return {"loaded": loaded, "merged": merged, "largest_logit": largest, "agree": agree}

@@ -6,10 +6,10 @@ import hashlib
 import importlib
 import re
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from genft_cli.console import UserError
-from genft_cli.data import hold_out, normal
 
 # Excluded from the code: tests (repetitive), encoding tables (numbers), and the documentation topics, which the demo
 # fine-tunes on.
@@ -70,3 +70,21 @@ def runs(paragraph: str) -> set[str]:
     """All substrings of SHARED_RUN characters of a paragraph with normalised whitespace; a shorter one as a whole."""
     text = normal(paragraph)
     return {text[i : i + SHARED_RUN] for i in range(max(1, len(text) - SHARED_RUN + 1))}
+
+
+def hold_out(sizes: Sequence[int], fraction: float, blocks: int = 4) -> list[bool]:
+    """Which units of these sizes are held out: `blocks` contiguous runs, each at the end of an equal share."""
+    total = sum(sizes)
+    chosen, before = [], 0
+    for size in sizes:
+        middle = (before + size / 2) / total * blocks if total else 0.0
+        chosen.append(middle % 1.0 >= 1.0 - fraction)
+        before += size
+    if not any(chosen) and fraction > 0 and len(chosen) > 1:
+        chosen[-1] = True  # few large units: their middles may all miss the blocks
+    return chosen
+
+
+def normal(text: str) -> str:
+    """The text with each run of whitespace collapsed to one space."""
+    return " ".join(text.split())

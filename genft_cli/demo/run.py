@@ -1,8 +1,9 @@
 """The built-in demo: pretrain a small byte-level Llama on Python's source code, then fine-tune it on the documentation.
 
 Each method runs as `genft finetune --model ... --dataset ...` in its own process, so that peak memory is measured per
-method. Then the step times of all methods are measured in turns, and a new process reloads every adapter. This module
-starts the processes and reports; `genft_cli.demo.stages` has pretraining and timing.
+method, and is a row of the table as soon as it has finished. Then the step times of all methods are measured in turns,
+and a new process reloads every adapter. This module starts the processes and reports; `genft_cli.demo.stages` has what
+they do.
 """
 
 from __future__ import annotations
@@ -10,27 +11,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from genft_cli.console import INTERRUPTED, UserError, one_line, say, table
-from genft_cli.demo import corpora
-from genft_cli.measure import ratio
-from genft_cli.plotting import loss_curves
-from genft_cli.verify import verify_in_new_process
+from genft_cli.console import UserError, one_line, say, table
+from genft_cli.demo import corpora, stages
 
 REFERENCE = "peft-lora"  # times are relative to this method
+EQUAL = 0.01  # bits per byte: seeds differ by as much
 NAMES = {
     "wegeft": "WeGeFT",
     "gift": "GIFT",
@@ -69,7 +66,7 @@ class Demo:
     heads: int = 4
     feed_forward: int = 704
     seq_len: int = 256
-    pretrain_steps: int = 800
+    pretrain_steps: int = 360
     pretrain_batch: int = 2
     pretrain_lr: float = 6e-4
     batch_size: int = 4
@@ -78,23 +75,18 @@ class Demo:
     timing_rounds: int = 9
     held_out: float = 0.07
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    methods: tuple[str, ...] = tuple(NAMES)
+    methods: tuple[str, ...] = ("peft-lora", "wegeft", "gift", "genft-gelu", "full")
     seed: int = 0
-
-    @staticmethod
-    def parse(text: str) -> Demo:
-        """The inverse of `json.dumps(dataclasses.asdict(demo))`."""
-        fields: dict[str, Any] = json.loads(text)
-        for name, value in fields.items():
-            fields[name] = tuple(value) if isinstance(value, list) else value
-        return Demo(**fields)
 
 
 def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
-    """The methods without duplicates. Raises UserError for an unknown name, or if REFERENCE is missing."""
+    """The methods without duplicates; "all" stands for all. Raises UserError for an unknown name, or if REFERENCE is
+    missing."""
+    if list(methods) == ["all"]:
+        return tuple(NAMES)
     for method in methods:
         if method not in NAMES:
-            raise UserError(f"--methods {method}: unknown; choose from {', '.join(NAMES)}")
+            raise UserError(f"--methods {method}: unknown; choose from {', '.join(NAMES)}, or all")
     if REFERENCE not in methods:
         raise UserError(f"--methods: {REFERENCE} is missing; times are relative to it")
     return tuple(dict.fromkeys(methods))
@@ -105,8 +97,12 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genft"
 
 
-def run(demo: Demo, output: Path, cache: Path) -> dict[str, Any]:
-    """Run the demo. Returns the results, which are also written to OUTPUT: results.json, table.md, loss.png."""
+def run(demo: Demo, output: Path, cache: Path, show: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run the demo. Returns the results, which are also written to OUTPUT: results.json, table.md, loss.png.
+
+    Args:
+        show: gets the table, line by line as the methods finish.
+    """
     began = time.perf_counter()
     for option, directory in (("--output", output), ("--cache-dir", cache)):
         try:
@@ -118,23 +114,27 @@ def run(demo: Demo, output: Path, cache: Path) -> dict[str, Any]:
     # ten times slower. Sleeping threads cost a few per cent on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     base, pretrained = pretrained_base(demo, cache)
-    runs = {}
+    runs: dict[str, dict[str, Any]] = {}
     for number, method in enumerate(demo.methods, start=1):
         say(f"[{number}/{len(demo.methods)}] {NAMES[method]}")
-        runs[method] = _adapt(demo, method, base, texts, output / method)
-    _stage("time", demo, base, texts["train"], output / "times.json")
+        runs[method] = _adapt(demo, method, base, texts, output / method, first=not runs)
+        runs[method]["bits_per_byte_before"] = runs[demo.methods[0]]["bits_per_byte_before"]
+        if number == 1:
+            show(_HEADER)
+        show(_row(method, runs[method]))
+    stages.in_process(stages.time_steps, demo, base, texts["train"], output / "times.json")
     times = json.loads((output / "times.json").read_text(encoding="utf-8"))
-    reloads = verify_in_new_process([output / method for method in demo.methods])
-    for method, reload in zip(demo.methods, reloads, strict=True):
-        runs[method]["reload"] = reload
-        runs[method]["timed_seconds_per_step"] = statistics.median(times[method])
-        runs[method]["relative_time"] = ratio(times, method, REFERENCE)
-    loss_curves({NAMES[method]: record for method, record in runs.items()}, output / "loss.png")
+    stages.in_process(stages.check, [output / method for method in demo.methods])
+    for method, record in runs.items():
+        record["reload"] = json.loads((output / method / "reload.json").read_text(encoding="utf-8"))
+        record["timed_seconds_per_step"] = statistics.median(times[method])
+        record["relative_time"] = statistics.median(a / b for a, b in zip(times[method], times[REFERENCE], strict=True))
+    stages.in_process(stages.plot, {NAMES[method]: record for method, record in runs.items()}, output / "loss.png")
     results = {
         "demo": dataclasses.asdict(demo),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "torch": metadata.version("torch"),
+        "threads": os.cpu_count(),
         "base": str(base),
         "base_was_cached": not pretrained,
         "runs": runs,
@@ -176,7 +176,7 @@ def pretrained_base(demo: Demo, cache: Path) -> tuple[Path, bool]:
     try:
         text = partial / "code.txt"
         text.write_text(code, encoding="utf-8")
-        _stage("pretrain", demo, text, partial)
+        stages.in_process(stages.pretrain, demo, text, partial)
         text.unlink()
         try:
             os.replace(partial, place)
@@ -194,18 +194,30 @@ def pretrained_base(demo: Demo, cache: Path) -> tuple[Path, bool]:
 def finetune_command(
     demo: Demo, method: str, base: Path, texts: dict[str, Path], output: Path, *, lr: float, options: Sequence[str] = ()
 ) -> list[str]:
-    """The command that fine-tunes the base on `texts["train"]` and evaluates on `texts["held-out"]`."""
+    """The options of `genft` that fine-tune the base on `texts["train"]` and evaluate on `texts["held-out"]`."""
     command = [
-        sys.executable, "-m", "genft_cli", "finetune",
-        "--model", str(base), "--dataset", str(texts["train"]), "--eval-dataset", str(texts["held-out"]),
-        "--method", method, "--lr", str(lr), "--evaluations", str(demo.evaluations),
-        "--steps", str(demo.adapt_steps), "--batch-size", str(demo.batch_size),
-        "--seq-len", str(demo.seq_len), "--seed", str(demo.seed), "--dtype", "float32",
-        "--output", str(output), "--overwrite", "--no-verify", *options,
+        "finetune", "--model", str(base), "--dataset", str(texts["train"]), "--eval_dataset", str(texts["held-out"]),
+        "--method", method, "--learning_rate", str(lr), "--max_steps", str(demo.adapt_steps),
+        "--eval_steps", str(-(-demo.adapt_steps // demo.evaluations)), "--logging_steps", "1",
+        "--per_device_train_batch_size", str(demo.batch_size), "--per_device_eval_batch_size", str(demo.batch_size),
+        "--max_length", str(demo.seq_len), "--seed", str(demo.seed), "--dtype", "float32",
+        "--gradient_checkpointing", "false", "--save_strategy", "no", "--checkpoint_minutes", "0",
+        "--output", str(output), "--overwrite", "--no_verify", *options,
     ]  # fmt: skip
     if method != "full":
-        command += ["--target-modules", *demo.target_modules]
+        command += ["--target_modules", *demo.target_modules]
     return command
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """A run's record, with its losses also in bits per byte: a token is a byte."""
+    record: dict[str, Any] = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    for when in ("before", "after"):
+        loss = record[f"held_out_{when}"]
+        record[f"bits_per_byte_{when}"] = None if loss is None else loss / math.log(2)
+    for name in ("training_curve", "held_out_curve"):
+        record[name] = [(step, loss / math.log(2)) for step, loss in record[name]]
+    return record
 
 
 def write_texts(demo: Demo, directory: Path) -> dict[str, Path]:
@@ -217,32 +229,62 @@ def write_texts(demo: Demo, directory: Path) -> dict[str, Path]:
     return texts
 
 
-def _adapt(demo: Demo, method: str, base: Path, texts: dict[str, Path], output: Path) -> dict[str, Any]:
-    _run(finetune_command(demo, method, base, texts, output, lr=LEARNING_RATES[method]))
-    record: dict[str, Any] = json.loads((output / "run.json").read_text(encoding="utf-8"))
-    return record
-
-
-def _stage(name: str, demo: Demo, *paths: Path) -> None:
-    """Run one of `genft_cli.demo.stages` in a new process."""
-    settings = json.dumps(dataclasses.asdict(demo))
-    _run([sys.executable, "-m", "genft_cli.demo.stages", name, settings, *map(str, paths)])
-
-
-def _run(command: list[str]) -> None:
-    code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt
-    if code:
-        raise RuntimeError(f"{' '.join(command)}: exit code {code}")
+def _adapt(demo: Demo, method: str, base: Path, texts: dict[str, Path], output: Path, *, first: bool) -> dict[str, Any]:
+    # The base is the same for all: it is evaluated once.
+    options = () if first else ("--eval_on_start", "false")
+    command = finetune_command(demo, method, base, texts, output, lr=LEARNING_RATES[method], options=options)
+    stages.in_process(stages.adapt, command)
+    return read_record(output)
 
 
 # --- the result --------------------------------------------------------------------------------------------------
 
 
-def report(results: dict[str, Any]) -> str:
-    """The demo's table, with the check of each reloaded adapter."""
+_WIDTHS = (18, 11, 18, 8, 8, 10)
+
+
+def _cells(first: str, *others: str) -> str:
+    padded = (f"{text:>{width}}" for text, width in zip(others, _WIDTHS[1:], strict=True))
+    return f"{first:<{_WIDTHS[0]}}{''.join(padded)}"
+
+
+_HEADER = _cells("method", "trainable", "bits/byte before", "after", "s/step", "peak MiB")
+
+
+def _row(method: str, record: dict[str, Any]) -> str:
+    return _cells(
+        NAMES[method],
+        f"{record['trainable_parameters']:,}",
+        f"{record['bits_per_byte_before']:.3f}",
+        f"{record['bits_per_byte_after']:.3f}",
+        f"{record['seconds_per_step'] or math.nan:.3f}",
+        f"{record['peak_memory_mib']:.0f}",
+    )
+
+
+def closing(results: dict[str, Any]) -> str:
+    """What stands below the table: each method beside LoRA, and whether the saved adapters are the trained ones."""
     runs: dict[str, dict[str, Any]] = results["runs"]
+    lora = runs[REFERENCE]
+    lines = ["", f"beside {NAMES[REFERENCE]}, with step times measured in turns:"]
+    for method, record in runs.items():
+        if method == REFERENCE:
+            continue
+        gain = lora["bits_per_byte_after"] - record["bits_per_byte_after"]
+        result = (
+            "the same loss" if abs(gain) < EQUAL else f"{abs(gain):.3f} bits/byte {'better' if gain > 0 else 'worse'}"
+        )
+        share = record["trainable_parameters"] / lora["trainable_parameters"]
+        memory = record["peak_memory_mib"] - lora["peak_memory_mib"]
+        lines.append(
+            f"  {NAMES[method]}: {result}, {share:.2g} × the trainable parameters, {record['relative_time']:.2f} × the "
+            f"time, {abs(memory):.0f} MiB {'more' if memory > 0 else 'less'}"
+        )
+    return "\n".join([*lines, "", *_notes(results)])
+
+
+def report(results: dict[str, Any]) -> str:
+    """The demo's table in Markdown, with the relative step times and the check of each reloaded adapter."""
     header = (
         "method",
         "trainable",
@@ -255,7 +297,7 @@ def report(results: dict[str, Any]) -> str:
         "merged",
     )
     rows = []
-    for method, record in runs.items():
+    for method, record in results["runs"].items():
         reload = record["reload"]
         rows.append(
             (
@@ -270,27 +312,28 @@ def report(results: dict[str, Any]) -> str:
                 "—" if reload["merged"] is None else f"{reload['merged']:.1e}",
             )
         )
-    idle = statistics.median(record["idle_memory_mib"] for record in runs.values())
-    device = next(iter(runs.values()))["device"]
+    time_note = (
+        "time/step: relative to LoRA (peft), median over "
+        f"{results['demo']['timing_rounds']} rounds in which the methods take turns."
+    )
+    return "\n".join([table(header, rows), "", time_note, *_notes(results)])
+
+
+def _notes(results: dict[str, Any]) -> list[str]:
+    runs = list(results["runs"].values())
+    idle = statistics.median(record["idle_memory_mib"] for record in runs)
     memory = (
         f"peak resident memory of the process during training ({idle:.0f} MiB before training)"
-        if device == "cpu"
+        if runs[0]["device"] == "cpu"
         else "peak memory allocated by torch during training"
     )
-    agree = all(record["reload"]["agree"] for record in runs.values())
-    return "\n".join(
-        [
-            table(header, rows),
-            "",
-            "bits/byte: on held-out text. time/step: relative to LoRA (peft), median over "
-            f"{results['demo']['timing_rounds']} rounds in which the methods take turns.",
-            f"peak MiB: {memory}.",
-            "max Δ logit: adapter saved and reloaded in a new process, as loaded and merged; "
-            + ("all agree." if agree else "NOT ALL AGREE."),
-            f"total: {results['seconds']:.0f} s, "
-            + ("base model from the cache." if results["base_was_cached"] else "including pretraining of the base."),
-        ]
-    )
+    return [
+        f"bits/byte: on held-out text. peak MiB: {memory}.",
+        "saved adapters, reloaded in a new process: "
+        + ("the logits agree, merged and not." if agrees(results) else "NOT ALL AGREE."),
+        f"total: {results['seconds']:.0f} s, "
+        + ("base model from the cache." if results["base_was_cached"] else "including pretraining of the base."),
+    ]
 
 
 def agrees(results: dict[str, Any]) -> bool:

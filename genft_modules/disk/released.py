@@ -192,7 +192,7 @@ def _read(path: Path, settings: dict[str, Any]) -> _Released:
         )
     found = {}
     if (file.parent / "args.yaml").is_file():
-        import yaml  # type: ignore[import-untyped] # a dependency of transformers
+        import yaml  # a dependency of transformers
 
         found = yaml.safe_load((file.parent / "args.yaml").read_text()) or {}
     checkpoint = torch.load(file, map_location="cpu", weights_only=True)

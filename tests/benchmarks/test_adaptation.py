@@ -15,6 +15,7 @@ from benchmarks.report import budget
 from benchmarks.report.__main__ import main as report
 from benchmarks.report.text import spread
 from genft_cli.demo import run as demo
+from genft_cli.demo import stages
 from genft_modules import METHODS
 
 SMOKE = adaptation.SIZES["smoke"]
@@ -40,7 +41,7 @@ def llama(folder: Path, task: demo.Demo) -> Path:
 
 def test_the_command_trains_times_and_keeps(monkeypatch, tmp_path, capsys):
     """By the commands that would be processes, each with its own arguments."""
-    monkeypatch.setattr(demo, "_run", in_process)
+    monkeypatch.setattr(stages, "in_process", lambda stage, *arguments: stage(*arguments))
     monkeypatch.setattr(adaptation, "_call", in_process)
     small = dataclasses.replace(SMOKE, methods=("peft-lora",), seeds=(0,))
     monkeypatch.setitem(adaptation.SIZES, "smoke", small)

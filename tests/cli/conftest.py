@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import huggingface_hub.constants
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from genft_cli import main as cli
-from genft_cli.data import byte_tokenizer
+from genft_cli.demo.bytes import byte_tokenizer
 
 PROSE = "".join(
     f"Paragraph {i}: the {a} of the {b} is {i * 7 % 13}.\n\n"
@@ -36,6 +37,7 @@ def genft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
     """Run `genft ARGUMENTS` in an empty directory; its exit code and what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path.parent / f"{tmp_path.name}-datasets")
 
     def run(*arguments: object) -> Result:
         capsys.readouterr()
@@ -77,9 +79,10 @@ def mute_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def narrow_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory without a tokenizer and with fewer tokens than bytes need."""
+    """A model directory with a tokenizer of more tokens than the model has."""
     directory = tmp_path_factory.mktemp("narrow_llama")
     _save_llama(directory, 100)
+    byte_tokenizer().save_pretrained(str(directory))
     return directory
 
 

@@ -264,4 +264,4 @@ def test_help_has_examples(genft: Genft, capsys: pytest.CaptureFixture[str]) -> 
         with pytest.raises(SystemExit) as done:
             genft(command, "--help")
         assert done.value.code == 0
-        assert f"  genft {command} runs/wegeft/adapter" in capsys.readouterr().out
+        assert f"  genft {command} runs/wegeft" in capsys.readouterr().out

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from genft_cli.data import normal
 from genft_cli.demo import corpora
+from genft_cli.demo.corpora import normal
 
 
 @pytest.fixture(scope="module")

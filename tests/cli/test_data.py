@@ -1,224 +1,160 @@
-"""Reading, holding out, and windows of tokens."""
+"""Data of the training commands: files in the field's formats, and what is refused."""
 
 from __future__ import annotations
 
-import importlib.util
+import csv
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
+from genft_cli import data
+from genft_cli.arguments import parse
 from genft_cli.console import UserError
-from genft_cli.data import (
-    IGNORED,
-    Record,
-    byte_tokenizer,
-    collate,
-    encode,
-    hold_out,
-    normal,
-    read_records,
-    split_records,
-)
-from tests.cli.conftest import PROSE
+from genft_cli.demo.bytes import byte_tokenizer, windows
+from genft_cli.demo.corpora import hold_out
+
+CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+SHAREGPT = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
+ROWS: dict[str, dict[str, Any]] = {
+    "text": {"text": "a b"},
+    "pair": {"prompt": "a", "completion": "b"},
+    "chat": {"messages": CHAT},
+    "sharegpt": {"conversations": SHAREGPT},
+    "tokens": {"input_ids": [1, 2]},
+    "alpaca": {"instruction": "Add.", "input": "1 2", "output": "3"},
+}
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_tokenizer()
+def load(path: object, *more: object, command: str = "finetune") -> tuple[Any, Any]:
+    words = ["--model", "x", "--dataset", path, "--output", Path(str(path)).with_name("out"), *more]
+    return data.load(parse(command, [str(word) for word in words]))
 
 
-# --- the tokenizer
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        from datasets import Dataset
 
-
-@given(st.text())
-def test_bytes_are_their_own_ids(text: str) -> None:
-    tokenizer = _shared_tokenizer()
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert ids == list(text.encode())
-    assert tokenizer.decode(ids) == text
-
-
-def _shared_tokenizer(cache: list = []):  # noqa: B006 - hypothesis and fixtures do not mix; made once
-    if not cache:
-        cache.append(byte_tokenizer())
-    return cache[0]
-
-
-# --- reading
-
-
-def test_text_is_one_record(prose: Path) -> None:
-    assert read_records(str(prose)) == [Record(PROSE)]
-
-
-def test_jsonl_of_both_kinds(texts: Path, pairs: Path) -> None:
-    assert read_records(str(texts))[0] == Record("Paragraph 0: the colour of the cat is 0.")
-    assert read_records(str(pairs))[0] == Record(" 0.", prompt="Paragraph 0: the colour of the cat is")
-
-
-def test_jsonl_breaks_at_newlines_only(tmp_path: Path) -> None:
-    path = tmp_path / "odd.jsonl"
-    path.write_text('{"text": "one\u2028two"}\r\n\n{"text": " "}\n{"text": "three"}', encoding="utf-8")
-    assert [record.text for record in read_records(str(path))] == ["one\u2028two", "three"]
+        Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("kind", "suffix"),
+    [*((kind, ".jsonl") for kind in ROWS), ("pair", ".csv"), ("text", ".tsv"), ("chat", ".parquet"), ("pair", ".json")],
+)
+def test_formats(tmp_path: Path, kind: str, suffix: str) -> None:
+    path = write(tmp_path / f"data{suffix}", [ROWS[kind]] * 10)
+    train, held_out = load(path, "--eval_fraction", 0.2)
+    assert (len(train), len(held_out)) == (8, 2)
+    if kind == "alpaca":
+        assert set(train.column_names) == {"prompt", "completion"}
+        assert train[0]["prompt"].endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
+        assert train[0]["completion"] == "3"
+    else:
+        assert train[0] == ROWS[kind]
+
+
+def test_splits_of_a_folder_and_data_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "train.jsonl", [{"text": f"train {i}"} for i in range(3)])
+    write(folder / "test.jsonl", [{"text": "test"}])
+    train, held_out = load(folder)
+    assert (len(train), held_out["text"]) == (3, ["test"])
+    other = write(tmp_path / "other.csv", [{"text": "other"}])
+    assert load(folder, "--eval_dataset", other)[1]["text"] == ["other"]
+    assert load(folder, "--eval_strategy", "no")[1] is None
+
+
+def test_one_long_text_is_cut_at_a_paragraph(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("".join(f"Paragraph {i} has\ntwo lines.\n\n" for i in range(40)))
+    train, held_out = load(tmp_path / "notes.txt", "--eval_fraction", 0.1)
+    assert train["text"][0] + held_out["text"][0] == (tmp_path / "notes.txt").read_text()
+    assert held_out["text"][0].startswith("Paragraph 36")
+
+
+def test_empty_rows_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "data.jsonl", [{"prompt": "a", "completion": text} for text in ("b", " ", "c")])
+    assert len(load(path, "--eval_strategy", "no")[0]) == 2
+    assert "1 of 3 rows have no completion" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
     [
-        ("", "contains no text"),
-        ("\n \n", "contains no text"),
-        ('{"text": "a"}\n{"text": }\n', "line 2 is not JSON"),
-        ('{"text": "a"}\n\n[1]\n', "line 3 is not a JSON object"),
-        ('{"texts": "a"}', 'line 1 needs "text"'),
-        ('{"prompt": "a"}', 'line 1 needs "text"'),
-        ('{"text": 7}', 'line 1 needs "text"'),
-        ('{"text": "a"}\n{"prompt": "a", "completion": "b"}', "mixes records"),
+        ("a.csv", "question,answer\n1,2\n", "has the columns question, answer; expected .*messages.*instruction and"),
+        ("a.jsonl", '{"text": "a", "messages": []}\n', "has messages as well as text"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b",}\n', "cannot be read .*(JSON|parse)"),
+        ("a.jsonl", '{"text": ""}\n', "the column text is empty in every row"),
+        ("a.csv", "text\n1\n2\n", "the column text has values of type int64; expected text"),
+        ("a.jsonl", "", "is empty"),
+        ("a.txt", "word", "too small for a held-out part"),
+        ("a.jsonl", '{"text": "a"}\n', "too small for a held-out part"),
+        ("a.bin", "x", "cannot read .bin; known are .json"),
+        ("a.txt", b"\xff\xfe\xff", "cannot be read .*(utf|decode)"),
     ],
 )
-def test_jsonl_that_cannot_be_learned_from(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text(content)
+def test_refusals(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=f"--dataset .*{name}.*: .*{message}"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--dataset_train_split", "best"), "has no split best; it has train"),
+        (("--eval_dataset", "nothing.jsonl"), "--eval_dataset nothing.jsonl: no such file"),
+        (("--dataset_test_split", "best"), "has no split best"),
+        (("--eval_fraction", "1"), "--eval_fraction 1: must be"),
+        (("--eval_fraction", "0"), "too small"),
+        (("--eval_strategy", "no", "--eval_dataset", "x"), "--eval_strategy no does not use it"),
+    ],
+)
+def test_refused_options(tmp_path: Path, more: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_records(str(path))
+        load(write(tmp_path / "a.jsonl", [ROWS["text"]] * 4), *more)
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "./missing", "a/b/c", "missing.jsonl"])
-def test_missing_file(name: str) -> None:
-    with pytest.raises(UserError, match="no such file"):
-        read_records(name)
+@pytest.mark.parametrize("name", ["missing.txt", "./nothing", "a/b/c"])
+def test_missing(name: str) -> None:
+    with pytest.raises(UserError, match=f"--dataset {name}: no such file"):
+        load(name)
 
 
-def test_not_text(tmp_path: Path) -> None:
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not UTF-8"):
-        read_records(str(tmp_path / "binary.txt"))
-    with pytest.raises(UserError, match="is a directory"):
-        read_records(str(tmp_path))
+def test_preferences(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4)
+    assert len(load(path, command="dpo")[0]) == 3
+    with pytest.raises(UserError, match="expected chosen and rejected"):
+        load(write(tmp_path / "b.jsonl", [ROWS["pair"]] * 4), command="dpo")
 
 
-# --- holding out
+# --- the demo's own ----------------------------------------------------------------------------------------------
 
 
-@given(
-    st.lists(st.integers(1, 20), min_size=60, max_size=300),
-    st.floats(0.05, 0.5),
-    st.integers(1, 5),
+def test_bytes_are_their_own_ids() -> None:
+    tokenizer, text = byte_tokenizer(), "aä€\n 😀\x00"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert windows("abcdefg", tokenizer, 3).tolist() == [[97, 98, 99], [100, 101, 102]]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fraction", "blocks"), [([1] * 100, 0.1, 4), ([5, 1, 1, 7] * 20, 0.25, 2), ([3, 3], 0.1, 4)]
 )
 def test_hold_out_takes_contiguous_blocks_of_the_right_size(sizes: list[int], fraction: float, blocks: int) -> None:
     chosen = hold_out(sizes, fraction, blocks)
-    runs = sum(now and not before for before, now in zip([False, *chosen], chosen, strict=False))
-    assert 1 <= runs <= blocks
-    share = sum(size for size, out in zip(sizes, chosen, strict=True) if out) / sum(sizes)
-    assert abs(share - fraction) <= (blocks + 1) * max(sizes) / sum(sizes)
-
-
-def test_split_of_one_text_keeps_every_paragraph_once() -> None:
-    train, held = split_records([Record(PROSE)], 0.25)
-    paragraphs = [p for part in (train, held) for p in part[0].text.split("\n\n") if p.strip()]
-    assert sorted(paragraphs) == sorted(p for p in PROSE.split("\n\n") if p)
-    assert not set(held[0].text.split("\n\n")) & set(train[0].text.split("\n\n")) - {""}
-
-
-def test_split_drops_what_the_training_part_has_too() -> None:
-    records = [Record(f"text {i}") for i in range(30)] + [Record("text  0\n"), Record("text 31")]
-    train, held = split_records(records, 0.1, blocks=1)
-    assert {normal(r.text) for r in train}.isdisjoint(normal(r.text) for r in held)
-    assert len(train) + len(held) == 31
-
-
-@pytest.mark.parametrize("records", [[Record("word")], [Record("same")] * 20])
-def test_too_little_to_hold_out(records: list[Record]) -> None:
-    with pytest.raises(UserError, match="too small"):
-        split_records(records, 0.1)
-
-
-# --- windows
-
-
-@pytest.mark.parametrize("seq_len", [8, 31, 1000])
-def test_each_token_is_predicted_once(tokenizer, seq_len: int) -> None:
-    texts = ["first text", "and the second, longer", "x"]
-    windows = encode([Record(text) for text in texts], tokenizer, seq_len)
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    row = [i for text in texts for i in [start, *text.encode(), end]]
-    predicted = [int(i) for window in windows for i in window["labels"] if i != IGNORED]
-    assert predicted == row[1:]
-    assert windows.targets == len(row) - 1
-    assert windows.bytes == sum(len(text) for text in texts)
-    assert max(len(window["input_ids"]) for window in windows) <= seq_len
-
-
-def test_only_completions_are_predicted(tokenizer) -> None:
-    windows = encode([Record(" 42", prompt="answer:"), Record("é", prompt="")], tokenizer, 32)
-    first, second = windows[0], windows[1]
-    assert tokenizer.decode(first["input_ids"]) == "<|start|>answer: 42<|end|>"
-    assert [int(i) for i in first["labels"] if i != IGNORED] == [*b" 42", tokenizer.eos_token_id]
-    assert [int(i) for i in second["labels"] if i != IGNORED] == [*"é".encode(), tokenizer.eos_token_id]
-    assert windows.bytes == 5
-
-
-def test_long_pairs_lose_the_beginning_of_the_prompt_then_the_end_of_the_completion(tokenizer) -> None:
-    windows = encode([Record("cd", prompt="0123456789ab"), Record("x" * 50, prompt="y")], tokenizer, 12)
-    assert tokenizer.decode(windows[0]["input_ids"]) == "<|start|>456789abcd<|end|>"
-    assert tokenizer.decode(windows[1]["input_ids"]) == "<|start|>" + "x" * 10 + "<|end|>"
-    assert windows.bytes == 12
-
-
-def test_nothing_to_predict(tokenizer) -> None:
-    class Plain:
-        bos_token_id = eos_token_id = None
-
-        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-            return {"input_ids": list(text.encode())}
-
-        def decode(self, ids: list[int]) -> str:
-            return bytes(ids).decode()
-
-    with pytest.raises(UserError, match="too little text"):
-        encode([Record("a")], Plain(), 8)
-    windows = encode([Record("abc")], Plain(), 8)
-    assert (windows.targets, windows.bytes) == (2, 2)  # nothing predicts the first
-
-
-def test_collate_pads_and_masks() -> None:
-    rows = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([1, 2, 3], [4])]
-    batch = collate(rows, pad_id=9)
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert batch["labels"].tolist() == [[1, 2, 3], [4, IGNORED, IGNORED]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert "attention_mask" not in collate(rows[:1])
-
-
-def test_records_survive_json(pairs: Path) -> None:
-    for line, record in zip(pairs.read_text().splitlines(), read_records(str(pairs)), strict=True):
-        assert json.loads(line) == {"prompt": record.prompt, "completion": record.text}
-
-
-# --- the hub
-
-
-def test_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a stand-in for the `datasets` package: no network in tests."""
-    (tmp_path / "datasets.py").write_text(
-        "def load_dataset(name, split):\n"
-        "    if name == 'nobody/nothing':\n"
-        "        raise FileNotFoundError('no such\\n data set')\n"
-        "    return [{'text': f'{name} {split}', 'id': 1}, {'text': ''}, {'text': 'two'}]\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "datasets", raising=False)
-    assert read_records("some/set", "dev") == [Record("some/set dev"), Record("two")]
-    with pytest.raises(UserError, match=r"nobody/nothing: .*cannot be read from the Hub \(no such data set\)"):
-        read_records("nobody/nothing")
-    monkeypatch.delitem(sys.modules, "datasets")
-
-
-def test_data_set_of_the_hub_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="no such file; to read it from the Hub, pip install datasets"):
-        read_records("some/set")
+    held = sum(size for size, out in zip(sizes, chosen, strict=True) if out)
+    assert abs(held - fraction * sum(sizes)) <= blocks * max(sizes)
+    assert sum(now and not before for before, now in zip([False, *chosen], chosen, strict=False)) <= blocks

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from genft_cli.demo import run as demo
+from genft_cli.demo import stages
 from genft_cli.demo.run import Demo
 
 MINIATURE = Demo(
@@ -18,18 +18,23 @@ MINIATURE = Demo(
 
 
 def test_demo_from_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    results = demo.run(MINIATURE, tmp_path / "out", tmp_path / "cache")
+    shown: list[str] = []
+    results = demo.run(MINIATURE, tmp_path / "out", tmp_path / "cache", shown.append)
     assert demo.agrees(results)
     assert not results["base_was_cached"]
     assert json.loads((tmp_path / "out/results.json").read_text()) == json.loads(json.dumps(results))
     assert (tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "out/wegeft/adapter/adapter_model.safetensors").is_file()
+    assert (tmp_path / "out/wegeft/adapter_model.safetensors").is_file()
     table = (tmp_path / "out/table.md").read_text()
     assert table == demo.report(results) + "\n"
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(MINIATURE.methods)
     assert len({len(row) for row in rows}) == 1
     runs = results["runs"]
+    assert [line.split("  ")[0] for line in shown] == ["method", "LoRA (peft)", "WeGeFT"]
+    assert len({len(line) for line in shown}) == 1
+    assert "  WeGeFT: " in demo.closing(results)
+    assert "the logits agree" in demo.closing(results)
     assert len({record["bits_per_byte_before"] for record in runs.values()}) == 1
     assert runs["peft-lora"]["relative_time"] == 1.0
     assert all(record["peak_memory_mib"] > 0 and record["relative_time"] > 0 for record in runs.values())
@@ -49,14 +54,10 @@ def test_interrupted_pretraining_leaves_no_base(tmp_path: Path, monkeypatch: pyt
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "_stage", interrupted)
+    monkeypatch.setattr(stages, "in_process", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo.pretrained_base(MINIATURE, tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_demo_survives_the_way_to_its_processes() -> None:
-    assert Demo.parse(json.dumps(dataclasses.asdict(MINIATURE))) == MINIATURE
 
 
 def test_report_says_when_a_reload_differs() -> None:

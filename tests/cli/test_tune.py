@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from genft_cli import doctor, recipes, tune
+from genft_cli import doctor, methods, tune
 from genft_kernels import LaunchPlan, Problem, choose_plan, device_facts, tuning
 from tests.cli.conftest import Genft
 
@@ -32,7 +32,7 @@ def test_without_a_gpu(genft: Genft, llama: Path) -> None:
         (("--method", "lorra"), ("--method lorra", "wegeft")),
         (("--method", "peft-lora"), ("--method peft-lora", "none of genft's operations")),
         (("--r", "0"), ("--r 0",)),
-        (("--target-modules", "w_proj"), ("--target-modules w_proj", "q_proj")),
+        (("--target-modules", "w_proj"), ("--target_modules w_proj", "q_proj")),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -62,7 +62,7 @@ FEATURES = [("weight_features", 32, 32, 32), ("weight_features", 48, 48, 32)]
 def test_problems_are_those_of_the_adapted_layers(
     llama: Path, method: str, operation: str, r: int, beside: list[tuple[Any, ...]]
 ) -> None:
-    config = recipes.peft_config(method, r=6, target_modules=["q_proj", "v_proj", "up_proj"])
+    config = methods.peft_config(method, r=6, target_modules=["q_proj", "v_proj", "up_proj"])
     found = tune.problems_of(tune._adapted(str(llama), config, method), (1, 64), 2)
     assert len(set(found)) == len(found)
     applied = {(p.m, p.n, p.k) for p in found if p.operation == operation}

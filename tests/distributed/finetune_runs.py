@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 import transformers  # noqa: F401 - before the forks
+import trl  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: F401
+from trl import SFTConfig, SFTTrainer  # noqa: F401
 
-from genft_cli import finetune, training  # noqa: F401
+from genft_cli import finetune, job, plotting, verify  # noqa: F401
 from genft_cli import main as cli
-from genft_cli.data import byte_tokenizer
+from genft_cli.demo.bytes import byte_tokenizer
 from tests.distributed.contract import fork
 
 STEPS = 24
@@ -25,8 +27,9 @@ STEPS = 24
 
 def arguments(folder: Path, output: str) -> list[str]:
     options = f"""finetune --model {folder}/llama --dataset {folder}/text.txt --output {folder}/{output}
-        --rank 4 --dropout 0.2 --target-modules q_proj v_proj --device cpu --steps {STEPS} --batch-size 2 --seq-len 16
-        --save-every 4 --lr 1e-2 --no-verify --seed 7 --evaluations 1"""
+        --rank 4 --dropout 0.2 --target_modules q_proj v_proj --max_steps {STEPS} --per_device_train_batch_size 2
+        --max_length 16 --save_steps 4 --learning_rate 1e-2 --no_verify --seed 7 --logging_steps 1 --eval_steps 24
+        --gradient_checkpointing false"""
     return options.split()
 
 
@@ -50,9 +53,9 @@ def run(folder: Path, output: str, *more: str) -> None:
 
 def main(folder: Path) -> None:
     if not all(fork(1, lambda: prepare(folder))):
-        ends = {"refused": fork(2, lambda: run(folder, "refused", "--warmup", os.environ["RANK"]))}
+        ends = {"refused": fork(2, lambda: run(folder, "refused", "--warmup_steps", os.environ["RANK"]))}
         ends["whole"] = fork(2, lambda: run(folder, "whole"))
-        ends["single"] = fork(1, lambda: run(folder, "single", "--batch-size", "4"))
+        ends["single"] = fork(1, lambda: run(folder, "single", "--per_device_train_batch_size", "4"))
         print(json.dumps({name: [os.waitstatus_to_exitcode(end) for end in found] for name, found in ends.items()}))
 
 

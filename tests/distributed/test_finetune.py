@@ -42,7 +42,7 @@ def test_finetune_in_two_processes(tmp_path):
 def different_options_are_refused(folder: Path, ends: list[int], errors: str) -> None:
     assert ends == [2, 2]
     assert errors.count("options: ranks [1] differ from rank 0") == 2
-    assert "--warmup: got 1.0, rank 0 has 0.0" in errors
+    assert "--warmup_steps: got 1.0, rank 0 has 0.0" in errors
     assert not (folder / "refused").exists()
 
 
@@ -52,12 +52,18 @@ def two_train_one_adapter_and_one_of_them_speaks(folder: Path, ends: list[int], 
     record, single = (json.loads((folder / name / "run.json").read_text()) for name in ("whole", "single"))
     assert (record["processes"], single["processes"]) == (2, 1)
     assert record["steps"] == STEPS
-    assert record["bits_per_byte_after"] < record["bits_per_byte_before"]
-    assert record["bits_per_byte_after"] == pytest.approx(single["bits_per_byte_after"], rel=1e-5)
+    assert record["held_out_after"] < record["held_out_before"]
+    # The Trainer averages over batches, and two processes have other batches.
+    assert record["held_out_after"] == pytest.approx(single["held_out_after"], rel=1e-3)
     for (_, loss), (_, want) in zip(record["training_curve"], single["training_curve"], strict=True):
         assert loss == pytest.approx(want, rel=1e-4)  # the two took halves of the same batches
-    left = {path.name for path in (folder / "whole").iterdir()}
-    assert left == {"adapter", "job.json", "run.json", "loss.png", "probe.safetensors"}
+    left = {
+        path.name for path in (folder / "whole").iterdir() if not path.name.startswith(("checkpoint-", "tokenizer"))
+    }
+    assert left == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "log.jsonl", "loss.png", "options.yaml",
+        "probe.safetensors", "run.json",
+    }  # fmt: skip
 
 
 def process_of(rank: int, parent: int) -> int | None:
@@ -86,7 +92,7 @@ def a_killed_process_changes_nothing(folder: Path) -> None:
     assert f"(pid: {victim})" in errors  # torchrun saw it
     assert "Signal 9 (SIGKILL)" in errors or "exitcode: -9" in errors
     assert out.count("trainable ") == 1
-    found, wanted = (folder / name / "adapter" / "adapter_model.safetensors" for name in ("killed", "whole"))
+    found, wanted = (folder / name / "adapter_model.safetensors" for name in ("killed", "whole"))
     assert found.read_bytes() == wanted.read_bytes()
     assert all(tensor.ne(0).any() for tensor in load_file(wanted).values())
     curves = [json.loads((folder / name / "run.json").read_text())["training_curve"] for name in ("killed", "whole")]

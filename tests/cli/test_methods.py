@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from genft_cli import methods
 from genft_cli.console import UserError
-from genft_cli.recipes import RECIPES, methods, parse_field, peft_config
+from genft_cli.methods import learning_rate, peft_config
 from genft_modules import METHODS
 
+ROOT = Path(__file__).parents[2]
 
-def test_methods() -> None:
-    assert {"wegeft", "gift", "lora", "peft-lora", "full"} <= set(methods())
-    assert set(RECIPES) <= set(methods())
+
+def test_names_are_those_of_the_library_and_a_few_more() -> None:
+    assert set(methods.names()) == {*METHODS, "genft-gelu", "peft-lora", "full"}
 
 
 @pytest.mark.parametrize("method", [*METHODS, "genft-gelu", "peft-lora"])
@@ -19,10 +23,14 @@ def test_every_method_makes_its_configuration(method: str) -> None:
     config = peft_config(method, target_modules=["q_proj"])
     assert config.target_modules == {"q_proj"}
     assert str(getattr(config.task_type, "value", config.task_type)) == "CAUSAL_LM"
+    described = dict(methods.fields(method, ()))
+    assert described.keys() < vars(config).keys()
+    assert method == "peft-lora" or not any(text.startswith("see peft") for text in described.values())
 
 
 def test_full_has_none() -> None:
     assert peft_config("full") is None
+    assert methods.fields("full", ()) == []
 
 
 def test_options_go_to_the_fields_of_the_method() -> None:
@@ -70,11 +78,11 @@ def test_target_modules(names: list[str], expected: object) -> None:
         ({"method": "gift", "alpha": 2.0}, "--alpha: gift has no such setting"),
         ({"method": "grft", "alpha": 2.0}, "--alpha: grft has no such setting"),
         ({"method": "gift", "dropout": 0.1}, "--dropout: gift has no such setting"),
-        ({"method": "lora", "extra": {"rr": 1}}, "--config rr: lora has no such field; it has .*lora_alpha"),
+        ({"method": "grft", "r": 3, "extra": {"k": 3}}, "--r and --k are mutually exclusive"),
+        ({"method": "sas", "r": 3, "extra": {"r_shared": 3}}, "--r and --r_shared are mutually exclusive"),
+        ({"method": "lora", "extra": {"rr": 1}}, "--rr: lora has no such field; it has .*lora_alpha"),
         ({"method": "gift", "extra": {"block": "blok"}}, "--method gift: .*blok"),
         ({"method": "full", "r": 3}, "--r: full"),
-        ({"method": "full", "target_modules": ["q"]}, "--target-modules: full"),
-        ({"method": "full", "extra": {"x": 1}}, "--config: full"),
         ({"method": "peft-lora", "backend": "triton"}, "--backend triton: peft-lora"),
     ],
 )
@@ -83,25 +91,13 @@ def test_refusals(options: dict, message: str) -> None:
         peft_config(**options)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("block=mlp", ("block", "mlp")),
-        ("r=8", ("r", 8)),
-        ("x=1e-3", ("x", 1e-3)),
-        ("x=true", ("x", True)),
-        ("x=None", ("x", None)),
-        ("x=null", ("x", None)),
-        ("x=", ("x", "")),
-        ('tied_modules=[["q_proj", "k_proj"]]', ("tied_modules", [["q_proj", "k_proj"]])),
-        ("x=a=b", ("x", "a=b")),
-    ],
-)
-def test_parse_field(text: str, expected: tuple) -> None:
-    assert parse_field(text) == expected
-
-
-@pytest.mark.parametrize("text", ["block", "=3"])
-def test_parse_field_refuses(text: str) -> None:
-    with pytest.raises(ValueError, match="KEY=VALUE"):
-        parse_field(text)
+def test_learning_rates_are_those_of_the_documentation() -> None:
+    """A row per method, a column per size of model."""
+    text = (ROOT / "docs/guides/choose.md").read_text().partition("## Learning rates")[2]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    sizes = (1e6, 1e8, 1e9, 7e9, 7e10)
+    assert len(rows[0]) == 1 + len(sizes) == 1 + len(methods.LR_FACTORS)
+    for names, *rates in rows[2:]:
+        for name in names.replace("`", "").split(", "):
+            assert [float(rate) for rate in rates] == [learning_rate(name, size) for size in sizes]
+    assert {name for row in rows[2:] for name in row[0].replace("`", "").split(", ")} == set(methods.names())
