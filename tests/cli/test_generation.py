@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from genft_cli.data import byte_tokenizer
+from genft_cli.demo.bytes import byte_tokenizer
 from genft_cli.generation import answers
 
 PROMPTS = ["The cat", "A", "What is the weight of the tree?"]
