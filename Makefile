@@ -18,7 +18,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(fo
 .PHONY: help demo test test-all lint docs bench venv dist clean FORCE
 
 help:
-	@echo "make demo    fine-tune a small model with every method, side by side (some five minutes on two cores)"
+	@echo "make demo    fine-tune a small model with several methods, side by side (three minutes on two cores)"
 	@echo "make test    run the tests"
 	@echo "make test-all  install the optional packages and run the tests that are skipped without them"
 	@echo "make lint    ruff and mypy"

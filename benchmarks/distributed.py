@@ -21,6 +21,7 @@ from benchmarks.measure.results import ROOT
 from benchmarks.report import text
 from benchmarks.report.drawing import canvas, save
 from benchmarks.subjects.models import LLAMA3_8B
+from genft_cli.palette import LOOKS, name_ends
 from genft_modules import FusedGenLinear, GeneratorConfig, GenFTConfig, LoRAConfig, WeGeFTConfig
 
 DOCS = ROOT / "docs"
@@ -37,6 +38,12 @@ METHODS: dict[str, Callable[[], GeneratorConfig]] = {
         outer_activation="gelu",
         target_modules=["q_proj", "v_proj"],
     ),
+}
+DRAWN = {  # as which method a curve of the chart looks
+    "WeGeFT r = 64": "wegeft",
+    "LoRA r = 64": "lora",
+    "GenFT gelu 4 + 4, q and v": "genft-gelu",
+    "every weight": "full",
 }
 ROWWISE = ("o_proj", "down_proj")  # cut along K in every Llama plan; the others along N
 
@@ -112,16 +119,21 @@ def draw(found: dict[str, tuple[Traffic, int]], path: Path) -> Path:
     frozen = next(iter(found.values()))[1]
     product = frozen / 2 * TOKENS * 2 / MACHINE.speed  # of every weight, once: forward, for dX, and for dW if it trains
     curves = {**found, "every weight": (Traffic(frozen, 291, frozen, (0, 0)), frozen)}
-    figure, axes = canvas(1, 2, 9, 3.4)
+    figure, axes = canvas(1, 2, 11, 3.4)
     for axis, way in zip(axes[0], ("DDP", "FSDP2"), strict=True):
-        for (name, (own, base)), mark in zip(curves.items(), "osv^", strict=True):
+        ends = []
+        for name, (own, base) in curves.items():
+            style = LOOKS[DRAWN[name]]
             compute = (3 if name == "every weight" else 2) * product
             share = [compute / (compute + seconds(way, own, base, gpus)) for gpus in GPUS]
-            axis.plot(GPUS, share, marker=mark, markersize=3, linewidth=1, label=name)
+            axis.plot(
+                GPUS, share, color=style.colour, linestyle=style.line, marker=style.mark, markersize=4, linewidth=1
+            )
+            ends.append((name, GPUS[-1], share[-1], style.colour))
         axis.set(title=way, xlabel="GPUs", xscale="log", ylabel="share of a step that computes", ylim=(0, 1.05))
         axis.minorticks_off()
         axis.set_xticks(GPUS, [str(n) for n in GPUS], fontsize=7)
-    axes[0][0].legend(fontsize=7)
+        name_ends(axis, ends)
     figure.suptitle(f"modelled, not measured: Llama-3-8B, {TOKENS} tokens per GPU and step, no overlap", fontsize=9)
     return save(figure, path)
 

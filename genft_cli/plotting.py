@@ -7,25 +7,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# The colour-blind-safe palette of Okabe and Ito.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from genft_cli.palette import LOOKS, look, name_ends
 
 
 def loss_curves(runs: Mapping[str, Mapping[str, Any]], path: Path, unit: str = "bits per byte") -> None:
-    """Plot `training_curve` and `held_out_curve` of each run, lists of (step, loss in `unit`), side by side."""
-    figure = _figure(11, 4.5)
+    """Plot `training_curve` and `held_out_curve` of each run, lists of (step, loss in `unit`), side by side. The keys
+    of `runs` are methods, as `palette.look` takes them; the lines are named at their ends."""
+    figure = _figure(12, 5)
     left, right = figure.subplots(1, 2)
-    for (name, run), colour in zip(runs.items(), _COLOURS * len(runs), strict=False):
+    ends: dict[Any, list[tuple[str, float, float, str]]] = {left: [], right: []}
+    for name, run in runs.items():
+        style = look(name)
         steps = [step for step, _ in run["training_curve"]]
         bits = [value for _, value in run["training_curve"]]
-        left.plot(steps, bits, color=colour, alpha=0.2, linewidth=1)
-        left.plot(steps, _smooth(bits), color=colour, label=name)
         held = run["held_out_curve"]
-        right.plot([s for s, _ in held], [v for _, v in held], color=colour, marker="o", markersize=4, label=name)
-    for axes, title in ((left, "training batches"), (right, "held-out text")):
+        for axes, places, values, mark in (
+            (left, steps, _smooth(bits), None),
+            (right, [s for s, _ in held], [v for _, v in held], style.mark),
+        ):
+            axes.plot(places, values, color=style.colour, linestyle=style.line, marker=mark, markersize=4)
+            if values:
+                ends[axes].append((name, places[-1], values[-1], style.colour))
+        if len(runs) == 1:
+            left.plot(steps, bits, color=style.colour, alpha=0.25, linewidth=1)
+    for axes, title in ((left, "training batches, smoothed"), (right, "held-out text")):
         axes.set(title=title, xlabel="step", ylabel=unit)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.spines[["top", "right"]].set_visible(False)
+        name_ends(axes, ends[axes])
     _save(figure, path)
 
 
@@ -41,12 +50,12 @@ def update_norms(norms: Mapping[str, tuple[float, float]], path: Path, title: st
         kinds.setdefault(kind, []).append((0 if depth is None else int(depth[0]), pair))
     figure = _figure(11, 4.5)
     figure.suptitle(title)
+    looks = list(LOOKS.values())
     for axes, index, label in zip(figure.subplots(1, 2), (0, 1), ("‖ΔW‖", "‖ΔW‖ / ‖W0‖"), strict=True):
         for number, (kind, points) in enumerate(kinds.items()):
             depths, values = [depth for depth, _ in points], [pair[index] for _, pair in points]
-            style = ("-", "--", ":", "-.")[number // len(_COLOURS) % 4]
-            colour = _COLOURS[number % len(_COLOURS)]
-            axes.plot(depths, values, style, color=colour, marker="o", markersize=4, label=kind)
+            style = looks[number % len(looks)]
+            axes.plot(depths, values, color=style.colour, linestyle=style.line, marker="o", markersize=4, label=kind)
         axes.set(xlabel="depth of the layer", ylabel=label, ylim=(0, None))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)

@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import genft_kernels
 import genft_modules
@@ -25,7 +29,7 @@ TEXTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")),
     *PAGES,
 ]
-RUN = re.compile(r"^<!-- run -->\n\n?```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+RUN = re.compile(r"^<!-- run(?:: ([\w, ]+))? -->\n\n?```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^][]*\]\(([^)\s]+)\)")
 NO_PAGE = {"METHODS"}  # a dict
@@ -126,17 +130,36 @@ def base(tmp_path_factory) -> Path:
         max_position_embeddings=64,
     )
     LlamaForCausalLM(config).save_pretrained(directory / "path" / "to" / "model")
+    tokenizer().save_pretrained(directory / "path" / "to" / "model")
     return directory
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, and a chat template that marks what the assistant says."""
+    words = WordLevel({letter: i for i, letter in enumerate(" <>abcdefghijklmnopqrstuvwxyz.,:?")}, unk_token="<")
+    core = Tokenizer(words)
+    core.pre_tokenizer = Split("", "isolated")
+    core.decoder = Fuse()
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=">", pad_token="<", unk_token="<")
+    made.chat_template = (
+        "{% for turn in messages %}{{ turn.role }}: {% if turn.role == 'assistant' %}"
+        "{% generation %}{{ turn.content }}>{% endgeneration %}{% else %}{{ turn.content }} {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return made
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if RUN.search(text.read_text())], ids=name)
 def test_marked_code_runs(text, base, tmp_path, monkeypatch, recwarn):
-    """The blocks of a text run one after the other, in one namespace that has `data`, beside `path/to/model`."""
+    """The blocks of a text run one after the other, in one namespace that has `data`, beside `path/to/model`. A block
+    may name packages, `<!-- run: timm, diffusers -->`: without them the test is skipped from there on."""
     (tmp_path / "path").symlink_to(base / "path")
     monkeypatch.chdir(tmp_path)
     rows = [[(7 * i + j) % 64 for j in range(12)] for i in range(8)]
     namespace: dict[str, Any] = {"data": [{"input_ids": row, "labels": row} for row in rows]}
     source = text.read_text()
     for block in RUN.finditer(source):
-        line = source.count("\n", 0, block.start(1))
-        exec(compile("\n" * line + block[1], str(text), "exec"), namespace)  # line numbers are the text's
+        for package in re.findall(r"\w+", block[1] or ""):
+            pytest.importorskip(package)
+        line = source.count("\n", 0, block.start(2))
+        exec(compile("\n" * line + block[2], str(text), "exec"), namespace)  # line numbers are the text's

@@ -9,7 +9,10 @@ from pathlib import Path
 from benchmarks.measure.results import Record
 from benchmarks.report import budget, text
 from benchmarks.report.devices import Device, grouped
-from benchmarks.report.drawing import COLOURS, MARKS, canvas, save
+from benchmarks.report.drawing import MARKS, bar, canvas, dot, line, look, save
+from genft_cli.palette import LOOKS, name_ends
+
+_TICKS = [digit * 10.0**power for power in range(-3, 6) for digit in (1, 2, 5)]
 
 
 def _ratio(device: Device, path: Path) -> Path | None:
@@ -35,11 +38,11 @@ def _ratio(device: Device, path: Path) -> Path | None:
                 order.index(r["contender"]),
                 xerr=[[ratio["median"] - ratio["q1"]], [ratio["q3"] - ratio["median"]]],
                 fmt=mark,
-                color=COLOURS[r["kind"]],
+                **dot(r),
                 markersize=5,
                 elinewidth=1,
             )
-        axis.plot([], [], mark, color="black", label=f"{text.shape(group[0])} r{group[0]['r']} {group[0]['dtype']}")
+        axis.plot([], [], mark, color="#555555", label=f"{text.shape(group[0])} r{group[0]['r']} {group[0]['dtype']}")
     axis.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
     axis.set_yticks(range(len(order)), order)
     axis.set_xscale("log")
@@ -47,7 +50,9 @@ def _ratio(device: Device, path: Path) -> Path | None:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
     axis.tick_params(axis="x", which="minor", labelsize=7)
-    axis.legend(fontsize=7, loc="upper right")
+    axis.grid(axis="y", alpha=0.25)
+    axis.plot([], [], "o", color="#555555", markerfacecolor="white", label="not genft's")
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3, frameon=False)
     return save(figure, path)
 
 
@@ -60,11 +65,8 @@ def _memory(device: Device, path: Path) -> Path | None:
     for axis, field, words in zip(
         axes[0], ("peak", "saved"), ("peak of a step, MiB", "saved for backward beyond x, MiB"), strict=True
     ):
-        axis.barh(
-            [r["contender"] for r in records],
-            [r["memory"][field] / 2**20 for r in records],
-            color=[COLOURS[r["kind"]] for r in records],
-        )
+        for r in records:
+            axis.barh(r["contender"], r["memory"][field] / 2**20, **bar(r))
         axis.set_xlabel(words)
     axes[0][1].set_yticklabels([])
     figure.suptitle(f"{text.shape(records[0])} r{records[0]['r']} {records[0]['dtype']}; {device.name}", fontsize=9)
@@ -86,14 +88,12 @@ def _roofline(device: Device, path: Path) -> Path | None:
         return None
     figure, axes = canvas(1, 1, 8, 4.5)
     axis = axes[0][0]
-    styles = dict(zip(dict.fromkeys(r["contender"] for r in records), MARKS, strict=False))
     intensity = [r["floor_operations"] / r["floor_bytes"] for r in records]
     for r, x in zip(records, intensity, strict=True):
-        mark = styles.get(r["contender"], ".")
-        axis.plot(x, r["tflops"], mark, color=COLOURS[r["kind"]], markersize=4, alpha=0.8)
-    for name, mark in styles.items():
-        kind = next(r["kind"] for r in records if r["contender"] == name)
-        axis.plot([], [], mark, color=COLOURS[kind], label=name)
+        axis.plot(x, r["tflops"], look(r).mark, **dot(r), markersize=5, alpha=0.8)
+    for name in dict.fromkeys(r["contender"] for r in records):
+        first = next(r for r in records if r["contender"] == name)
+        axis.plot([], [], look(first).mark, **dot(first), label=name)
     low, high = min(intensity) / 1.5, max(intensity) * 1.5
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     for dtype in dict.fromkeys(r["dtype"] for r in records):
@@ -103,7 +103,7 @@ def _roofline(device: Device, path: Path) -> Path | None:
             knee = top / slope
             xs = [low, *([knee] if low < knee < high else []), high]
             axis.plot(xs, [min(top, slope * x) for x in xs], color="black", linewidth=1)
-            axis.annotate(f"product, {dtype}", (high, top), fontsize=7, ha="right", va="bottom")
+            axis.annotate(f"product, {dtype}", (min(max(knee, low), high), top), fontsize=7, ha="left", va="bottom")
     axis.set(xscale="log", yscale="log", xlabel="operations per byte of the floor", ylabel="TFLOP/s of the floor")
     for each, (first, last) in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
         each.set_major_formatter("{x:g}")
@@ -112,7 +112,7 @@ def _roofline(device: Device, path: Path) -> Path | None:
         else:
             each.set_minor_formatter("")
     axis.set_title(device.name, fontsize=9)
-    axis.legend(fontsize=7)
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside right center", frameon=False)
     return save(figure, path)
 
 
@@ -138,36 +138,30 @@ def _scaling(device: Device, path: Path) -> Path | None:
         panels.append((words, own, lambda r, field=field: r[field]))  # type: ignore[misc]
     if deep:
         panels.append(("layers", deep, lambda r: r["model"]["layers"]))
-    every = list(dict.fromkeys(r["contender"] for r in records))
-    figure, axes = canvas(2, len(panels), 3.2 * len(panels), 5.6)
-    for column, (words, own, place) in enumerate(panels):
-        for row, (value, label) in enumerate(
+    figure, axes = canvas(len(panels), 2, 10.5, 3.4 * len(panels))
+    for row, (words, own, place) in enumerate(panels):
+        for column, (value, label) in enumerate(
             ((lambda r: r["ms"]["median"], "ms"), (lambda r: r["memory"]["peak"] / 2**20, "peak, MiB"))
         ):
             axis = axes[row][column]
+            ends = []
             for name in dict.fromkeys(r["contender"] for r in own):
-                number = every.index(name)
                 curve = sorted((r for r in own if r["contender"] == name and "memory" in r), key=place)
-                kind = curve[0]["kind"] if curve else "floor"
+                if not curve:
+                    continue
+                xs, ys = [place(r) for r in curve], [value(r) for r in curve]
+                style = look(curve[0])
                 axis.plot(
-                    [place(r) for r in curve],
-                    [value(r) for r in curve],
-                    color="black" if name == "frozen" else f"C{number}",
-                    linestyle={"floor": "--", "genft": "-"}.get(kind, ":"),
-                    marker=MARKS[number % len(MARKS)],
-                    markersize=3,
-                    linewidth=1,
-                    label=name,
+                    xs, ys, linestyle=line(curve[0]), marker=style.mark, **dot(curve[0]), markersize=4, linewidth=1
                 )
-            axis.set(xscale="log", yscale="log", ylabel=label if column == 0 else "")
+                ends.append((name, xs[-1], ys[-1], style.colour))
+            axis.set(xscale="log", yscale="log", xlabel=words, ylabel=label)
             axis.minorticks_off()
             places = sorted({place(r) for r in own})
-            axis.set_xticks(places, [f"{p:g}" for p in places], fontsize=7)
+            axis.set_xticks(places, [f"{p:g}" for p in places], fontsize=8)
+            axis.set_yticks([t for t in _TICKS if axis.get_ylim()[0] <= t <= axis.get_ylim()[1]])
             axis.yaxis.set_major_formatter("{x:g}")
-            if row == 1:
-                axis.set_xlabel(words)
-        if words in ("M", "layers"):
-            axes[0][column].legend(fontsize=6)
+            name_ends(axis, ends)
     figure.suptitle(
         f"forward and backward around M = {common[0]}, N = K = {common[1]}, r = {common[2]}; {device.name}", fontsize=9
     )
@@ -177,7 +171,7 @@ def _scaling(device: Device, path: Path) -> Path | None:
 def draw_adaptation(slug: str, data: Record, folder: Path) -> Path:
     """Bits per byte of each seed, time of a step and memory, by method."""
     rows = budget.rows(data)[::-1]
-    colours = [COLOURS["genft" if row.method not in ("peft-lora", "full") else "peer"] for row in rows]
+    colours = [LOOKS[row.method].colour for row in rows]
     places = range(len(rows))
     figure, axes = canvas(1, 3, 10, 0.28 * len(rows) + 1.2)
     bits, time, memory = axes[0]

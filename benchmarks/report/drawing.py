@@ -1,12 +1,47 @@
-"""How every chart looks, and the same file each time it is drawn."""
+"""How every chart looks, and the same file each time it is drawn. Colours are those of genft_cli.palette."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"floor": "#7f7f7f", "genft": "#1f77b4", "peer": "#ff7f0e", "naive": "#d62728"}
+from benchmarks.measure.results import Record
+from genft_cli.palette import LOOKS, OTHER, Look
+
 MARKS = "os^Dv<>PX*"
+METHODS = {"genft-linear": "genft", "genft-leakyrelu": "genft-gelu", "grft-row": "grft", "grft-column": "grft"}
+
+
+def look(record: Record) -> Look:
+    """Of the method that a contender computes, whoever computes it; the frozen layer and methods that are not ours are
+    grey. peft's LoRA is the one that has a look of its own."""
+    method = METHODS.get(record["method"], record["method"])
+    if record["kind"] == "peer" and method == "lora":
+        method = "peft-lora"
+    return LOOKS.get(method, OTHER)
+
+
+def ours(record: Record) -> bool:
+    return record["kind"] in ("genft", "floor")
+
+
+def line(record: Record) -> Any:
+    """The line of a contender: the method's own, dotted for formulations that are not ours and for a second variant."""
+    if record["kind"] == "floor" and record["method"] == "none":
+        return "-"
+    return look(record).line if record["kind"] != "naive" and record["method"] != "genft-leakyrelu" else ":"
+
+
+def dot(record: Record) -> dict[str, Any]:
+    """Keywords of a marker: filled where the contender is ours, hollow where it is another implementation."""
+    colour = look(record).colour
+    return {"color": colour, "markerfacecolor": colour if ours(record) else "white"}
+
+
+def bar(record: Record) -> dict[str, Any]:
+    """Keywords of a bar, in the same way."""
+    colour = look(record).colour
+    return {"color": colour if ours(record) else "white", "edgecolor": colour, "linewidth": 1.2}
 
 
 def canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:

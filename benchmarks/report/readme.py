@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.measure.results import Record
 from benchmarks.report import budget, text
 from benchmarks.report.devices import Device
-from benchmarks.report.drawing import COLOURS, canvas, save
+from benchmarks.report.drawing import bar, canvas, save
 
 # Method, contender, when to take it, and what it trains at r = 16 on the q, k, v, up and down projections of
 # Llama-3-8B, as docs/guides/choose.md counts it.
@@ -119,20 +119,18 @@ def draw_kept(devices: dict[str, Device], path: Path) -> Path | None:
         return None
     figure, axes = canvas(1, 1, 8, 0.42 * len(pairs) + 1.1)
     axis = axes[0][0]
-    for which, offset, colour, words in (
-        (1, -0.19, COLOURS["naive"], "released formulation (PEANuT and LoRA: peft)"),
-        (2, 0.19, COLOURS["genft"], "genft"),
-    ):
-        saved = [pair[which]["memory"]["saved"] for pair in pairs]
-        places = [place + offset for place in range(len(pairs))]
-        axis.barh(places, [count / 2**20 for count in saved], height=0.36, color=colour, label=words)
-        for place, count in zip(places, saved, strict=True):
-            at = (count / 2**20, place)
-            axis.annotate(text.size(count), at, (3, 0), textcoords="offset points", va="center", size=8)
+    for which, offset in ((1, -0.19), (2, 0.19)):
+        for place, pair in enumerate(pairs):
+            record = pair[which]
+            saved = record["memory"]["saved"]
+            whose = "genft" if which == 2 else "peft" if record["kind"] == "peer" else "released formulation"
+            axis.barh(place + offset, saved / 2**20, height=0.34, **bar(record))
+            at = (saved / 2**20, place + offset)
+            words = f"{text.size(saved)}, {whose}"
+            axis.annotate(words, at, (4, 0), textcoords="offset points", va="center", size=8)
     axis.set_yticks(range(len(pairs)), [pair[0] for pair in pairs])
     axis.invert_yaxis()
     axis.set_xlabel("MiB kept for the backward pass, beyond the layer's input")
     axis.set_title(text.case(pairs[0][2]), fontsize=9)
-    axis.margins(x=0.08)
-    axis.legend(loc="lower right", frameon=False)
+    axis.margins(x=0.24)
     return save(figure, path)

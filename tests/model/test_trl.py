@@ -1,17 +1,16 @@
-"""TRL's SFTTrainer with our configs, where TRL is installed (it is no dependency)."""
+"""TRL's SFTTrainer with our configs."""
 
 from __future__ import annotations
 
+import datasets
 import pytest
 import torch
+import trl
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.support.cases import CASES, KINDS, llama, logits
-
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
