@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from genft_cli.demo.bytes import byte_tokenizer
 from genft_cli.generation import answers
+from tests.cli.conftest import Genft
 
 PROMPTS = ["The cat", "A", "What is the weight of the tree?"]
 
@@ -67,3 +68,21 @@ def test_refusals(model: Any) -> None:
         answers(model, byte_tokenizer(), ["a", ""], 2, 4)
     with pytest.raises(ValueError, match=r"number 1 has 100 tokens; .* 128 positions take at most 98"):
         answers(model, byte_tokenizer(), ["a" * 100], 2, 30)
+
+
+def test_what_the_command_refuses(genft: Genft, tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text('{"question": "Who?", "answer": "I"}\n')
+    for options, message in (
+        (("--dataset", "test.jsonl"), "--prompt-column prompt: test.jsonl has the columns question, answer"),
+        (("--dataset", "no.jsonl"), "--dataset no.jsonl: no such file"),
+        (("--dataset", "test.jsonl", "--batch-size", 0), "--batch-size 0: must be at least 1"),
+        (("--dataset", "test.jsonl", "--prompt-column", "question", "--output", "no/a.jsonl"), "no such folder"),
+        (("--dataset", "test.jsonl", "--chat"), "--chat: is for --prompt only"),
+        (("--prompt", "Who?", "--output", "a.jsonl"), "--output: is for --dataset only"),
+        (("--prompt", "Who?", "--dataset", "test.jsonl"), "not allowed with argument"),
+        ((), "one of the arguments --prompt --dataset is required"),
+    ):
+        done = genft("generate", "out", *options)
+        assert done.code == 2
+        assert message in done.err
+    assert not (tmp_path / "out").exists()
