@@ -118,9 +118,12 @@ def run(demo: Demo, output: Path, cache: Path, show: Callable[[str], None] = pri
     for number, method in enumerate(demo.methods, start=1):
         say(f"[{number}/{len(demo.methods)}] {NAMES[method]}")
         runs[method] = _adapt(demo, method, base, texts, output / method, first=not runs)
-        runs[method]["bits_per_byte_before"] = runs[demo.methods[0]]["bits_per_byte_before"]
         if number == 1:
+            base_curve = runs[method]["held_out_curve"][:1]  # of the base, which is the same for all
             show(_HEADER)
+        else:
+            runs[method]["bits_per_byte_before"] = base_curve[0][1]
+            runs[method]["held_out_curve"][:0] = base_curve
         show(_row(method, runs[method]))
     stages.in_process(stages.time_steps, demo, base, texts["train"], output / "times.json")
     times = json.loads((output / "times.json").read_text(encoding="utf-8"))
