@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from genft_cli import methods
 from genft_cli.console import UserError, one_line
+from genft_cli.metrics import GLUE
 
 # The commands, and the dataclass and the trainer of each.
 COMMANDS = {
@@ -84,7 +85,43 @@ class RunArguments:
     )
 
 
+@dataclass
+class ClassifyArguments:
+    """The data of a classification or regression."""
+
+    glue: str | None = field(default=None, metadata={"help": f"columns, metrics and split of {', '.join(GLUE)}"})
+    text_columns: list[str] | None = field(
+        default=None, metadata={"help": "one or two columns of text (default: those of GLUE's tasks, or text)"}
+    )
+    label_column: str = field(default="label", metadata={"help": "column of the labels"})
+    image_column: str = field(default="path", metadata={"help": "column of the paths of images"})
+    image_root: str | None = field(
+        default=None, metadata={"help": "folder where the paths of images begin (default: that of the file)"}
+    )
+    crop: bool = field(
+        default=False,
+        metadata={"help": "crop images, at random and mirrored in training; without it, they are resized as a whole"},
+    )
+    max_text_length: int | None = field(
+        default=None, metadata={"help": "tokens per text or pair (default: 512 or the model's limit)"}
+    )
+    metrics: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "accuracy, f1, matthews_correlation, mean_per_class_accuracy (default: accuracy); for a regression "
+            "pearson, spearman (default: both)"
+        },
+    )
+
+
 OURS = (MethodArguments, RunArguments)
+EXTRA = {"classify": ClassifyArguments}  # the options of one command only
+
+
+def kinds_of(command: str) -> tuple[type, ...]:
+    """The dataclasses with our own options for the command."""
+    extra = EXTRA.get(command)
+    return OURS if extra is None else (*OURS, extra)
 
 
 @dataclass

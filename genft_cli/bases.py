@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Collection
@@ -149,11 +150,23 @@ def load(adapter: str, config: Any, base: str, device: str, dtype: torch.dtype |
     where = check_device(device)
     kind = _kind(config, model_config(base))
     say(f"loading {base}")
-    loaded = load_base(base, dtype, getattr(transformers, kind), found_elsewhere=config.modules_to_save or ()).to(where)
+    saved = config.modules_to_save or ()
+    details = _details(path_of(adapter))
+    loaded = load_base(base, dtype, getattr(transformers, kind), found_elsewhere=saved, **details).to(where)
     try:
         return load_adapter(loaded, path_of(adapter))
     except ValueError as error:
         raise UserError(one_line(error)) from None
+
+
+def _details(adapter: Path) -> dict[str, Any]:
+    """What the base model was loaded with, such as the number of classes, if a run left its record here."""
+    try:
+        found = json.loads((adapter / "run.json").read_text(encoding="utf-8")).get("load")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    known = ("num_labels", "problem_type", "ignore_mismatched_sizes", "pad_token_id")
+    return {name: found[name] for name in known if name in found} if isinstance(found, dict) else {}
 
 
 def _kind(config: Any, base_config: Any) -> str:

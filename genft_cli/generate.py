@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 
 from genft_cli import bases
 from genft_cli.console import UserError, one_line
+from genft_cli.generation import answers
+from genft_cli.tables import check_columns, read_rows
 
 
 def run(
@@ -67,6 +70,50 @@ def run(
     with loaded.disable_adapter():
         before = answer()
     return f"--- base model\n{before}\n\n--- {adapter}\n{answer()}"
+
+
+def run_file(
+    adapter: str,
+    dataset: str,
+    output: str | None = None,
+    *,
+    model: str | None = None,
+    device: str = "auto",
+    prompt_column: str = "prompt",
+    batch_size: int = 8,
+    max_new_tokens: int = 64,
+) -> str:
+    """Answer the prompts of a file greedily, and write its rows with the answers in a column "generated".
+
+    Args:
+        dataset: .jsonl, .json, .csv or .parquet with one prompt per row, complete with its template.
+        output: .jsonl; default: DATASET with .answers.jsonl.
+
+    Raises:
+        UserError: the adapter, its base model, the file or an option cannot be used.
+    """
+    for option, value in (("--batch-size", batch_size), ("--max-new-tokens", max_new_tokens)):
+        if value < 1:
+            raise UserError(f"{option} {value}: must be at least 1")
+    rows = read_rows("--dataset", dataset)
+    check_columns("--prompt-column", dataset, rows, prompt_column, dataset)
+    path = bases.path_of(output) if output else bases.path_of(dataset).with_suffix(".answers.jsonl")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: no such folder")
+    config = bases.config_of(adapter)
+    base = bases.base_of(config, adapter, model)
+    tokenizer = _tokenizer(adapter, base)
+    loaded = bases.load(adapter, config, base, device)
+    if not loaded.can_generate():
+        raise UserError(f"{adapter}: adapts a model that does not generate text")
+    try:
+        found = answers(loaded, tokenizer, [str(row[prompt_column]) for row in rows], batch_size, max_new_tokens)
+    except ValueError as error:
+        raise UserError(f"--dataset {dataset}: {one_line(error)}") from None
+    with path.open("w", encoding="utf-8") as file:
+        for row, answer in zip(rows, found, strict=True):
+            file.write(json.dumps({**row, "generated": answer}, ensure_ascii=False) + "\n")
+    return f"{len(rows):,} answers: {path}"
 
 
 def _tokenizer(adapter: str, base: str) -> Any:

@@ -9,7 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Job:
     held_out: Any  # or None
     trainable: int
     total: int
+    loading: dict[str, Any] = field(default_factory=dict)  # what from_pretrained needs beside the dtype
+    facts: dict[str, Any] = field(default_factory=dict)  # for the record
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
@@ -297,6 +299,7 @@ def _evaluate_last(trainer: Any) -> None:
     """Evaluate after the last step, unless the Trainer did."""
     history = trainer.state.log_history
     done = any("eval_loss" in row and row["step"] == trainer.state.global_step for row in history)
+    done = done and not trainer.args.load_best_model_at_end  # the best checkpoint may be an earlier one
     if trainer.eval_dataset is not None and not done:
         trainer.evaluate()
 
@@ -319,6 +322,8 @@ def _record(job: Job, trainer: Any, progress: Progress, idle: float, peak: float
         "method": options.method.method,
         "base": place(options.model.model_name_or_path),
         "kind": job.kind.__name__,
+        "load": job.loading,
+        **job.facts,
         "adapter": job.peft_config is not None,
         "device": str(trainer.args.device),
         "processes": launched(),
@@ -330,7 +335,7 @@ def _record(job: Job, trainer: Any, progress: Progress, idle: float, peak: float
         "steps": trainer.state.global_step,
         "held_out_before": held_out[0][1] if held_out and held_out[0][0] == 0 else None,
         "held_out_after": held_out[-1][1] if held_out else None,
-        "metrics": {k: v for row in history[-1:] for k, v in row.items() if k.startswith("eval_")},
+        "metrics": next((_metrics(row) for row in reversed(history) if "eval_loss" in row), {}),
         "seconds_per_step": progress.seconds_per_step(),
         "peak_memory_mib": peak,
         "idle_memory_mib": idle,
@@ -338,6 +343,13 @@ def _record(job: Job, trainer: Any, progress: Progress, idle: float, peak: float
         "training_curve": [(row["step"], row["loss"]) for row in history if "loss" in row],
         "held_out_curve": held_out,
     }
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    """What an evaluation found beside the loss."""
+    other = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    names = [name.removeprefix("eval_") for name in row if name.startswith("eval_")]
+    return {name: row[f"eval_{name}"] for name in names if name not in other}
 
 
 def _proved(
@@ -378,8 +390,7 @@ def summary(record: dict[str, Any], output: str) -> str:
             )
         )
     for name, value in record["metrics"].items():
-        if name in record.get("shown", ()):
-            lines.append((name.removeprefix("eval_"), f"{value:.4f}"))
+        lines.append((name, f"{value:.4f}"))
     lines += [
         ("time", f"{record['seconds_per_step'] or math.nan:.3f} s per step, {record['seconds']:.0f} s in total"),
         ("memory", f"{record['peak_memory_mib']:.0f} MiB peak during training"),

@@ -17,7 +17,11 @@ examples:
   genft finetune --model ./llama --dataset notes.txt --method wegeft --r 64
   genft finetune --model ./llama --dataset dialogues.jsonl --num_train_epochs 2 --packing
   genft finetune --config run.yaml --resume
+  genft classify --model ./roberta --dataset reviews.csv
+  genft classify --config recipes/genft-vtab1k.yaml --dataset ./vtab-1k/cifar
   genft generate runs/wegeft --prompt "The colour of the cat is"
+  genft generate runs/wegeft --dataset test.jsonl --output answers.jsonl
+  genft score answers.jsonl --scorer gsm8k
   genft merge runs/wegeft --output merged
   genft export-lora runs/wegeft --output lora
   genft inspect runs/wegeft --plot norms.png
@@ -70,6 +74,26 @@ data: rows with "prompt", and any columns that the reward functions read.
 examples:
   genft grpo --model ./llama --dataset problems.jsonl --reward_funcs accuracy_reward
   genft grpo --model ./llama --dataset problems.jsonl --reward_funcs rewards.short_answers
+""",
+    ),
+    "classify": (
+        "classify texts or images (transformers' Trainer)",
+        """\
+Train a classifier of texts or images, or a regression on texts, with transformers' Trainer, and save the adapter with
+the new head. The model decides between texts and images. The classes come from the data; labels with a decimal point
+make a regression.
+
+texts: .jsonl, .csv, .parquet, a folder or a data set on the Hub, with one or two columns of text and the labels.
+images: a folder with one subfolder per class, or with such folders in train and test; .csv or .jsonl with paths and
+labels; a .txt list of lines "path label", or a folder with train800val200.txt and test.txt, as in VTAB-1k; a folder
+with train.json and test.json of the form {path: label}, as in FGVC; or a data set on the Hub.
+""",
+        """\
+examples:
+  genft classify --model ./roberta --dataset reviews.csv
+  genft classify --model ./roberta --dataset ./glue/mrpc --glue mrpc --method genft
+  genft classify --model ./vit --dataset ./flowers --crop --metrics accuracy mean_per_class_accuracy
+  genft classify --config recipes/genft-vtab1k.yaml --model ./vit --dataset ./vtab-1k/cifar
 """,
     ),
 }
@@ -125,6 +149,23 @@ examples:
 """
 
 
+_SCORE = """\
+Compare generated answers with references, print the accuracy and write it as JSON.
+
+scorers:
+  commonsense  the first of true/false, answer1 to answer5, ending1 to ending4, option1/option2 or solution1/solution2
+               in the answer, as in LLM-Adapters; the reference decides which of these
+  gsm8k        the number after "####", else the last number, without commas and units
+  letter       the first of the letters A to E, as LLM-Adapters scores AQuA
+  exact        the same text, apart from spaces at both ends
+
+examples:
+  genft score answers.jsonl --scorer gsm8k
+  genft score answers.jsonl --scorer commonsense --by task
+  genft score outputs.json --scorer exact --generated-column output_pred --reference-column label
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises UserError instead of printing the usage."""
 
@@ -151,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_training(commands)
     _add_adapter_commands(commands)
+    _add_score(commands)
     _add_tune(commands)
     return parser
 
@@ -195,11 +237,33 @@ def _add_adapter_commands(commands: Any) -> None:
     sub = add("inspect", "show an adapter's contents and the size of each layer's ΔW", _INSPECT)
     sub.add_argument("--plot", metavar="FILE", help="plot the norms to a .png, .svg or .pdf file")
     sub = add("generate", "generate text with the base model and with an adapter", _GENERATE)
-    sub.add_argument("--prompt", metavar="TEXT", required=True, help="the text to continue")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    what.add_argument("--dataset", metavar="FILE", help="file with one prompt per row (.jsonl, .json, .csv, .parquet)")
+    sub.add_argument("--output", metavar="FILE", help="the rows of --dataset with the answers, as .jsonl")
+    sub.add_argument("--prompt-column", metavar="NAME", help="column of the prompts (default: prompt)")
+    sub.add_argument("--batch-size", type=int, metavar="N", help="prompts per batch (default: 8)")
     sub.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
-    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="length of the answer (default: 64)")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="length of an answer (default: 64)")
     sub.add_argument("--temperature", type=float, metavar="T", help="sample with this temperature (default: greedy)")
     sub.add_argument("--seed", type=int, metavar="N", help="random seed of sampling (default: 0)")
+
+
+def _add_score(commands: Any) -> None:
+    sub = commands.add_parser(
+        "score",
+        help="compare generated answers with references",
+        description=_SCORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    sub.add_argument("answers", metavar="ANSWERS", help="file with one answer per row (.jsonl, .json, .csv)")
+    sub.add_argument("--scorer", metavar="NAME", required=True, help="commonsense, gsm8k, letter, exact")
+    sub.add_argument("--generated-column", metavar="NAME", help="column of the answers (default: generated)")
+    sub.add_argument("--reference-column", metavar="NAME", help="column of the references (default: answer)")
+    sub.add_argument("--by", metavar="COLUMN", help="also the accuracy for each value of this column, and their mean")
+    sub.add_argument("--output", metavar="FILE", help="the result as JSON (default: ANSWERS with .score.json)")
 
 
 def _add_tune(commands: Any) -> None:
@@ -267,6 +331,11 @@ def _main(words: list[str]) -> int:
         return doctor.run(options["seconds"])
     if command == "demo":
         return _demo(options)
+    if command == "score":
+        from genft_cli import scorers
+
+        print(scorers.report(scorers.score(**options)))
+        return 0
     if command == "tune":
         quiet()
         return _tune(options)
@@ -282,7 +351,7 @@ def _train(command: str, words: list[str]) -> int:
 
     _, about, examples = _TRAIN[command]
     if {"-h", "--help"} & set(words):
-        print(arguments.short_help(command, about, examples))
+        print(arguments.short_help(command, about, examples, arguments.kinds_of(command)))
         return 0
     if "trl" not in sys.modules:
         say("importing torch, transformers and TRL")
@@ -293,13 +362,14 @@ def _train(command: str, words: list[str]) -> int:
         raise UserError(f"genft {command} needs TRL and datasets: pip install 'genft[train]' ({error})") from None
     quiet()
     if "--help-all" in words:
-        print(arguments.full_help(command, [word for word in words if word != "--help-all"]))
+        rest = [word for word in words if word != "--help-all"]
+        print(arguments.full_help(command, rest, arguments.EXTRA.get(command)))
         return 0
-    from genft_cli import bases, finetune, job
+    from genft_cli import bases, classify, finetune, job
 
     bases.join()
-    options = arguments.parse(command, words)
-    record = finetune.run(options)
+    options = arguments.parse(command, words, arguments.EXTRA.get(command))
+    record = classify.run(options) if command == "classify" else finetune.run(options)
     if not is_first():
         return 0
     print(job.summary(record, options.training.output_dir))
@@ -334,11 +404,22 @@ def _tune(options: dict[str, Any]) -> int:
 def _adapter(command: str, options: dict[str, Any]) -> int:
     from genft_cli import export, generate, inspect, merge
 
+    if command == "generate":
+        _check_generate(options)
     run: dict[str, Callable[..., str]] = {
         "merge": merge.merge,
         "export-lora": export.export,
         "inspect": inspect.inspect,
-        "generate": generate.run,
+        "generate": generate.run_file if "dataset" in options else generate.run,
     }
     print(run[command](**options))
     return 0
+
+
+def _check_generate(options: dict[str, Any]) -> None:
+    """Refuse options of the other form of the command."""
+    file = "dataset" in options
+    for name in ("chat", "temperature", "seed") if file else ("output", "prompt_column", "batch_size"):
+        if options.get(name):
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option}: is for {'--prompt' if file else '--dataset'} only")

@@ -70,13 +70,16 @@ class Facts:
         return ["genft", self.method] if self.ours else [self.method]
 
 
-def write_card(directory: Path, *, former: Path | None = None, note: str = "") -> None:
+def write_card(
+    directory: Path, *, former: Path | None = None, note: str = "", loading: Mapping[str, Any] | None = None
+) -> None:
     """Write or update the card of the adapter in `directory`, from its adapter_config.json.
 
     Args:
         directory: the adapter's directory.
         former: directory of an adapter that will be replaced by this one; its card, if any, is updated.
         note: an additional sentence.
+        loading: arguments of the base model's from_pretrained, such as num_labels.
     """
     path = directory / CARD
     source = former / CARD if former is not None and (former / CARD).exists() else path
@@ -84,7 +87,7 @@ def write_card(directory: Path, *, former: Path | None = None, note: str = "") -
         facts = _facts(directory)
         before = _facts(former) if former is not None and (former / CONFIG).exists() else None
         text = source.read_bytes().decode("utf-8") if source.exists() else ""
-        replace_text(path, updated(text, facts, before, note))
+        replace_text(path, updated(text, facts, before, note, loading))
     except (OSError, ValueError) as error:
         if source != path:
             path.unlink(missing_ok=True)  # so that it does not replace the former card
@@ -95,13 +98,19 @@ def _facts(directory: Path) -> Facts:
     return Facts.of(json.loads((directory / CONFIG).read_text(encoding="utf-8")))
 
 
-def updated(text: str, facts: Facts, former: Facts | None = None, note: str = "") -> str:
+def updated(
+    text: str,
+    facts: Facts,
+    former: Facts | None = None,
+    note: str = "",
+    loading: Mapping[str, Any] | None = None,
+) -> str:
     """The text of a card ("" if there is none) with our block and missing entries of the header. Entries of the header
     that come from `former`, the previous adapter, are replaced."""
     header = HEADER.match(text)
     fields = _header(header[1] if header else "", facts, former)
     rest = text[header.end() :] if header else text
-    ours = block(facts, note)
+    ours = block(facts, note, loading)
     if BLOCK.search(rest):
         rest = BLOCK.sub(lambda _: ours, rest, count=1)
     elif rest.lstrip().startswith(UNTITLED):
@@ -144,7 +153,7 @@ def _entry(before: str, value: str) -> re.Pattern[str]:
     return re.compile(rf"^{before}[\"']?{re.escape(value)}[\"']?([ \t]*\r?\n)", re.MULTILINE)
 
 
-def block(facts: Facts, note: str = "") -> str:
+def block(facts: Facts, note: str = "", loading: Mapping[str, Any] | None = None) -> str:
     """The block written by genft, with its markers."""
     target = f"the base model `{facts.base}`" if facts.base else "an unnamed base model"
     if facts.ours:
@@ -153,6 +162,7 @@ def block(facts: Facts, note: str = "") -> str:
         needs = "Loading it only needs peft."
     loader = facts.loader if facts.loader and facts.loader.isidentifier() else None
     base = json.dumps(facts.base or "path/to/the/base/model", ensure_ascii=False)
+    base += "".join(f", {name}={value!r}" for name, value in (loading or {}).items())
     lines = [
         START,
         "## Loading",

@@ -12,7 +12,15 @@ import datasets
 import huggingface_hub.constants
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 
 from genft_cli import main as cli
 from genft_cli.demo.bytes import byte_tokenizer
@@ -83,6 +91,37 @@ def narrow_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("narrow_llama")
     _save_llama(directory, 100)
     byte_tokenizer().save_pretrained(str(directory))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder of 128 positions, without a head for classification."""
+    directory = tmp_path_factory.mktemp("roberta")
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=130,
+    )
+    RobertaForMaskedLM(config).save_pretrained(str(directory))
+    byte_tokenizer().save_pretrained(str(directory))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vision transformer for images of 16×16, without a head."""
+    directory = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=16, patch_size=8, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    ViTModel(config).save_pretrained(str(directory))
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(str(directory))
     return directory
 
 

@@ -12,10 +12,13 @@ import pytest
 
 from tests.cli.conftest import Genft
 
-COMMANDS = ("finetune", "dpo", "grpo", "demo", "merge", "export-lora", "inspect", "generate", "tune", "doctor")
+COMMANDS = (
+    "finetune", "dpo", "grpo", "classify", "demo", "merge", "export-lora", "inspect", "generate", "score", "tune",
+    "doctor",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("words", ["--version", "--help", "finetune --help", "demo --help", ""])
+@pytest.mark.parametrize("words", ["--version", "--help", "finetune --help", "classify --help", "score --help", ""])
 def test_help_imports_neither_torch_nor_trl(words: str) -> None:
     code = (
         "import sys\nfrom genft_cli.main import main\n"
