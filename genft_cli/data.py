@@ -1,7 +1,8 @@
 """Data sets of the training commands: a local file or folder, or a data set on the Hub; read by `datasets`.
 
 What TRL's trainers prepare themselves (text, prompt and completion, messages, preferences) is handed on as it is;
-Alpaca's columns become prompt and completion, ShareGPT's conversations become messages. Anything else is refused with the columns that were found.
+Alpaca's columns become prompt and completion, ShareGPT's conversations become messages. Anything else is refused with
+the columns that were found.
 """
 
 from __future__ import annotations
