@@ -388,7 +388,8 @@ def short_help(command: str, summary: str, examples: str, kinds: Sequence[Any] =
     for kind in kinds:
         for f in dataclasses.fields(kind):
             default = " ".join(f.default_factory()) if callable(f.default_factory) else f.default
-            text = f.metadata["help"] + ("" if default in (None, False) else f" (default: {default})")
+            choices = f": {', '.join(f.metadata['choices'])}" if "choices" in f.metadata else ""
+            text = f.metadata["help"] + choices + ("" if default in (None, False) else f" (default: {default})")
             name = f"--no_{f.name}" if default is True else f"--{f.name}"
             text = f"do not {f.metadata['help']}" if default is True else text
             first, *more = textwrap.wrap(text, 72)

@@ -182,6 +182,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    _add_demo(commands)
+    _add_training(commands)
+    _add_adapter_commands(commands)
+    _add_score(commands)
+    _add_tune(commands)
     doctor = commands.add_parser(
         "doctor",
         help="print versions, devices, backend and a plan, and run a numerical self-check",
@@ -189,11 +194,6 @@ def _parser() -> argparse.ArgumentParser:
         "operations against float64. The exit code is 1 if the check fails.",
     )
     doctor.add_argument("--seconds", type=float, default=10.0, metavar="S", help="duration of the check (default: 10)")
-    _add_demo(commands)
-    _add_training(commands)
-    _add_adapter_commands(commands)
-    _add_score(commands)
-    _add_tune(commands)
     return parser
 
 
@@ -203,11 +203,13 @@ def _add_training(commands: Any) -> None:
 
 
 def _add_demo(commands: Any) -> None:
+    from genft_cli.demo.run import Demo
+
     sub = commands.add_parser("demo", help="compare the methods on a small model, in three minutes", description=_DEMO)
     sub.add_argument("--output", metavar="DIR", default="runs/demo", help="directory of the results (%(default)s)")
     sub.add_argument("--cache-dir", metavar="DIR", help="directory of the pretrained model (default: ~/.cache/genft)")
     sub.add_argument(
-        "--methods", nargs="+", metavar="NAME", help="methods to compare, or all (default: the five of the README)"
+        "--methods", nargs="+", metavar="NAME", help=f"methods to compare, or all (default: {' '.join(Demo.methods)})"
     )
 
 

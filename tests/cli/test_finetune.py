@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from genft_cli import finetune, job, runs, training
 from genft_cli.arguments import parse
 from genft_cli.verify import verify
-from genft_modules import METHODS
 from tests.cli.conftest import Genft
 
 QUICK = (
@@ -45,8 +44,9 @@ def log(run: Path | str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", [*METHODS, "genft-gelu", "peft-lora", "full"])
-def test_every_method_trains_and_saves(genft: Genft, llama: Path, prose: Path, method: str) -> None:
+# One per form of ΔW, an alias, peft's own and none; the models' contract covers all methods.
+@pytest.mark.parametrize("method", ["wegeft", "genft-gelu", "sas", "peft-lora", "full"])
+def test_methods_train_and_save(genft: Genft, llama: Path, prose: Path, method: str) -> None:
     options = () if method == "full" else PROJECTIONS
     before = {path: path.read_bytes() for path in llama.iterdir()}
     done = genft("finetune", "--model", llama, "--dataset", prose, "--method", method, *options, *QUICK, "--no_verify")
@@ -290,15 +290,6 @@ def test_overwrite_replaces_a_run_and_nothing_else(genft: Genft, llama: Path, pr
 # --- options -----------------------------------------------------------------------------------------------------
 
 
-def test_same_seed_same_run(genft: Genft, llama: Path, prose: Path) -> None:
-    common = ("finetune", "--model", llama, "--dataset", prose, *PROJECTIONS, *QUICK, "--no_verify")
-    for output, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert genft(*common, "--output", output, "--seed", seed).code == 0
-    a, b, c = (tensors(run) for run in "abc")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not all(torch.equal(a[name], c[name]) for name in a)
-
-
 def test_a_run_can_be_repeated_from_its_options(genft: Genft, llama: Path, prose: Path) -> None:
     Path("run.yaml").write_text(
         f"model: {llama}\ndataset: {prose}\nmethod: wegeft\nr: 4\nwegeft_alpha: 16\ntied_modules: [[q_proj]]\n"
@@ -312,12 +303,14 @@ def test_a_run_can_be_repeated_from_its_options(genft: Genft, llama: Path, prose
     done = genft("finetune", "--config", "a/options.yaml", "--output", "b")
     assert done.code == 0, done.err
     assert all(torch.equal(value, tensors("b")[name]) for name, value in tensors("a").items())
+    assert genft("finetune", "--config", "a/options.yaml", "--output", "c", "--seed", 1).code == 0
+    assert not all(torch.equal(value, tensors("c")[name]) for name, value in tensors("a").items())
 
 
 def test_grft_selects_by_gradients_first(genft: Genft, llama: Path, prose: Path) -> None:
     common = ("finetune", "--model", llama, "--dataset", prose, *PROJECTIONS, *QUICK, "--no_verify", "--method", "grft")
     found = {}
-    for seed, batches, orientation in ((0, 2, "row"), (1, 2, "row"), (0, 3, "column")):
+    for seed, batches, orientation in ((0, 2, "row"), (1, 3, "column")):
         fields = ("--orientation", orientation, "--penalty", 1e-3, "--penalty_modules", "[v_proj]")
         options = ("--r", 5, "--seed", seed, "--calibration_batches", batches, *fields)
         done = genft(*common, *options, "--output", f"out{len(found)}")
@@ -329,21 +322,18 @@ def test_grft_selects_by_gradients_first(genft: Genft, llama: Path, prose: Path)
         assert all(len(each) == 5 for each in chosen.values())
         found[len(found)] = chosen
     assert len(found[0]) == 4
-    assert found[0] != found[1]  # other batches
-    assert found[0] != found[2]
+    assert found[0] != found[1]
     assert genft(*common, "--selection", "random", "--output", "random").code == 0
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        ("--dtype", "bfloat16"),
-        ("--gradient_checkpointing", "true", "--gradient_accumulation_steps", 2),
+        ("--dtype", "bfloat16", "--gradient_checkpointing", "true", "--gradient_accumulation_steps", 2),
         ("--backend", "reference", "--early_stopping_patience", 3, "--load_best_model_at_end", "--save_steps", 0.25),
-        ("--method", "gift", "--block", "mlp", "--in_projection_bias", "true"),
-        ("--method", "lora", "--target_modules", ".*(gate|up)_proj"),
+        ("--method", "gift", "--block", "mlp", "--in_projection_bias", "true", "--eval_fraction", 0.3),
+        ("--method", "lora", "--target_modules", ".*(gate|up)_proj", "--warmup_steps", 2),
         ("--method", "grft", "--dtype", "bfloat16", "--calibration_batches", 2),
-        ("--eval_fraction", 0.3, "--warmup_steps", 2),
     ],
     ids=lambda options: " ".join(map(str, options)),
 )

@@ -1,19 +1,24 @@
 """Two processes that run `genft finetune`, as forks of one that has imported everything.
 
 `python -m tests.distributed.finetune_runs FOLDER` makes a model and a text in FOLDER, then a run whose processes have
-different options, which has to be refused, one that nothing disturbs, in FOLDER/whole, and the same in one process.
+different options, which has to be refused, one that nothing disturbs, in FOLDER/whole, the same in one process, and one
+of which a process is killed, in FOLDER/killed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
 import transformers  # noqa: F401 - before the forks
 import trl  # noqa: F401
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments  # noqa: F401
 from trl import SFTConfig, SFTTrainer  # noqa: F401
 
@@ -51,12 +56,39 @@ def run(folder: Path, output: str, *more: str) -> None:
     os._exit(cli.main([*arguments(folder, output), *more]))
 
 
+def rank(folder: Path) -> None:
+    """One of torchrun's processes; leaves its number where `kill` finds it."""
+    torch.set_num_threads(1)
+    (folder / f"process-{os.environ['RANK']}").write_text(str(os.getpid()))
+    if code := cli.main(arguments(folder, "killed")):
+        sys.exit(code)
+
+
+def kill(folder: Path) -> None:
+    """Kill the second process when there is a checkpoint."""
+    while not (folder / "killed" / "checkpoint-8" / "trainer_state.json").exists():
+        time.sleep(0.002)
+    os.kill(int((folder / "process-1").read_text()), signal.SIGKILL)
+
+
+def killed(folder: Path) -> None:
+    """What `torchrun --nproc-per-node 2 --max-restarts 1` does, with forks."""
+    threading.Thread(target=kill, args=(folder,), daemon=True).start()
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, run_id="killed", start_method="fork",
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.1,
+    )  # fmt: skip
+    elastic_launch(config, rank)(folder)
+
+
 def main(folder: Path) -> None:
     if not all(fork(1, lambda: prepare(folder))):
         ends = {"refused": fork(2, lambda: run(folder, "refused", "--warmup_steps", os.environ["RANK"]))}
         ends["whole"] = fork(2, lambda: run(folder, "whole"))
         ends["single"] = fork(1, lambda: run(folder, "single", "--per_device_train_batch_size", "4"))
         print(json.dumps({name: [os.waitstatus_to_exitcode(end) for end in found] for name, found in ends.items()}))
+        sys.stdout.flush()
+        killed(folder)
 
 
 if __name__ == "__main__":

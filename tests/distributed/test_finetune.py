@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.finetune_runs import STEPS, arguments
+from tests.distributed.finetune_runs import STEPS
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
@@ -31,12 +29,13 @@ def test_finetune_in_two_processes(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    out, _, last = done.stdout.rstrip().rpartition("\n")
-    ends = json.loads(last)
+    before, ends, after = next(
+        done.stdout.partition(line) for line in done.stdout.splitlines() if line.startswith('{"refused": ')
+    )
+    ends = json.loads(ends)
     different_options_are_refused(tmp_path, ends["refused"], done.stderr)
-    two_train_one_adapter_and_one_of_them_speaks(tmp_path, ends["whole"], out)
-    if Path("/proc/self/task").exists():  # that is where the process to kill is found
-        a_killed_process_changes_nothing(tmp_path)
+    two_train_one_adapter_and_one_of_them_speaks(tmp_path, ends["whole"], before)
+    a_killed_process_changes_nothing(tmp_path, after, done.stderr)
 
 
 def different_options_are_refused(folder: Path, ends: list[int], errors: str) -> None:
@@ -66,31 +65,9 @@ def two_train_one_adapter_and_one_of_them_speaks(folder: Path, ends: list[int], 
     }  # fmt: skip
 
 
-def process_of(rank: int, parent: int) -> int | None:
-    """Among the children of `parent`."""
-    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
-            return int(child)
-    return None
-
-
-def a_killed_process_changes_nothing(folder: Path) -> None:
+def a_killed_process_changes_nothing(folder: Path, out: str, errors: str) -> None:
     """torchrun starts both again, and the run ends as the one that was not disturbed."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with subprocess.Popen(
-        [*torchrun, "--max-restarts", "1", "-m", "genft_cli", *arguments(folder, "killed")],
-        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as launched:  # fmt: skip
-        output = folder / "killed"
-        while not (output / "checkpoint-8" / "trainer_state.json").exists():
-            assert launched.poll() is None, launched.stderr.read()[-3000:]
-            time.sleep(0.002)
-        victim = process_of(1, launched.pid)
-        os.kill(victim, signal.SIGKILL)
-        out, errors = launched.communicate(timeout=300)
-    assert launched.returncode == 0, errors[-3000:]
-    assert f"(pid: {victim})" in errors  # torchrun saw it
-    assert "Signal 9 (SIGKILL)" in errors or "exitcode: -9" in errors
+    assert "failed (exitcode: -9) local_rank: 1" in errors  # torchrun saw it
     assert out.count("trainable ") == 1
     found, wanted = (folder / name / "adapter_model.safetensors" for name in ("killed", "whole"))
     assert found.read_bytes() == wanted.read_bytes()
