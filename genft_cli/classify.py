@@ -107,7 +107,7 @@ def check(options: Options) -> tuple[job.Job, Task, list[str]]:
     if options.training.ddp_find_unused_parameters is None and options.method.method != "full":
         options.training.ddp_find_unused_parameters = False  # all adapters and the head are used
     checked = job.check(options, kind, base_config, task_type, task.train, task.held_out)
-    checked.loading = _loading(task, None if images else base_config.pad_token_id)
+    checked.loading |= _loading(task, None if images else base_config.pad_token_id)
     checked.facts = {"labels": task.labels.names}
     return checked, task, head
 

@@ -85,7 +85,12 @@ def check(options: Options, kind: Any, base_config: Any, task_type: str | None, 
     _check_backend(options.method.backend, options.training.device)
     if "learning_rate" not in options.given:
         options.training.learning_rate = methods.learning_rate(options.method.method, total)
-    return Job(options, kind, base_config, config, train, held_out, trainable, total)
+    checked = Job(options, kind, base_config, config, train, held_out, trainable, total)
+    if _trust(options):
+        checked.loading["trust_remote_code"] = True
+    if config is not None and options.model.model_revision != "main":
+        checked.loading["revision"] = options.model.model_revision
+    return checked
 
 
 def check_numbers(options: Options) -> None:
@@ -358,7 +363,11 @@ def _proved(
     """The record, with the result of reloading in a new process."""
     from genft_cli import plotting, verify
 
-    verify.save_probe(model, probe, directory / runs.PROBE)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded:
+        say("the saved adapter is not reloaded and compared: the model is sharded")
+    else:
+        verify.save_probe(model, probe, directory / runs.PROBE)
     runs.write_json(directory / runs.RECORD, record)
     plotting.loss_curves({record["method"]: record}, directory / "loss.png", "loss")
     if warning := flat(record["training_curve"]):
@@ -366,7 +375,7 @@ def _proved(
     trainer.model = trainer.model_wrapped = None
     del model
     gc.collect()
-    if job.options.run.verify:
+    if job.options.run.verify and not sharded:
         if trainer.args.device.type == "cuda":
             torch.cuda.empty_cache()  # for the verifying process
         record["reload"] = verify.verify_in_new_process([directory])[0]

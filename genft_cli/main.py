@@ -98,6 +98,9 @@ examples:
     ),
 }
 
+# One of these is needed.
+_WITH_MODEL = {"--model", "--model_name_or_path", "--model-name-or-path", "--config", "--help-all"}
+
 _DEMO = """\
 Pretrain a small byte-level Llama on the source code of Python's standard library (cached), fine-tune it on Python's
 documentation with several methods, and print a table, row by row.
@@ -355,6 +358,8 @@ def _train(command: str, words: list[str]) -> int:
     if {"-h", "--help"} & set(words):
         print(arguments.short_help(command, about, examples, arguments.kinds_of(command)))
         return 0
+    if not {word.partition("=")[0] for word in words} & _WITH_MODEL:
+        raise UserError("--model is missing: a local model directory, or a model on the Hub")
     if "trl" not in sys.modules:
         say("importing torch, transformers and TRL")
     try:

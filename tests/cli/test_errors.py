@@ -91,7 +91,8 @@ def test_mistakes(genft: Genft, llama: Path, prose: Path, options: tuple[str, ..
 
 
 def test_what_is_missing(genft: Genft, llama: Path, prose: Path) -> None:
-    _refused(genft("finetune"), "--model is missing")
+    _refused(genft("finetune"), "--model is missing: a local model directory")
+    _refused(genft("finetune", "--config", "wrong.yaml"), "--config wrong.yaml")
     _refused(genft("finetune", "--model", llama), "--dataset is missing", ".jsonl")
     _refused(genft("finetun"), "finetun", "doctor")
 
