@@ -1,5 +1,5 @@
 # Each target makes the virtual environment and installs what it needs by itself.
-#   make demo | test | test-all | lint | docs | bench | venv | dist | clean        variables: PYTHON, VENV, ARGS, PINS
+#   make demo | test | test-all | lint | audit | docs | bench | venv | dist | clean   variables: PYTHON, VENV, ARGS, PINS
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,13 +15,14 @@ OPTIONAL_STAMP := $(VENV)/.installed-optional
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(foreach pin,$(PINS),'$(pin)')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs bench venv dist clean FORCE
+.PHONY: help demo test test-all lint audit docs bench venv dist clean FORCE
 
 help:
 	@echo "make demo    fine-tune a small model with several methods, side by side (three minutes on two cores)"
 	@echo "make test    run the tests"
 	@echo "make test-all  install the optional packages and run the tests that are skipped without them"
 	@echo "make lint    ruff and mypy"
+	@echo "make audit   look up known vulnerabilities of the installed packages"
 	@echo "make docs    build the site of docs/ into site/"
 	@echo "make bench   run the benchmarks"
 	@echo "make venv    only the virtual environment, with what the other targets need"
@@ -61,6 +62,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Of the versions that are installed; the project itself is left out.
+audit: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.10"
+	$(BIN)/python -m pip_audit --skip-editable $(ARGS)
 
 $(DOCS_STAMP): $(STAMP)
 	$(INSTALL) -e ".[docs]"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from genft_cli.console import UserError, one_line, say
+from genft_cli.console import UserError, check_writable, one_line, say
 from genft_modules.card import TASKS
 from genft_modules.disk.adapters import load_adapter, read_config
 from genft_modules.files import check_new
@@ -130,10 +130,14 @@ def method_of(config: Any) -> str:
 
 
 def check_output(output: str) -> None:
+    """Raises UserError unless `output` can become a new directory."""
     try:
         check_new(path_of(output))
     except ValueError as error:
         raise UserError(f"--output {one_line(error)}") from None
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror}") from None
+    check_writable("--output", output)
 
 
 def base_of(config: Any, adapter: str, model: str | None) -> str:

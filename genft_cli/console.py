@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped] # its types are a package of their own
 
@@ -52,11 +53,37 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def told(error: Exception) -> str:
+    """What the command says of an error, on one line."""
+    if isinstance(error, UserError):
+        return f"error: {one_line(error)}"
+    if isinstance(error, RunError):
+        return one_line(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"[-500:]
+    return f"{type(error).__name__}: {one_line(error)[:500]} (--debug shows where)"
+
+
 def say(text: str = "") -> None:
     """Print a progress message to stderr."""
     if is_first():
         with tqdm.external_write_mode(file=sys.stderr):
             print(text, file=sys.stderr, flush=True)
+
+
+def check_writable(option: str, name: str) -> None:
+    """Raises UserError if nothing can be written in the directory `name` or, where it is missing, in the nearest one
+    above it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # safetensors and tokenizers take no such paths
+        raise UserError(f"{option} {name}: is not UTF-8") from None
+    path = Path(os.path.realpath(os.path.expanduser(name)))
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{option} {name}: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {name}: {nearest} cannot be written")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

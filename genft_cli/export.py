@@ -27,8 +27,6 @@ def export(
         arguments, _, what = one_line(error).partition(":")
         options = arguments.replace("max_error", "--max-error").replace("rank", "--rank")
         raise UserError(f"{options}:{what}") from None
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror or one_line(error)}") from None
     rows = [
         (layer.name, str(layer.rank), "exact" if layer.exact else "approximated", f"{layer.error:.1e}")
         for layer in layers

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from genft_cli.bases import genft_config, load, method_of, path_of
-from genft_cli.console import UserError, table
+from genft_cli.console import UserError, check_writable, table
 from genft_modules.files import PREFIX, WEIGHTS, some
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods import GeneratorConfig
@@ -47,6 +47,7 @@ def inspect(adapter: str, *, model: str | None = None, plot: str | None = None, 
             raise UserError(f"--plot {error}") from None
         if not path_of(plot).parent.is_dir():
             raise UserError(f"--plot {plot}: no such directory")
+        check_writable("--plot", str(path_of(plot).parent))
     tensors = load_file(path_of(adapter) / WEIGHTS)
     parts = [_summary(adapter, config, recorded, tensors), _groups(tensors)]
     if base is None:

@@ -6,6 +6,8 @@ import copy
 import gc
 import math
 import re
+import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Mapping
@@ -20,8 +22,9 @@ from genft_cli.arguments import Options
 from genft_cli.bases import launched, load_base, model_config, place
 from genft_cli.console import UserError, one_line, say
 from genft_cli.measure import PeakMemory
-from genft_cli.training import Keeper, Progress, TrainerMixin, flat
+from genft_cli.training import End, Keeper, Progress, Trained, TrainerMixin, flat
 from genft_modules.disk.adapters import save_adapter
+from genft_modules.files import added_files, writing
 from genft_modules.model import distributed
 
 
@@ -248,22 +251,38 @@ def train(
     memory.start()
     try:
         with keeper.listening():
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            _train(trainer, resume_from)
             if keeper.stopped_by is not None:
                 raise KeyboardInterrupt
             peak = memory.peak()
             _evaluate_last(trainer)
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        say("saving")
+        if training.push_to_hub:
+            trainer.push_to_hub()
+        runs.check_there(directory)
+        _save(job, trainer, model, directory)
+    except OSError:
+        _rescue(job, trainer, directory)
+        raise
     finally:
         progress.close()
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    say("saving")
-    if training.push_to_hub:
-        trainer.push_to_hub()
-    _save(job, trainer, model, directory)
     if distributed.rank() != 0:
         return {}  # only rank 0 logs and verifies
     record = _record(job, trainer, progress, idle, peak, time.perf_counter() - began)
     return _proved(job, trainer, model, directory, record, probe)
+
+
+def _train(trainer: Any, resume_from: Path | None) -> None:
+    if resume_from is None:
+        trainer.train()
+        return
+    trainer.add_callback(End())
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from))
+    except Trained:  # the checkpoint is loaded
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
 
 
 def _select(job: Job, trainer: Any) -> None:
@@ -311,11 +330,31 @@ def _evaluate_last(trainer: Any) -> None:
 
 def _save(job: Job, trainer: Any, model: Any, directory: Path) -> None:
     if job.peft_config is None:
-        trainer.save_model(str(directory))
+        if launched() > 1:
+            trainer.save_model(str(directory))
+        else:
+            with added_files(directory) as partial:
+                trainer.save_model(str(partial))
         return
     save_adapter(model, directory)
     if distributed.rank() == 0 and trainer.processing_class is not None:
-        trainer.processing_class.save_pretrained(str(directory))
+        with added_files(directory) as partial:
+            trainer.processing_class.save_pretrained(str(partial))
+
+
+def _rescue(job: Job, trainer: Any, directory: Path) -> None:
+    """The run cannot go on: what no checkpoint contains of it is saved where the system keeps temporary files."""
+    step = trainer.state.global_step
+    newest = runs.checkpoints(directory)[-1:]
+    if launched() > 1 or step == 0 or (newest and newest[0].name == f"checkpoint-{step}"):
+        return
+    place = Path(tempfile.mkdtemp(prefix="genft-"))
+    try:
+        _save(job, trainer, trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), place)
+    except OSError:
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        say(f"what was trained until step {step} is saved in {place}")
 
 
 def _record(job: Job, trainer: Any, progress: Progress, idle: float, peak: float, seconds: float) -> dict[str, Any]:
@@ -367,7 +406,8 @@ def _proved(
     if sharded:
         say("the saved adapter is not reloaded and compared: the model is sharded")
     else:
-        verify.save_probe(model, probe, directory / runs.PROBE)
+        with writing(directory):
+            verify.save_probe(model, probe, directory / runs.PROBE)
     runs.write_json(directory / runs.RECORD, record)
     plotting.loss_curves({record["method"]: record}, directory / "loss.png", "loss")
     if warning := flat(record["training_curve"]):
@@ -387,6 +427,7 @@ def summary(record: dict[str, Any], output: str) -> str:
     """A readable summary of a run."""
     share = record["trainable_parameters"] / record["all_parameters"]
     before, after = record["held_out_before"], record["held_out_after"]
+    step = record["seconds_per_step"]
     lines = [
         ("method", f"{record['method']}, {record['steps']} steps, learning rate {record['learning_rate']:g}"),
         ("trainable", f"{record['trainable_parameters']:,} of {record['all_parameters']:,} parameters ({share:.2%})"),
@@ -401,7 +442,7 @@ def summary(record: dict[str, Any], output: str) -> str:
     for name, value in record["metrics"].items():
         lines.append((name, f"{value:.4f}"))
     lines += [
-        ("time", f"{record['seconds_per_step'] or math.nan:.3f} s per step, {record['seconds']:.0f} s in total"),
+        ("time", f"{'' if step is None else f'{step:.3f} s per step, '}{record['seconds']:.0f} s in total"),
         ("memory", f"{record['peak_memory_mib']:.0f} MiB peak during training"),
         ("saved", output),
     ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from genft_cli.console import INTERRUPTED, RunError, UserError, is_first, one_line, quiet, say
+from genft_cli.console import INTERRUPTED, RunError, UserError, is_first, quiet, say, told
 
 _EXAMPLES = """\
 examples:
@@ -298,29 +299,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     process = "" if is_first() else f"rank {os.environ['RANK']}: "
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 # until the process ends
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for a name of a file that is not UTF-8
     try:
-        return _main(words)
-    except UserError as error:
-        print(f"genft: error: {process}{one_line(error)}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"genft: {process}{one_line(error)}", file=sys.stderr)
-        return 1
+        try:
+            return _main(words)
+        finally:
+            sys.stdout.flush()  # here, not when Python ends
     except KeyboardInterrupt:
         print("genft: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 # the reader has gone; Python would flush into nothing again
+    except BrokenPipeError:  # the reader has gone
+        _drop_output()
         return 1
     except Exception as error:
-        if debug:
+        if debug and not isinstance(error, (UserError, RunError)):
             raise
-        name = type(error).__name__
-        print(f"genft: {process}{name}: {one_line(error)[:500]} (--debug shows where)", file=sys.stderr)
-        return 1
+        _drop_output()
+        print(f"genft: {process}{told(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+
+
+def _drop_output() -> None:
+    """What is left in stdout's buffer goes nowhere if it cannot be written; Python would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _main(words: list[str]) -> int:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current directory is gone") from None
     if words and words[0] in _TRAIN:
         return _train(words[0], words[1:])
     options = vars(_parser().parse_args(words))

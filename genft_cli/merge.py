@@ -29,12 +29,9 @@ def merge(adapter: str, output: str, *, model: str | None = None, dtype: str = "
         merged = adapted.merge_and_unload(safe_merge=True)
     except (TypeError, ValueError) as error:
         raise UserError(f"{adapter}: cannot be merged: {one_line(error)}") from None
-    try:
-        with new_directory(path_of(output)) as partial:
-            merged.save_pretrained(str(partial))
-            _copy_companions(base, partial)
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror or one_line(error)}") from None
+    with new_directory(path_of(output)) as partial:
+        merged.save_pretrained(str(partial))
+        _copy_companions(base, partial)
     stored = str(next(merged.parameters()).dtype).removeprefix("torch.")
     return f"merged     {method_of(config)} into {base}, {stored}\nsaved      {output}"
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from genft_cli.palette import LOOKS, look, name_ends
+from genft_modules.files import writing
 
 
 def loss_curves(runs: Mapping[str, Mapping[str, Any]], path: Path, unit: str = "bits per byte") -> None:
@@ -82,11 +84,13 @@ def _figure(width: float, height: float) -> Any:
 def _save(figure: Any, path: Path) -> None:
     """Write atomically, in the format given by the file name."""
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(partial, format=path.suffix.removeprefix(".").lower(), dpi=120)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path.parent):
+        try:
+            figure.savefig(partial, format=path.suffix.removeprefix(".").lower(), dpi=120)
+            partial.replace(path)
+        finally:
+            with suppress(OSError):
+                partial.unlink()
 
 
 def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:

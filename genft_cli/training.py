@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import statistics
 import threading
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from genft_cli import runs
 from genft_cli.console import RunError, say
-from genft_cli.runs import LOG
+from genft_modules.files import writing
 from genft_modules.model.slices import PenaltyMixin
 from genft_modules.progress import bar
 
@@ -39,7 +41,16 @@ class TrainerMixin(PenaltyMixin):
             if parameter.requires_grad and not bool(torch.isfinite(parameter.detach()).all()):
                 step = self.state.global_step  # type: ignore[attr-defined]
                 raise RunError(f"{name} is no longer finite at step {step}; {_LOWER}")
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        directory = Path(self.args.output_dir)  # type: ignore[attr-defined]
+        runs.check_there(directory)
+        try:
+            with writing(directory):
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        except OSError:
+            checkpoint = directory / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
+            if checkpoint.is_dir() and runs.fault_of(checkpoint):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
 
     def create_model_card(self, *arguments: Any, **options: Any) -> None:
         """The adapter brings its own card."""
@@ -49,7 +60,7 @@ class Progress(TrainerCallback):
     """The progress bar, the log on disk, a line per evaluation, and the time of each step."""
 
     def __init__(self, title: str, directory: Path) -> None:
-        self.title, self.log = title, directory / LOG
+        self.title, self.log = title, directory / runs.LOG
         self.bar: Any = None
         self.seconds: list[float] = []
         self._began: float | None = None
@@ -79,7 +90,7 @@ class Progress(TrainerCallback):
         if "eval_loss" in logs:
             say(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
         row = {"step": state.global_step, "time": round(time.time(), 3), **logs}
-        with self.log.open("a", encoding="utf-8") as file:
+        with writing(self.log.parent), self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -92,6 +103,32 @@ class Progress(TrainerCallback):
     def seconds_per_step(self) -> float | None:
         steady = self.seconds[WARMUP_STEPS:] or self.seconds
         return statistics.median(steady) if steady else None
+
+
+class Trained(Exception):
+    """There is nothing left to train."""
+
+
+class End(TrainerCallback):
+    """Raises `Trained` before the first step if the checkpoint to resume from is the last of its run. transformers
+    would train one more step."""
+
+    def __init__(self) -> None:
+        self._first = True
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._first and (state.global_step >= state.max_steps or _out_of_patience(state)):
+            raise Trained
+        self._first = False
+
+
+def _out_of_patience(state: Any) -> bool:
+    """Whether the run of a loaded checkpoint was ended by EarlyStoppingCallback."""
+    stopping = state.stateful_callbacks.get("EarlyStoppingCallback")
+    if not isinstance(stopping, dict):
+        return False
+    patience = stopping["args"]["early_stopping_patience"]
+    return bool(stopping["attributes"]["early_stopping_patience_counter"] >= patience)
 
 
 class Keeper(TrainerCallback):

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from genft_cli import methods
 from genft_cli.bases import DTYPES, model_config
-from genft_cli.console import UserError, one_line, say, table
+from genft_cli.console import UserError, check_writable, one_line, say, table
 from genft_cli.job import adapted_on_meta
 from genft_kernels import Problem, device_facts
 from genft_kernels.plan import FEW_ROWS, user_tables
 from genft_kernels.tuning import Tuned, operation_of, tune, write_table
+from genft_modules.files import writing
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods import Generator
 from genft_modules.methods.forms import Form, Generated, InputEdit, LowRank
@@ -79,16 +80,16 @@ def _measured(problems: Sequence[Problem], dtype: torch.dtype, device: torch.dev
     facts = device_facts(device)
     path = user_tables() / f"{facts.architecture}.json"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    check_writable("GENFT_CACHE:", str(path.parent))
     found: list[Tuned] = []
     try:
         with bar(len(problems), "measuring plans", unit="problem") as progress:
             for tuned in tune(problems, dtype, device, budget=budget):
                 # Written at once, so that finished problems survive an interruption.
-                write_table(path, [tuned.entry()], device=name, torch=torch.__version__)
+                with writing(path.parent):
+                    write_table(path, [tuned.entry()], device=name, torch=torch.__version__)
                 found.append(tuned)
                 progress.update()
-    except OSError as error:
-        raise UserError(f"GENFT_CACHE: {path}: {error.strerror or one_line(error)}") from None
     except ValueError as error:
         raise UserError(one_line(error)) from None
     if len(found) < len(problems):

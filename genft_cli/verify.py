@@ -1,6 +1,7 @@
 """Verification of a saved run: reload it in a new process and compare its logits with those of the trained model.
 
-`python -m genft_cli.verify RUN...` reads RUN/run.json and RUN/probe.safetensors, writes RUN/reload.json.
+`python -m genft_cli.verify RUN...` reads RUN/run.json and RUN/probe.safetensors, writes RUN/reload.json; what fails, it
+says on stdout.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from genft_cli.console import INTERRUPTED, quiet
+from genft_cli.console import RunError, quiet, told
+from genft_modules.files import replace_text
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods.weights import is_quantised
 from genft_modules.progress import bar
@@ -45,12 +47,12 @@ def _logits(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch
 
 
 def verify_in_new_process(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """`verify` for each run, in one new process. Raises RuntimeError if that process fails."""
-    done = subprocess.run([sys.executable, "-m", "genft_cli.verify", *map(str, runs)], check=False)
-    if done.returncode == INTERRUPTED:
-        raise KeyboardInterrupt
+    """`verify` for each run, in one new process. Raises RunError if that process fails."""
+    command = [sys.executable, "-m", "genft_cli.verify", *map(str, runs)]
+    # A session of its own: Ctrl-C reaches this process only, which then ends the other.
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, start_new_session=True)
     if done.returncode:
-        raise RuntimeError(f"reloading the adapters in a new process failed with exit code {done.returncode}")
+        raise RunError(f"reloading in a new process failed: {done.stdout.strip() or f'exit code {done.returncode}'}")
     return [json.loads((run / "reload.json").read_text(encoding="utf-8")) for run in runs]
 
 
@@ -87,16 +89,21 @@ def verify(run: Path) -> dict[str, Any]:
     return {"loaded": loaded, "merged": merged, "largest_logit": largest, "agree": agree}
 
 
+def verify_all(runs: Sequence[Path]) -> None:
+    """`verify` for each run; the results are in RUN/reload.json."""
+    with bar(len(runs), "reloading in a new process", unit="adapter") as progress:
+        for run in runs:
+            replace_text(run / "reload.json", json.dumps(verify(run), indent=2) + "\n")
+            progress.update()
+
+
 def main(arguments: Sequence[str]) -> int:
     quiet()
     try:
-        with bar(len(arguments), "reloading in a new process", unit="adapter") as progress:
-            for argument in arguments:
-                run = Path(argument)
-                (run / "reload.json").write_text(json.dumps(verify(run), indent=2) + "\n", encoding="utf-8")
-                progress.update()
-    except KeyboardInterrupt:
-        return INTERRUPTED
+        verify_all([Path(argument) for argument in arguments])
+    except Exception as error:
+        print(told(error))
+        return 1
     return 0
 
 

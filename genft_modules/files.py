@@ -9,17 +9,22 @@ An adapter is two files. It is replaced so that the process may die at any step,
 So if there is an adapter_config.json, it belongs to the weights. If there is none, the config in the header does (or
 the .old one, if the weights were saved by other code). `load_adapter` follows these rules; stock peft finds no adapter
 between steps 1 and 3. Processes that save to the same directory wait for each other.
+
+If something cannot be written, what was there stays as it was, the temporary files are removed, and the error is an
+OSError that names the directory and the reason (`writing`).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -36,35 +41,92 @@ PREFIX = "base_model.model."  # of every key in a peft checkpoint and every modu
 FORMER = CONFIG + ".old"  # the previous config while CONFIG and WEIGHTS are being replaced
 PARTIAL = ".partial"
 CARRIED = "adapter_config"  # in the metadata of WEIGHTS: the text of their CONFIG
+_TORCH = re.compile("inline_container|PytorchStreamWriter|Parent directory")  # in torch's errors of writing
+_FOREIGN = "lost+found"  # in the root of an empty file system
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What cannot be written in this block raises an OSError that names `path` and the reason. safetensors, tokenizers
+    and torch have errors of their own for it; other errors pass."""
+    try:
+        yield
+    except Exception as error:
+        number = _number(error, path)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _number(error: Exception, path: Path) -> int | None:
+    """The system's number of a failed write to `path`; None for any other error."""
+    if isinstance(error, OSError):
+        place = error.filename
+        elsewhere = isinstance(place, str) and not Path(os.path.abspath(place)).is_relative_to(path.absolute().parent)
+        return None if elsewhere else error.errno
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # of Rust
+        return int(found[1])
+    if isinstance(error, RuntimeError) and _TORCH.search(str(error)):  # which does not say why
+        if not path.is_dir():
+            return errno.ENOENT
+        return errno.ENOSPC if shutil.disk_usage(path).free < 1 << 16 else errno.EIO
+    return None
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Create the directory `path` atomically: a temporary directory to write into, synced to disk and renamed to `path`
-    when the block ends without an error.
+    when the block ends without an error. An empty directory stays itself, because it may be a mount point: the files
+    are moved into it, the configuration last.
 
     Raises:
         ValueError: `path` is a file or a non-empty directory.
+        OSError: something cannot be written; names `path` and the reason.
     """
     check_new(path)
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _partial(path.parent, path.name) as partial:
+    with writing(path):
+        empty = path.is_dir()
+        (path if empty else path.parent).mkdir(parents=True, exist_ok=True)
+        with _partial(path if empty else path.parent, "" if empty else path.name) as partial:
+            yield partial
+            _sync(*partial.rglob("*"), partial)
+            if not path.is_dir():
+                check_new(path)
+                os.replace(partial, path)
+                _sync(path.parent)
+                return
+            with _locked(path):
+                check_new(path)
+                _move(partial, path)
+
+
+@contextmanager
+def added_files(path: Path) -> Iterator[Path]:
+    """A temporary directory for files that are moved into the directory `path`, the configuration last, when the block
+    ends without an error. They replace files of the same names.
+
+    Raises:
+        OSError: something cannot be written; names `path` and the reason.
+    """
+    path = Path(os.path.realpath(path))
+    with writing(path), _partial(path, "") as partial:
         yield partial
         _sync(*partial.rglob("*"), partial)
-        check_new(path)
-        if path.is_dir():  # an empty one may be a mount point, which cannot be replaced
-            for new in partial.iterdir():
-                os.replace(new, path / new.name)
-        else:
-            os.replace(partial, path)
-        _sync(path.parent)
+        with _locked(path):
+            _move(partial, path)
+
+
+def _move(partial: Path, path: Path) -> None:
+    for new in sorted(partial.iterdir(), key=lambda new: new.name in (CONFIG, "config.json")):
+        os.replace(new, path / new.name)
+    _sync(path)
 
 
 def check_new(path: Path) -> None:
     """Raises ValueError if `path` is a file or a non-empty directory."""
     if path.is_dir():
-        if any(path.iterdir()):
+        if any(not found.name.startswith(PARTIAL) and found.name != _FOREIGN for found in path.iterdir()):
             raise ValueError(f"{path}: exists and is not empty, expected a new directory")
     elif path.exists():
         raise ValueError(f"{path}: is a file, expected a new directory")
@@ -77,37 +139,46 @@ def replaced_adapter(path: Path) -> Iterator[Path]:
 
     Raises:
         ValueError: `path` is a file.
+        OSError: something cannot be written; names `path` and the reason. What was there is unchanged.
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path}: is a file, expected a directory")
     path = Path(os.path.realpath(path))
-    fresh = not path.exists()
-    (path.parent if fresh else path).mkdir(parents=True, exist_ok=True)
-    with _partial(path.parent if fresh else path, path.name if fresh else "") as partial:
-        yield partial
-        _carry(partial / WEIGHTS, (partial / CONFIG).read_text(encoding="utf-8"))
-        _sync(*partial.rglob("*"), partial)
-        if fresh:
-            try:
-                os.replace(partial, path)
-                _sync(path.parent)
-                return
-            except OSError:  # another process may have created it meanwhile
-                if not path.is_dir():
-                    raise
-        with _locked(path):
-            _put(partial, path)
-            _clear(path.parent, path.name)
+    with writing(path):
+        fresh = not path.exists()
+        (path.parent if fresh else path).mkdir(parents=True, exist_ok=True)
+        with _partial(path.parent if fresh else path, path.name if fresh else "") as partial:
+            yield partial
+            _carry(partial / WEIGHTS, (partial / CONFIG).read_text(encoding="utf-8"))
+            _sync(*partial.rglob("*"), partial)
+            if fresh:
+                try:
+                    os.replace(partial, path)
+                except OSError:  # another process may have created it meanwhile
+                    if not path.is_dir():
+                        raise
+                else:
+                    _sync(path.parent)
+                    return
+            with _locked(path):
+                _put(partial, path)
+                _clear(path.parent, path.name)
 
 
 def _put(partial: Path, path: Path) -> None:
-    config = path / CONFIG
-    if config.exists() and config.read_bytes() != (partial / CONFIG).read_bytes():
-        os.replace(config, path / FORMER)
-    os.replace(partial / WEIGHTS, path / WEIGHTS)
+    config, former = path / CONFIG, path / FORMER
+    changed = config.exists() and config.read_bytes() != (partial / CONFIG).read_bytes()
+    if changed:
+        os.replace(config, former)
+    try:
+        os.replace(partial / WEIGHTS, path / WEIGHTS)
+    except OSError:
+        if changed:
+            os.replace(former, config)
+        raise
     os.replace(partial / CONFIG, config)
     _sync(path)
-    (path / FORMER).unlink(missing_ok=True)
+    former.unlink(missing_ok=True)
     for other in partial.iterdir():
         os.replace(other, path / other.name)
     _sync(path)
@@ -154,11 +225,21 @@ def _config_of_weights(directory: Path) -> str | None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file that is either the former one or the whole new one, on the disk before it has its name."""
+    """Writes a file that is either the former one or the whole new one, on the disk before it has its name.
+
+    Raises:
+        OSError: it cannot be written; names its directory and the reason.
+    """
     partial = path.with_name(path.name + PARTIAL)
-    partial.write_bytes(text.encode("utf-8"))
-    _sync(partial)
-    os.replace(partial, path)
+    with writing(path.parent):
+        try:
+            partial.write_bytes(text.encode("utf-8"))
+            _sync(partial)
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
 
 
 @contextmanager
@@ -184,11 +265,12 @@ def _start(name: str) -> str:
 
 def _clear(parent: Path, name: str) -> None:
     """Remove the temporary directories of killed processes: those that nobody has locked."""
-    for old in parent.iterdir():
-        if old.name.startswith(_start(name)):
-            with _locked(old, wait=False) as free:
-                if free:
-                    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):  # of a directory that may be written but not listed
+        for old in parent.iterdir():
+            if old.name.startswith(_start(name)):
+                with _locked(old, wait=False) as free:
+                    if free:
+                        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

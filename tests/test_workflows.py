@@ -99,11 +99,12 @@ def test_a_pull_request_runs_the_pythons_and_torches_that_are_promised():
 
 
 def test_the_nightly_run_tries_what_is_coming():
-    (upstream, optional) = jobs("nightly.yml").values()
+    (upstream, optional, audit) = jobs("nightly.yml").values()
     assert upstream["strategy"]["matrix"]["package"] == ["peft", "transformers"]
     lines = [step["run"] for step in upstream["steps"] if "run" in step]
     assert [line for line in lines if line.startswith("make")] == ["make venv", "make test"]
     assert "make test-all" in [step.get("run") for step in optional["steps"]]
+    assert [step["run"] for step in audit["steps"] if "run" in step] == ["make venv", "make audit"]
     assert "continue-on-error" not in (ROOT / ".github" / "workflows" / "nightly.yml").read_text()
 
 
@@ -164,6 +165,20 @@ def test_make_test_all_runs_what_is_skipped_otherwise(tmp_path):
         assert bool(found) == (str(path.relative_to(ROOT)) in files), path
         asked |= set(found) - {""}  # a name that is not written there, but in a guide
     assert asked <= packages
+
+
+def test_make_audit_looks_at_what_is_installed(tmp_path):
+    recipe = make("audit", f"VENV={tmp_path}")
+    assert f"{tmp_path}/bin/python -m pip_audit --skip-editable" in recipe
+    assert "pip-audit" not in PYPROJECT  # it is no part of what it looks at
+
+
+def test_no_pickle_is_checked_for_every_pull_request():
+    """By a test that docs/trust.md names."""
+    named = "test_nothing_is_unpickled_but_released_checkpoints_and_those_with_weights_only"
+    assert f"def {named}(" in (ROOT / "tests" / "test_structure.py").read_text()
+    assert named in (ROOT / "docs" / "trust.md").read_text()
+    assert "tests/test_structure.py" not in make("test")  # all tests, not some
 
 
 def test_the_check_of_a_pull_request_is_a_program_for_bash():

@@ -8,6 +8,7 @@ they do.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from genft_cli.console import UserError, one_line, say, table
+from genft_cli.console import RunError, UserError, check_writable, one_line, say, table
 from genft_cli.demo import corpora, stages
 
 REFERENCE = "peft-lora"  # times are relative to this method
@@ -109,6 +110,7 @@ def run(demo: Demo, output: Path, cache: Path, show: Callable[[str], None] = pri
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{option} {directory}: {error.strerror or one_line(error)}") from None
+        check_writable(option, str(directory))
     texts = write_texts(demo, output)
     # Spinning OpenMP threads stall for milliseconds when another process has the core: one busy neighbour makes a step
     # ten times slower. Sleeping threads cost a few per cent on an idle machine.
@@ -143,8 +145,8 @@ def run(demo: Demo, output: Path, cache: Path, show: Callable[[str], None] = pri
         "runs": runs,
         "seconds": time.perf_counter() - began,
     }
-    (output / "table.md").write_text(report(results) + "\n", encoding="utf-8")
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    _write(output / "table.md", report(results) + "\n")
+    _write(output / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -178,7 +180,7 @@ def pretrained_base(demo: Demo, cache: Path) -> tuple[Path, bool]:
     partial = Path(tempfile.mkdtemp(prefix=".base-", dir=cache))
     try:
         text = partial / "code.txt"
-        text.write_text(code, encoding="utf-8")
+        _write(text, code)
         stages.in_process(stages.pretrain, demo, text, partial)
         text.unlink()
         try:
@@ -228,8 +230,20 @@ def write_texts(demo: Demo, directory: Path) -> dict[str, Path]:
     texts = {}
     for name, text in zip(("train", "held-out"), corpora.pydoc_prose(demo.held_out), strict=True):
         texts[name] = directory / f"{name}.txt"
-        texts[name].write_text(text, encoding="utf-8")
+        _write(texts[name], text)
     return texts
+
+
+def _write(path: Path, text: str) -> None:
+    """`files.replace_text`, without torch, which this process does not import."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise RunError(f"{path.parent}: {error.strerror}") from None
 
 
 def _adapt(demo: Demo, method: str, base: Path, texts: dict[str, Path], output: Path, *, first: bool) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from genft_cli.console import INTERRUPTED, RunError, UserError, one_line, quiet, say
+from genft_cli.console import INTERRUPTED, RunError, quiet, say, told
 
 # Imported here and nowhere at the top of this module: the server imports these once, before it forks.
 _PRELOADED = [
@@ -27,11 +28,14 @@ _PRELOADED = [
 
 
 def in_process(function: Callable[..., None], *arguments: Any) -> None:
-    """Call the function in a new process. Raises RuntimeError if it fails, KeyboardInterrupt if it was interrupted."""
+    """Call the function in a new process. Raises RunError with what it failed with, KeyboardInterrupt if it was
+    interrupted."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    process = context.Process(target=_guarded, args=(function, arguments))
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_guarded, args=(function, arguments, theirs))
     process.start()
+    theirs.close()
     try:
         process.join()
     finally:
@@ -41,17 +45,23 @@ def in_process(function: Callable[..., None], *arguments: Any) -> None:
     if process.exitcode == INTERRUPTED:
         raise KeyboardInterrupt
     if process.exitcode:
-        raise RuntimeError(f"{function.__name__}: exit code {process.exitcode}")
+        try:
+            reason = ours.recv()
+        except EOFError:  # it was killed
+            reason = f"exit code {process.exitcode}"
+        raise RunError(f"{function.__name__}: {reason}")
 
 
-def _guarded(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    quiet()
+def _guarded(function: Callable[..., None], arguments: tuple[Any, ...], theirs: Any) -> None:
     try:
+        quiet()
         function(*arguments)
     except KeyboardInterrupt:
         os._exit(INTERRUPTED)
-    except (RunError, UserError) as error:
-        say(f"genft: {one_line(error)}")
+    except Exception as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        theirs.send(told(error))
         sys.exit(1)
 
 
@@ -104,8 +114,11 @@ def pretrain(demo: Any, text: Path, directory: Path) -> None:
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    model.save_pretrained(str(directory))
-    tokenizer.save_pretrained(str(directory))
+    from genft_modules.files import writing
+
+    with writing(directory):
+        model.save_pretrained(str(directory))
+        tokenizer.save_pretrained(str(directory))
 
 
 def adapt(command: list[str]) -> None:
@@ -133,7 +146,9 @@ def time_steps(demo: Any, base: Path, text: Path, result: Path) -> None:
     times = step_seconds(
         models, {"input_ids": ids, "labels": ids}, rounds=demo.timing_rounds, title="time per step, in turns"
     )
-    result.write_text(json.dumps(times) + "\n", encoding="utf-8")
+    from genft_modules.files import replace_text
+
+    replace_text(result, json.dumps(times) + "\n")
 
 
 def adapted(base: Path, config: Any) -> Any:
@@ -154,7 +169,7 @@ def check(runs: list[Path]) -> None:
     """Reload the adapters of the runs, in this process; each result is in RUN/reload.json."""
     from genft_cli import verify
 
-    sys.exit(verify.main(list(map(str, runs))))
+    verify.verify_all(runs)
 
 
 def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:

@@ -48,6 +48,7 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_na
     Raises:
         TypeError: `model` is not a `PeftModel`.
         ValueError: the adapter does not exist, or `directory` is a file.
+        OSError: something cannot be written; names the directory and the reason. What was there is unchanged.
     """
     model = _with_adapter(model, adapter_name)
     state = gathered_adapter(model, adapter_name) if several() else None

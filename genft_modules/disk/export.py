@@ -68,6 +68,7 @@ def export_lora(
 
     Raises:
         ValueError, TypeError: invalid arguments or model; nothing is written.
+        OSError: something cannot be written; names the directory and the reason. Nothing is left behind.
     """
     directory = Path(directory)
     if max_error is not None and rank is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from transformers import (
 from genft_cli.plotting import update_norms
 from genft_modules import GenFTConfig, GIFTConfig, WeGeFTConfig, save_adapter
 from tests.cli.conftest import Genft, Result
+from tests.support.disks import small_files
 
 IDS = torch.arange(12).reshape(2, 6)
 PROJECTIONS = ["q_proj", "v_proj"]
@@ -265,3 +268,57 @@ def test_help_has_examples(genft: Genft, capsys: pytest.CaptureFixture[str]) -> 
             genft(command, "--help")
         assert done.value.code == 0
         assert f"  genft {command} runs/wegeft" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        (("merge", "wegeft", "--output", "deep/out"), 9_000),
+        (("export-lora", "wegeft", "--output", "deep/out"), 900),
+        (("inspect", "wegeft", "--plot", "deep/norms.png"), 9_000),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_full_disk_leaves_nothing(genft: Genft, adapter: Adapter, words: tuple[str, ...], size: int) -> None:
+    adapter("wegeft")
+    Path("deep").mkdir()
+    before = sorted(Path().rglob("*"))
+    with small_files(size):
+        done = genft(*words)
+    place = Path("deep").absolute() / "out" if "--output" in words else "deep"
+    assert (done.code, done.err.splitlines()[-1]) == (1, f"genft: {place}: File too large")
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("words", [("merge", "--output"), ("export-lora", "--output"), ("inspect", "--plot")])
+def test_a_place_that_cannot_be_written(
+    genft: Genft, adapter: Adapter, words: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter("wegeft")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not bind root
+    done = genft(words[0], "wegeft", words[1], "out.png")
+    refused(done, f"{words[1]} ", f"{Path().absolute()} cannot be written")
+    assert "loading" not in done.err
+
+
+def test_names_that_are_not_utf8(genft: Genft, adapter: Adapter) -> None:
+    adapter("wegeft")
+    refused(genft("merge", "wegeft", "--output", "out\udcff"), "--output out\\udcff: is not UTF-8")
+    refused(genft("inspect", "no\udcff"), "no\\udcff: no such directory")
+
+
+def test_a_reader_that_goes_away(genft: Genft, adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter("wegeft")
+    ends = os.pipe()
+    os.close(ends[0])
+    with open(ends[1], "w", encoding="utf-8") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert genft("inspect", "wegeft").code == 1
+        print("more", flush=True)  # as Python does at its end
+
+
+def test_output_that_is_closed(genft: Genft, adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter("wegeft")
+    monkeypatch.setattr(sys, "stdout", None)
+    assert genft("inspect", "wegeft").code == 0
+    sys.stdout.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -18,6 +19,7 @@ from genft_cli import finetune, job, runs, training
 from genft_cli.arguments import parse
 from genft_cli.verify import verify
 from tests.cli.conftest import Genft
+from tests.support.disks import small_files
 
 QUICK = (
     "--max_steps", 4, "--per_device_train_batch_size", 2, "--max_length", 32, "--learning_rate", 1e-2,
@@ -265,26 +267,119 @@ def test_a_loss_that_does_not_fall_is_mentioned() -> None:
     assert training.flat([(1, 1.0), (2, 1.0)]) is None
 
 
-def test_a_full_disk_loses_no_training(genft: Genft, llama: Path, prose: Path, monkeypatch: Any) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+def full_at(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be saved in directories of this name."""
+    save = job.save_adapter
+
+    def full(model: Any, directory: Path) -> None:
+        if directory.name == name:
+            raise OSError(28, "No space left on device", str(directory))
+        save(model, directory)
 
     monkeypatch.setattr(job, "save_adapter", full)
-    done = genft("finetune", "--model", llama, "--dataset", prose, *PROJECTIONS, *QUICK, "--output", "out")
-    assert done.code == 1
-    assert "No space left on device" in done.err.splitlines()[-1]
+
+
+def test_a_full_disk_loses_no_training(genft: Genft, llama: Path, prose: Path, monkeypatch: Any) -> None:
+    common = ("finetune", "--model", llama, "--dataset", prose, *PROJECTIONS, *QUICK, "--no_verify", "--output")
+    with monkeypatch.context() as patch:
+        full_at("out", patch)
+        done = genft(*common, "out")
+    assert (done.code, done.err.splitlines()[-1]) == (1, "genft: out: No space left on device")
     assert "the last checkpoint is out/checkpoint-4" in done.err
-    assert "Traceback" not in done.err
+    saved = load_file("out/checkpoint-4/adapter_model.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(training.TrainerMixin, "training_step", None, raising=False)  # nothing is trained any more
+        done = genft(*common, "out", "--resume")
+    assert done.code == 0, done.err
+    assert all(torch.equal(value, saved[name]) for name, value in tensors("out").items())
+    assert record("out")["steps"] == 4
 
 
-def test_overwrite_replaces_a_run_and_nothing_else(genft: Genft, llama: Path, prose: Path) -> None:
+def test_a_full_disk_without_a_checkpoint(genft: Genft, llama: Path, prose: Path, monkeypatch: Any) -> None:
+    full_at("out", monkeypatch)
+    monkeypatch.setattr(job.tempfile, "mkdtemp", lambda prefix: str(Path("elsewhere").absolute()))
     common = ("finetune", "--model", llama, "--dataset", prose, *PROJECTIONS, *QUICK, "--no_verify", "--output", "out")
+    done = genft(*common, "--save_strategy", "no")
+    assert (done.code, done.err.splitlines()[-1]) == (1, "genft: out: No space left on device")
+    assert f"what was trained until step 4 is saved in {Path('elsewhere').absolute()}" in done.err
+    assert tensors("elsewhere")
+    assert not Path("out").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_removed(genft: Genft, llama: Path, prose: Path) -> None:
+    common = ("finetune", "--model", llama, "--dataset", prose, *PROJECTIONS, *QUICK, "--no_verify", "--output", "out")
+    with small_files(50_000):  # the adapter fits, the optimizer's state does not
+        done = genft(*common)
+    assert (done.code, done.err.splitlines()[-1]) == (1, "genft: out: Input/output error")
+    rescued = re.search(r"what was trained until step 4 is saved in (\S+)", done.err)
+    assert rescued
+    assert tensors(rescued[1])
+    shutil.rmtree(rescued[1])
+    assert not Path("out").exists()
+
+
+def test_a_directory_that_vanishes_is_not_made_again(
+    genft: Genft, llama: Path, prose: Path, monkeypatch: Any, tmp_path: Path
+) -> None:
+    step_begin = training.Progress.on_step_begin
+
+    def vanishing(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            shutil.rmtree("out")
+        step_begin(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(training.Progress, "on_step_begin", vanishing)
+    monkeypatch.setattr(job.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "elsewhere"))
+    common = ("finetune", "--model", llama, "--dataset", prose, *PROJECTIONS, *QUICK, "--logging_steps", 9)
+    done = genft(*common, "--eval_strategy", "no", "--output", "out")
+    assert (done.code, done.err.splitlines()[-1]) == (1, "genft: out: the run's directory is gone")
+    assert tensors("elsewhere")
+    assert not Path("out").exists()
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(
+    genft: Genft, llama: Path, prose: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In ".": the directory stays, too. The earlier run comes back if the new one fails before its first checkpoint,
+    and waits beside it if it fails later."""
+    Path("out").mkdir()
+    monkeypatch.chdir("out")
+    common = ("finetune", "--model", llama, "--dataset", prose, *PROJECTIONS, *QUICK, "--no_verify", "--output", ".")
     assert genft(*common).code == 0
     assert genft(*common).code == 2
-    Path("out/mine.txt").touch()
-    assert genft(*common, "--overwrite", "--max_steps", 2).code == 0
-    assert Path("out/mine.txt").exists()
-    assert [path.name for path in runs.checkpoints(Path("out"))] == ["checkpoint-2"]
+    mine = ["mine.txt", "adapter_notes.txt", "tokenizer_notes.txt", "vocab.mine", "checkpoint-notes/mine.txt"]
+    Path("checkpoint-notes").mkdir()
+    for name in mine:
+        Path(name).write_text("mine")
+    Path("README.md").write_text(Path("README.md").read_text() + "\nmine\n")
+
+    def content() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+    before = content()
+    with monkeypatch.context() as patch:
+        patch.setattr(training.TrainerMixin, "training_step", None, raising=False)
+        assert genft(*common, "--overwrite").code == 1
+    assert content() == before
+    with monkeypatch.context() as patch:
+        full_at("", patch)
+        done = genft(*common, "--overwrite", "--max_steps", 2)
+    assert done.code == 1
+    assert "the run that this one was to replace is kept in .former" in done.err
+    assert Path(".former/checkpoint-4").is_dir()
+    assert genft(*common, "--overwrite", "--max_steps", 1).code == 0
+    assert [path.name for path in runs.checkpoints(Path())] == ["checkpoint-1"]
+    assert not Path(".former").exists()
+    assert {Path(name).read_text() for name in mine} == {"mine"}
+    assert "mine" in Path("README.md").read_text().splitlines()
+
+
+def test_options_of_others_are_no_run(genft: Genft, llama: Path, prose: Path) -> None:
+    Path("out").mkdir()
+    Path("out/options.yaml").write_text("max_steps: 3\n")
+    done = genft("finetune", "--model", llama, "--dataset", prose, "--output", "out", "--overwrite")
+    assert (done.code, "exists and is not empty" in done.err) == (2, True)
+    assert Path("out/options.yaml").read_text() == "max_steps: 3\n"
 
 
 # --- options -----------------------------------------------------------------------------------------------------

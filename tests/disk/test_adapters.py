@@ -325,8 +325,9 @@ class Killed(BaseException):
     pass
 
 
-def killed_at(step: int, save: Callable[[], None], monkeypatch) -> bool:
-    """Calls `save` in a process that dies before its step number `step` and clears nothing up; whether it did die."""
+def killed_at(step: int, save: Callable[[], None], monkeypatch, *, syncs: bool = False) -> bool:
+    """Calls `save` in a process that dies before its step number `step` and clears nothing up; whether it did die.
+    `syncs`: a flush to the disk counts as a step."""
     left = [step]
 
     def counted(really):
@@ -341,6 +342,8 @@ def killed_at(step: int, save: Callable[[], None], monkeypatch) -> bool:
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", counted(os.replace))
         patch.setattr(files.Path, "unlink", counted(Path.unlink))
+        if syncs:
+            patch.setattr(files.os, "fsync", counted(os.fsync))
         patch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)
         try:
             save()
@@ -351,8 +354,10 @@ def killed_at(step: int, save: Callable[[], None], monkeypatch) -> bool:
 
 @pytest.mark.parametrize("first", ["ours", "stock", "none"])
 @pytest.mark.parametrize("marks", [(0, 1, 2), (0, 0, 0), (0, 1, 0)], ids=str)
-def test_whatever_is_killed_a_whole_adapter_is_there(first, marks, tmp_path, monkeypatch):
-    """At every step of a save, and at every step of the save after that; `marks`: of the three configurations."""
+def test_every_double_crash_point_leaves_a_whole_adapter(first, marks, tmp_path, monkeypatch, pytestconfig):
+    """At every step of a save, and at every step of the save after that; `marks`: of the three configurations.
+    `--fuzz N`: a flush to the disk is a step, too."""
+    syncs = bool(pytestconfig.getoption("fuzz"))
 
     def write(number: int, directory: Path) -> None:
         (directory / CONFIG).write_text(json.dumps({"mark": marks[number]}))
@@ -374,7 +379,7 @@ def test_whatever_is_killed_a_whole_adapter_is_there(first, marks, tmp_path, mon
             assert json.loads((directory / CONFIG).read_text())["mark"] == mark
         return number
 
-    seen = set()
+    seen, points = set(), 0
     for once in itertools.count():
         for twice in itertools.count():
             directory = tmp_path / f"{once} {twice}"
@@ -385,9 +390,10 @@ def test_whatever_is_killed_a_whole_adapter_is_there(first, marks, tmp_path, mon
                 save(0, directory)
             if first != "none":
                 (directory / "notes.txt").write_text("mine")
-            died = killed_at(once, lambda where=directory: save(1, where), monkeypatch)
+            died = killed_at(once, lambda where=directory: save(1, where), monkeypatch, syncs=syncs)
             between = found(directory)
-            died_again = killed_at(twice, lambda where=directory: save(2, where), monkeypatch)
+            died_again = killed_at(twice, lambda where=directory: save(2, where), monkeypatch, syncs=syncs)
+            points += died and died_again
             after = found(directory)
             assert after in (between, 2)
             seen.add((between, after))
@@ -402,6 +408,8 @@ def test_whatever_is_killed_a_whole_adapter_is_there(first, marks, tmp_path, mon
             break
     former = None if first == "none" else 0
     assert {(former, former), (former, 2), (1, 1), (1, 2)} <= seen
+    print(f"{points} double crash points")
+    assert points >= 2
 
 
 def test_an_interrupted_save_loads(tmp_path, monkeypatch):
@@ -431,28 +439,17 @@ def test_an_interrupted_save_loads(tmp_path, monkeypatch):
     assert without == [False, True]
 
 
-def test_writers_of_one_directory_leave_one_whole_adapter(tmp_path):
-    """Processes that save again and again: never a configuration with another's weights, and nothing is left behind."""
-    code = """
-import importlib.util, json, sys, torch
-from pathlib import Path
-from safetensors.torch import save_file
-spec = importlib.util.spec_from_file_location("files", "genft_modules/files.py")
-files = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(files)
-for turn in range(30):
-    mark = 100 * int(sys.argv[2]) + turn
-    with files.replaced_adapter(Path(sys.argv[1])) as partial:
-        (partial / files.CONFIG).write_text(json.dumps({"mark": mark}))
-        save_file({"mark": torch.tensor([mark])}, partial / files.WEIGHTS)
-"""
-    directory = tmp_path / "adapter"
-    writers = [subprocess.Popen([sys.executable, "-c", code, str(directory), str(n)], cwd=ROOT) for n in range(3)]
-    assert [writer.wait() for writer in writers] == [0] * 3
-    mark = json.loads((directory / CONFIG).read_text())["mark"]
-    assert load_file(directory / WEIGHTS)["mark"].tolist() == [mark]
-    assert {path.name for path in directory.iterdir()} == {CONFIG, WEIGHTS}
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+def test_two_writers_of_one_directory_leave_one_whole_adapter(tmp_path, pytestconfig):
+    """Never a configuration with another's weights, and nothing is left behind. `--fuzz N`: N bursts."""
+    bursts = pytestconfig.getoption("fuzz") or 4
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.two_writers", tmp_path, str(bursts)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("whole") == bursts
 
 
 def test_unusual_directories(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -33,26 +32,31 @@ def assert_same(found, wanted, at: str) -> None:
         assert found == wanted, at
 
 
-def test_resuming_is_bit_exact(tmp_path):
-    step = random.SystemRandom().randrange(SAVE_EVERY, STEPS)  # after the first checkpoint
+def test_resuming_is_bit_exact(tmp_path, pytestconfig):
+    """`--fuzz N`: N kills."""
+    kills = pytestconfig.getoption("fuzz") or len(METHODS)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.killed_training", tmp_path, str(step)],
+        [sys.executable, "-m", "tests.support.killed_training", tmp_path, str(kills)],
         cwd=ROOT,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, f"killed in step {step}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, done.stderr[-3000:]
+    compared = 0
     for case in METHODS:
-        whole, resumed = (tmp_path / case / name / f"checkpoint-{STEPS}" for name in ("whole", "killed"))
+        whole = tmp_path / case / "whole" / f"checkpoint-{STEPS}"
         start = load_file(tmp_path / case / "whole" / f"checkpoint-{SAVE_EVERY}" / "adapter_model.safetensors")
         wanted = load_file(whole / "adapter_model.safetensors")
         trained = {name for name, tensor in wanted.items() if tensor.is_floating_point()}  # the others are indices
         assert trained
         assert not any(torch.equal(start[name], wanted[name]) for name in trained)
-        at = f"{case}, killed in step {step}"
-        assert_same(load_file(resumed / "adapter_model.safetensors"), wanted, f"{at}: parameters")
-        for name in ("optimizer.pt", "scheduler.pt"):
-            state = torch.load(whole / name, weights_only=True)
-            assert state
-            assert_same(torch.load(resumed / name, weights_only=True), state, f"{at}: {name}")
+        for killed in (tmp_path / case).glob("*, killed in step *"):
+            resumed, at = killed / f"checkpoint-{STEPS}", f"{case} {killed.name}"
+            assert_same(load_file(resumed / "adapter_model.safetensors"), wanted, f"{at}: parameters")
+            for name in ("optimizer.pt", "scheduler.pt"):
+                state = torch.load(whole / name, weights_only=True)
+                assert state
+                assert_same(torch.load(resumed / name, weights_only=True), state, f"{at}: {name}")
+            compared += 1
+    assert compared == kills

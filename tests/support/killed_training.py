@@ -1,7 +1,7 @@
-"""Trains with every method three times, each in a process of its own: to the end, killed on the way, and resumed.
+"""Trains with every method to the end, and again and again: killed on the way, and resumed.
 
-`python -m tests.support.killed_training DIRECTORY STEP`; `test_resume.py` compares what the runs leave behind. The
-processes are forks of one that has imported everything and computed nothing yet.
+`python -m tests.support.killed_training DIRECTORY KILLS`; `test_resume.py` compares what they leave behind. Each run is
+a process of its own, a fork of one that has imported everything and computed nothing yet.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from random import SystemRandom
 
 import torch
 from peft import get_peft_model
@@ -27,15 +28,18 @@ METHODS = {
 }
 
 
+MOMENTS = ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step")
+
+
 class Kill(TrainerCallback):
     """The process is gone in the middle of a step, as when its machine is."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, moment: str) -> None:
+        def kill(args, state, control, **kwargs):
+            if state.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+        setattr(self, moment, kill)
 
 
 def train(case: str, directory: Path, *callbacks: TrainerCallback, resume: bool = False) -> None:
@@ -74,12 +78,17 @@ def forked(*args, **kwargs) -> int:
 
 
 def main() -> None:
-    directory, step = Path(sys.argv[1]), int(sys.argv[2])
+    directory, kills = Path(sys.argv[1]), int(sys.argv[2])
+    random = SystemRandom()
     for case in METHODS:
         assert forked(case, directory / case / "whole") == 0, case
-        assert forked(case, directory / case / "killed", Kill(step)) == signal.SIGKILL, case
-        assert not (directory / case / "killed" / f"checkpoint-{STEPS}").exists()
-        assert forked(case, directory / case / "killed", resume=True) == 0, case
+    for number in range(kills):
+        case = list(METHODS)[number % len(METHODS)]
+        step, moment = random.randrange(SAVE_EVERY, STEPS), random.choice(MOMENTS)  # after the first checkpoint
+        killed = directory / case / f"{number}, killed in step {step}, {moment}"
+        assert forked(case, killed, Kill(step, moment)) == signal.SIGKILL, killed
+        assert not (killed / f"checkpoint-{STEPS}").exists()
+        assert forked(case, killed, resume=True) == 0, killed
 
 
 if __name__ == "__main__":
