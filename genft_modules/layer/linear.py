@@ -21,7 +21,7 @@ from genft_modules.layer.kept import Kept
 from genft_modules.layer.mixed import MixedBatch, mixed_batch
 from genft_modules.layer.sharded import sharded_forward
 from genft_modules.methods import Generator, GeneratorConfig
-from genft_modules.methods.base import check_choice
+from genft_modules.methods.checks import check_choice
 from genft_modules.methods.forms import Form, InputEdit, apply, apply_around, side_by_side
 from genft_modules.methods.weights import QuantisedWeight, can_be_base, features_of, is_quantised, stored
 
