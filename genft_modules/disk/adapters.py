@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 from genft_kernels.sharded import is_sharded
 from genft_modules.card import write_card
 from genft_modules.files import CONFIG, PREFIX, WEIGHTS, refuse_misfits, replaced_adapter, some, whole_adapter
-from genft_modules.methods.base import GeneratorConfig
+from genft_modules.methods.base import GeneratorConfig, check_peft_fields, read_fields, refusing
+from genft_modules.methods.checks import is_finite, one_line, shown
+from genft_modules.methods.patterns import check_matching
 from genft_modules.model.distributed import adapter_keys, barrier, gathered_adapter, rank, several, unwrapped
 
 
@@ -97,7 +100,7 @@ def load_adapter(
     Raises:
         ValueError: the adapter is invalid; the message names the file and the problem.
     """
-    with whole_adapter(Path(directory)) as place:
+    with _whole(directory) as place:
         _checked(model, place, adapter_name)
         options = {"adapter_name": adapter_name, "is_trainable": is_trainable, **kwargs}
         if not isinstance(model, PeftModel):
@@ -153,10 +156,11 @@ def check_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
         adapter_name: name for the adapter.
 
     Raises:
-        ValueError: the message names the file and the problem: missing, corrupt, a pickle, an unknown method, or
-            tensors that are missing, unknown, or of the wrong shape or dtype.
+        ValueError: one line that names the file and the problem: missing, corrupt, a pickle, an unknown method, a
+            field that does not fit or could take very long to match, or tensors that are missing, unknown, not finite,
+            or of the wrong shape or dtype.
     """
-    with whole_adapter(Path(directory)) as place:
+    with _whole(directory) as place:
         return _checked(model, place, adapter_name)
 
 
@@ -165,7 +169,12 @@ def _checked(model: nn.Module, directory: Path, adapter_name: str) -> PeftConfig
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if adapter_name in getattr(base, "peft_config", {}):
         raise ValueError(f"adapter_name: {adapter_name!r} already exists in the model, expected a new name")
-    saved = load_file(directory / WEIGHTS)
+    with refusing(directory / CONFIG):
+        check_matching(config, (name for name, _ in base.named_modules()))
+    with refusing(directory / WEIGHTS):
+        saved = load_file(directory / WEIGHTS)
+        if broken := [key for key, tensor in saved.items() if not is_finite(tensor)]:
+            raise ValueError(f"non-finite elements in {some(broken)}")
     if not isinstance(config, GeneratorConfig):
         _check_stock(base, directory, config, saved)
         return config
@@ -176,13 +185,11 @@ def _checked(model: nn.Module, directory: Path, adapter_name: str) -> PeftConfig
         try:
             inject_adapter_in_model(copy.deepcopy(config), trial, adapter_name)
         except Exception as error:  # peft, transformers and torch raise many types
-            raise ValueError(f"{directory / CONFIG}: does not match the model: {error}") from error
-        wanted = get_peft_model_state_dict(trial, adapter_name=adapter_name, save_embedding_layers=False)
-        refuse_misfits(str(directory / WEIGHTS), found, wanted, trial.state_dict())
-        try:
+            raise ValueError(one_line(f"{directory / CONFIG}: does not match the model: {error}")) from error
+        with refusing(directory / WEIGHTS):
+            wanted = get_peft_model_state_dict(trial, adapter_name=adapter_name, save_embedding_layers=False)
+            refuse_misfits(str(directory / WEIGHTS), found, wanted, trial.state_dict())
             set_peft_model_state_dict(trial, found, adapter_name, low_cpu_mem_usage=True)
-        except RuntimeError as error:  # a method's check of its values
-            raise ValueError(f"{directory / WEIGHTS}: {' '.join(str(error).split())}") from None
     return config
 
 
@@ -206,14 +213,12 @@ def _check_stock(base: nn.Module, directory: Path, config: PeftConfig, saved: di
         except (NotImplementedError, RuntimeError):
             return
         except Exception as error:
-            raise ValueError(f"{directory / CONFIG}: does not match the model: {error}") from error
+            raise ValueError(one_line(f"{directory / CONFIG}: does not match the model: {error}")) from error
         wanted = get_peft_model_state_dict(trial, adapter_name="trial", save_embedding_layers=False)
         try:
             result = set_peft_model_state_dict(trial, saved, "trial", low_cpu_mem_usage=True)
         except Exception as error:  # a wrong shape or key
-            raise ValueError(
-                f"{directory / WEIGHTS}: does not match the model: {' '.join(str(error).split())}"
-            ) from None
+            raise ValueError(one_line(f"{directory / WEIGHTS}: does not match the model: {error}")) from None
     missing, unknown = (
         [key.replace(".trial", "") for key in keys] for keys in (result.missing_keys, result.unexpected_keys)
     )
@@ -223,30 +228,35 @@ def _check_stock(base: nn.Module, directory: Path, config: PeftConfig, saved: di
         if keys
     ]
     if complaints:
-        raise ValueError(f"{directory / WEIGHTS}: does not match the model: {'; '.join(complaints)}")
+        raise ValueError(one_line(f"{directory / WEIGHTS}: does not match the model: {'; '.join(complaints)}"))
+
+
+@contextmanager
+def _whole(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """As `whole_adapter`; what it refuses is said on one line."""
+    with ExitStack() as stack:
+        with refusing(Path(directory) / CONFIG):
+            place = stack.enter_context(whole_adapter(Path(directory)))
+        yield place
 
 
 def read_config(directory: Path) -> PeftConfig:
     """The configuration of a saved adapter. Raises ValueError, naming the file, if a file is missing or invalid."""
-    with whole_adapter(directory) as place:
+    with _whole(directory) as place:
         return _config_in(place)
 
 
 def _config_in(directory: Path) -> PeftConfig:
     path = directory / CONFIG
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from None
-    method = str(fields.get("peft_type")) if isinstance(fields, dict) else None
-    if method == "GENFT":
-        raise ValueError(f"{path}: got an adapter of the released GenFT code; use load_released_genft")
-    if method not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ValueError(f"{path}: got peft_type {method!r}, unknown to genft and to this version of peft")
-    try:
-        return cast(PeftConfig, PEFT_TYPE_TO_CONFIG_MAPPING[method].from_pretrained(str(directory)))
-    except Exception as error:  # of a field that is missing, too many, or of the wrong type: peft has no one kind
-        raise ValueError(f"{path}: {error}") from None
+    with refusing(path):
+        method = read_fields(path).get("peft_type")
+        if method == "GENFT":
+            raise ValueError(f"{path}: got an adapter of the released GenFT code; use load_released_genft")
+        if not isinstance(method, str) or method not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            raise ValueError(f"{path}: got peft_type {shown(method)}, unknown to genft and to this version of peft")
+        config = cast(PeftConfig, PEFT_TYPE_TO_CONFIG_MAPPING[method].from_pretrained(str(directory)))
+        check_peft_fields(config)
+        return config
 
 
 def _without_weights(model: nn.Module) -> nn.Module:

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from genft_modules.card import note_of_export, write_card
-from genft_modules.files import PREFIX, WEIGHTS, new_directory
+from genft_modules.files import PREFIX, WEIGHTS, new_directory, some
 from genft_modules.layer.linear import FusedGenLinear
-from genft_modules.methods.base import check_number, check_rank
+from genft_modules.methods.checks import check_number, check_rank, is_finite
 from genft_modules.methods.weights import stored
 from genft_modules.model.targets import layer_names, targets_of
 from genft_modules.model.tuner import GenFTModel
@@ -67,7 +67,8 @@ def export_lora(
         The results of the layers, in the model's order.
 
     Raises:
-        ValueError, TypeError: invalid arguments or model; nothing is written.
+        ValueError, TypeError: invalid arguments or model, or the adapter or its ΔW has elements that are not finite, of
+            which the message names the first; nothing is written.
         OSError: something cannot be written; names the directory and the reason. Nothing is left behind.
     """
     directory = Path(directory)
@@ -100,6 +101,8 @@ def export_lora(
                 tensors[f"{PREFIX}{name}.lora_B.weight"] = _copy(b)
                 progress.update()
         tensors |= _other_tensors(model, adapter_name)
+        if broken := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
+            raise ValueError(f"adapter_name: {adapter_name!r} has non-finite elements in {some(broken)}")
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         _config(model, adapter_name, layers, exported).save_pretrained(str(partial))
         method = getattr(getattr(model, "peft_config", {}).get(adapter_name), "method", None)
@@ -113,6 +116,8 @@ def _factors(
 ) -> tuple[Tensor, Tensor, bool, float]:
     """(A [r, K], B [N, r], whether they are exact, relative error)."""
     delta = layer.get_delta_weight(adapter_name)
+    if not is_finite(delta):
+        raise ValueError(f"adapter_name: ΔW of {adapter_name!r} has non-finite elements in {name}")
     size = float(torch.linalg.matrix_norm(delta))
 
     def error(a: Tensor, b: Tensor) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 
 from genft_modules.files import PREFIX
 from genft_modules.layer.linear import FusedGenLinear
-from genft_modules.methods.base import GeneratorConfig, module_type
+from genft_modules.methods.base import GeneratorConfig, module_type, read_fields
+from genft_modules.methods.checks import shown
 from genft_modules.methods.genft import GenFTConfig, GenFTFactors
 from genft_modules.methods.peanut import PeanutConfig
 from genft_modules.model.tuner import SHARED
@@ -173,10 +173,10 @@ class _Released:
 
 def _read(path: Path, settings: dict[str, Any]) -> _Released:
     if (path / "adapter_config.json").is_file():
-        found = json.loads((path / "adapter_config.json").read_text())
+        found = read_fields(path / "adapter_config.json")
         if found.get("peft_type") != "GENFT":
             raise ValueError(
-                f"path: {path} has an adapter of type {found.get('peft_type')!r}, expected the released code's "
+                f"path: {path} has an adapter of type {shown(found.get('peft_type'))}, expected the released code's "
                 "'GENFT'; load genft adapters with PeftModel.from_pretrained"
             )
         weights = path / "adapter_model.safetensors"

@@ -21,7 +21,7 @@ from genft_modules.layer.kept import Kept
 from genft_modules.layer.mixed import MixedBatch, mixed_batch
 from genft_modules.layer.sharded import sharded_forward
 from genft_modules.methods import Generator, GeneratorConfig
-from genft_modules.methods.base import check_choice
+from genft_modules.methods.checks import check_choice
 from genft_modules.methods.forms import Form, InputEdit, apply, apply_around, side_by_side
 from genft_modules.methods.weights import QuantisedWeight, can_be_base, features_of, is_quantised, stored
 
@@ -82,6 +82,8 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         self.kept = Kept()
         # W0 while adapters are merged. A buffer, to move with the layer; not saved.
         self.register_buffer("original_weight", None, persistent=False)
+        self.register_state_dict_post_hook(_save_unmerged)
+        self.register_load_state_dict_pre_hook(_refuse_if_merged)
 
     @classmethod
     def from_linear(
@@ -360,6 +362,23 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         for module in self._generator(adapter_name).modules_with_shared():
             if not any(parameter.is_meta for parameter in module.parameters()):
                 module.to(device or stored(self.base_layer).device)
+
+
+def _save_unmerged(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """W0 is what a state_dict contains also while adapters are merged: it contains the adapters, too, and where it is
+    loaded they are added to W0 once."""
+    key, original = f"{prefix}base_layer.weight", cast(FusedGenLinear, layer).original_weight
+    if original is not None and key in state:
+        state[key] = original
+
+
+def _refuse_if_merged(layer: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """A merged layer would go on without the ΔW of its adapters, or with W0 of before."""
+    if cast(FusedGenLinear, layer).merged_adapters and f"{prefix}base_layer.weight" in state:
+        raise ValueError(
+            f"load_state_dict: {layer.merged_adapters} are merged into {prefix.rstrip('.') or 'the layer'}, expected "
+            "an unmerged model: call unmerge_adapter() first"
+        )
 
 
 def _tensor_of(layer: Any, name: str) -> Any:

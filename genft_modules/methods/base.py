@@ -7,21 +7,34 @@ returns the form of the layer's update. Injection, saving and merging are common
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from peft import PeftConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from genft_kernels.plan import BACKENDS
 from genft_modules.card import write_card
-from genft_modules.files import check_files
+from genft_modules.files import CONFIG, check_files
+from genft_modules.methods.checks import (
+    check_choice,
+    check_flag,
+    check_names,
+    check_rank,
+    check_text,
+    module_names,
+    one_line,
+    shown,
+)
 from genft_modules.methods.forms import Form
+from genft_modules.methods.patterns import check_expressions, fits
+
+LARGEST_CONFIG = 2**22  # bytes
 
 FactorsT = TypeVar("FactorsT", bound="Factors")
 
@@ -71,18 +84,25 @@ class GeneratorConfig(PeftConfig):
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        check_peft_fields(self)
         super().__post_init__()
         self.peft_type = MethodType(f"GENFT_{self.method.upper()}")
         self.target_modules = module_names("target_modules", self.target_modules)
         self.exclude_modules = module_names("exclude_modules", self.exclude_modules)
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+        layers = self.layers_to_transform
+        for layer in layers if isinstance(layers, (list, tuple, set)) else [] if layers is None else [layers]:
+            check_rank("layers_to_transform", layer, least=0)
+        if not isinstance(self.layers_pattern, str):
+            check_names("layers_pattern", self.layers_pattern)
+        check_expressions(self, "layers_pattern", "modules_to_save")
+        if layers is not None and isinstance(self.target_modules, str):
             raise ValueError(
-                f"layers_to_transform: got {self.layers_to_transform!r}, expected None because target_modules is a "
+                f"layers_to_transform: got {shown(layers)}, expected None because target_modules is a "
                 "string; select the layers in the regular expression"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
-                f"layers_pattern: got {self.layers_pattern!r}, expected None because layers_to_transform is None"
+                f"layers_pattern: got {shown(self.layers_pattern)}, expected None because layers_to_transform is None"
             )
         check_choice("bias", self.bias, ("none", "all", f"{self.method}_only"))
         check_choice("backend", self.backend, BACKENDS)
@@ -104,9 +124,16 @@ class GeneratorConfig(PeftConfig):
         """As in peft. `PeftModel.from_pretrained` calls this first, so corrupt or pickled weights next to the config
         are rejected here, before the model is changed. Raises ValueError, naming the file."""
         directory = Path(pretrained_model_name_or_path, subfolder or "")
-        if directory.is_dir():
+        if not directory.is_dir():
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        with refusing(directory / CONFIG):
             check_files(directory, weights=False)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """As in peft. Raises ValueError, see `read_fields`."""
+        return read_fields(Path(path_json_file))
 
     def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> Generator:
         """Create the generator of one layer, initialised, on the CPU and in float32.
@@ -177,6 +204,34 @@ class Generator(nn.Module):
         return dict(self.named_parameters())
 
 
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Whatever is raised while a stranger's file is read is raised as ValueError that names a file, on one line without
+    control characters: peft, transformers and torch raise many types."""
+    try:
+        yield
+    except Exception as error:
+        named = str(error) if str(path.parent) in str(error) else f"{path}: {error or type(error).__name__}"
+        raise ValueError(one_line(named)) from error
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields in a file adapter_config.json. Raises ValueError, naming the file, unless it is a JSON object of at
+    most 4 MiB."""
+    try:
+        if (size := path.stat().st_size) > LARGEST_CONFIG:
+            raise ValueError(f"{size} bytes, expected at most {LARGEST_CONFIG}")
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: is not JSON ({one_line(error, 200)})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: is not the JSON of an adapter (nested too deep)") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: got peft_type None in {shown(fields)}, expected a JSON object")
+    fields.pop("runtime_config", None)  # as in peft: valid at run time only
+    return fields
+
+
 def share(
     shared: nn.ModuleDict,
     key: str,
@@ -209,16 +264,6 @@ def module_type(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def pattern_value(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """The entry of a rank_pattern or alpha_pattern for layer `name`, matched as in peft."""
-    return patterns.get(get_pattern_key(list(patterns), name), default)
-
-
-def fits(pattern: str, name: str) -> bool:
-    """Whether `pattern` matches layer `name` as in peft: the regular expression matches the end of the name."""
-    return bool(get_pattern_key([pattern], name) == pattern)
-
-
 def row_blocks(field: str, patterns: dict[str, list[bool]], name: str, out_features: int) -> list[bool]:
     """The flags of `field` for layer `name`: whether each of the equal row blocks of its weight is adapted."""
     flags = next((flags for pattern, flags in patterns.items() if fits(pattern, name)), [True])
@@ -244,56 +289,20 @@ def beside(weight: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
     return tuple(factor.to(weight.device) for factor in factors)
 
 
-# ---- checks of fields
-
-
-def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{field}: got {value!r}, expected one of {choices}")
-
-
-def check_rank(field: str, value: object, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{field}: got {value!r}, expected an integer >= {least}")
-    if value < least:
-        raise ValueError(f"{field}: got {value}, expected an integer >= {least}")
-
-
-def check_number(field: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{field}: got {value!r}, expected a number")
-
-
-def check_dropout(field: str, value: object) -> None:
-    check_number(field, value)
-    if not 0.0 <= value < 1.0:  # type: ignore[operator]
-        raise ValueError(f"{field}: got {value}, expected 0 <= {field} < 1")
-
-
-def check_patterns(field: str, patterns: object, check: Callable[[str, object], None]) -> None:
-    if not isinstance(patterns, dict):
-        raise TypeError(f"{field}: got {patterns!r}, expected a dict of layer names or regular expressions to values")
-    for pattern, value in patterns.items():
-        check(f"{field}[{pattern!r}]", value)
-
-
-def check_row_blocks(field: str, value: object) -> None:
-    if not isinstance(value, dict):
-        raise TypeError(f"{field}: got {value!r}, expected a dict of layer names to lists of bool")
-    for name, flags in value.items():
-        if not isinstance(flags, (list, tuple)) or not all(isinstance(flag, bool) for flag in flags):
-            raise TypeError(f"{field}[{name!r}]: got {flags!r}, expected one bool per row block")
-        if not any(flags):
-            raise ValueError(f"{field}[{name!r}]: got {flags!r}, expected at least one True")
-
-
-def module_names(field: str, value: Any) -> Any:
-    """Module names as in peft: a string as it is, a list as a set."""
-    if value is None or isinstance(value, (str, set)):
-        return value
-    if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
-        return set(value)
-    raise TypeError(f"{field}: got {value!r}, expected a list of names, a regular expression or None")
+def check_peft_fields(config: PeftConfig) -> None:
+    """Raises ValueError or TypeError, naming the field, if a field that all methods of peft have is of a wrong type."""
+    for field in ("task_type", "peft_version", "base_model_name_or_path", "revision"):
+        check_text(field, getattr(config, field))
+    check_flag("inference_mode", config.inference_mode)
+    check_names("modules_to_save", getattr(config, "modules_to_save", None))
+    if config.auto_mapping is None:
+        return
+    if not isinstance(config.auto_mapping, dict):
+        raise TypeError(f"auto_mapping: got {shown(config.auto_mapping)}, expected a dict of names or None")
+    for key, name in config.auto_mapping.items():
+        check_text("auto_mapping", key)
+        if not isinstance(name, bool):  # such as other packages add
+            check_text(f"auto_mapping[{shown(key)}]", name)
 
 
 def _sizes(sizes: dict[str, int]) -> str:

@@ -15,23 +15,18 @@ from torch.nn import functional as F
 
 from genft_kernels import draw_seed, generated_features
 from genft_kernels.activations import activation as activation_named
-from genft_modules.methods.base import (
-    Factors,
-    Generator,
-    GeneratorConfig,
-    beside,
+from genft_modules.methods.base import Factors, Generator, GeneratorConfig, beside, row_blocks, share, without_autocast
+from genft_modules.methods.checks import (
     check_choice,
     check_dropout,
+    check_flag,
     check_number,
     check_patterns,
     check_rank,
     check_row_blocks,
-    pattern_value,
-    row_blocks,
-    share,
-    without_autocast,
 )
 from genft_modules.methods.forms import Form, Generated
+from genft_modules.methods.patterns import pattern_value
 from genft_modules.methods.weights import weight_features
 
 ACTIVATIONS = ("none", "relu", "leakyrelu", "gelu", "tanh")  # all have σ(0) = 0: zero rows of H give zero rows of ΔW
@@ -137,8 +132,7 @@ class GenFTConfig(GeneratorConfig):
         check_choice("ratio_on", self.ratio_on, ("weight", "factors"))
         check_row_blocks("enable_genft", self.enable_genft)
         for name in ("generator_bias", "individual_per_block"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected True or False")
+            check_flag(name, getattr(self, name))
 
     @property
     def starts_at_zero(self) -> bool:

@@ -10,17 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genft_modules.methods.base import (
-    Factors,
-    Generator,
-    GeneratorConfig,
-    beside,
-    check_rank,
-    check_row_blocks,
-    module_type,
-    row_blocks,
-    share,
-)
+from genft_modules.methods.base import Factors, Generator, GeneratorConfig, beside, module_type, row_blocks, share
+from genft_modules.methods.checks import check_flag, check_rank, check_row_blocks
 from genft_modules.methods.forms import Form, InputEdit, LowRank
 from genft_modules.methods.gift_blocks import Blocks, check_block
 from genft_modules.methods.weights import weight_features
@@ -60,6 +51,8 @@ class GIFTConfig(GeneratorConfig):
         check_rank("r", self.r)
         check_block(self.block, self.block_kwargs, self.r)
         check_row_blocks("enable_gift", self.enable_gift)
+        for name in ("share_projections", "in_projection_bias", "out_projection_bias"):
+            check_flag(name, getattr(self, name))
 
     def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> GIFTGenerator:
         flags = row_blocks("enable_gift", self.enable_gift, name, out_features)

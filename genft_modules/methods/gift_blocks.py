@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genft_modules.methods.base import check_choice, without_autocast
+from genft_modules.methods.base import without_autocast
+from genft_modules.methods.checks import DEEPEST, MOST, check_choice, shown
 
 
 class L2Norm(nn.Module):
@@ -211,22 +212,27 @@ class Blocks(nn.Module):
         return w
 
 
+MOST_OF = {"num_blocks": DEEPEST, "mlp_ratio": 64, "channel_mixing_ratio": 64}
+
+
 def check_block(block: str, block_kwargs: dict[str, Any], r: int) -> None:
     """Raises ValueError or TypeError for an unknown block, unknown options, or options incompatible with rank r."""
     check_choice("block", block, tuple(BLOCKS))
     if not isinstance(block_kwargs, dict):
-        raise TypeError(f"block_kwargs: got {block_kwargs!r}, expected a dict")
+        raise TypeError(f"block_kwargs: got {shown(block_kwargs)}, expected a dict")
     parameters = inspect.signature(BLOCKS[block]).parameters
     known = {"num_blocks": 1} | {n: p.default for n, p in parameters.items() if n not in ("dim", "tokens")}
     for name, value in block_kwargs.items():
         if name not in known:
-            raise ValueError(f"block_kwargs: got {name!r} for {block!r}, expected one of {tuple(known)}")
+            raise ValueError(f"block_kwargs: got {shown(name)} for {block!r}, expected one of {tuple(known)}")
         if isinstance(known[name], str):
             check_choice(name, value, tuple(ACTIVATIONS if name == "act_layer" else NORMS))
         elif not isinstance(value, (int, type(known[name]))) or isinstance(value, bool):
-            raise TypeError(f"{name}: got {value!r}, expected {type(known[name]).__name__}")
-        elif value <= 0:
-            raise ValueError(f"{name}: got {value}, expected a positive number")
+            raise TypeError(f"{name}: got {shown(value)}, expected {type(known[name]).__name__}")
+        elif not 0 < value <= MOST_OF.get(name, MOST):
+            raise ValueError(
+                f"{name}: got {shown(value)}, expected a positive number, at most {MOST_OF.get(name, MOST)}"
+            )
     heads = block_kwargs.get("num_heads", 1)
     if r % heads:
         raise ValueError(f"num_heads: got {heads}, expected a divisor of r = {r}")

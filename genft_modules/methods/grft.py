@@ -11,18 +11,10 @@ import torch
 from peft.utils.other import match_target_against_key
 from torch import Tensor, nn
 
-from genft_modules.methods.base import (
-    Generator,
-    GeneratorConfig,
-    beside,
-    check_choice,
-    check_number,
-    check_patterns,
-    check_rank,
-    module_names,
-    pattern_value,
-)
+from genft_modules.methods.base import Generator, GeneratorConfig, beside
+from genft_modules.methods.checks import check_choice, check_number, check_patterns, check_rank, module_names, shown
 from genft_modules.methods.forms import Slices
+from genft_modules.methods.patterns import pattern_value
 
 
 @dataclass
@@ -67,7 +59,7 @@ class GRFTConfig(GeneratorConfig):
         check_patterns("k_pattern", self.k_pattern, check_rank)
         check_number("penalty", self.penalty)
         if not self.penalty >= 0:
-            raise ValueError(f"penalty: got {self.penalty}, expected a number >= 0")
+            raise ValueError(f"penalty: got {shown(self.penalty)}, expected a number >= 0")
         self.penalty_modules = module_names("penalty_modules", self.penalty_modules)
 
     def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> GRFTGenerator:

@@ -9,19 +9,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from genft_modules.methods.base import (
-    Generator,
-    GeneratorConfig,
-    beside,
+from genft_modules.methods.base import Generator, GeneratorConfig, beside, row_blocks
+from genft_modules.methods.checks import (
     check_dropout,
+    check_flag,
     check_number,
     check_patterns,
     check_rank,
     check_row_blocks,
-    pattern_value,
-    row_blocks,
+    shown,
 )
 from genft_modules.methods.forms import LowRank
+from genft_modules.methods.patterns import pattern_value
 from genft_modules.methods.row_blocks import RowBlocks
 
 
@@ -59,11 +58,14 @@ class LoRAConfig(GeneratorConfig):
         check_rank("r", self.r)
         check_number("lora_alpha", self.lora_alpha)
         check_dropout("lora_dropout", self.lora_dropout)
+        check_flag("use_rslora", self.use_rslora)
         check_row_blocks("enable_lora", self.enable_lora)
         check_patterns("rank_pattern", self.rank_pattern, check_rank)
         check_patterns("alpha_pattern", self.alpha_pattern, check_number)
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
-            raise ValueError(f"init_lora_weights: got {self.init_lora_weights!r}, expected True, False or 'gaussian'")
+            raise ValueError(
+                f"init_lora_weights: got {shown(self.init_lora_weights)}, expected True, False or 'gaussian'"
+            )
 
     def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> Generator:
         flags = row_blocks("enable_lora", self.enable_lora, name, out_features)

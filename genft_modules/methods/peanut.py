@@ -12,15 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from genft_modules.methods.base import (
-    Generator,
-    GeneratorConfig,
-    beside,
-    check_choice,
-    check_number,
-    check_rank,
-    without_autocast,
-)
+from genft_modules.methods.base import Generator, GeneratorConfig, beside, without_autocast
+from genft_modules.methods.checks import DEEPEST, check_choice, check_flag, check_number, check_rank
 from genft_modules.methods.forms import LowRank
 from genft_modules.methods.weights import weight_features
 
@@ -40,7 +33,7 @@ class PeanutConfig(GeneratorConfig):
 
     Args:
         r: rank.
-        depth: number of encoders and of decoders; with 0, f(h) = σ(h).
+        depth: number of encoders and of decoders, at most 256; with 0, f(h) = σ(h).
         act_fn: σ, a name in `transformers.activations.ACT2FN`.
         scaling: s.
         init_weights: True: B is zero, so that ΔW = 0, and the rest Kaiming-uniform(√5); False: all Kaiming-uniform(√5).
@@ -59,11 +52,10 @@ class PeanutConfig(GeneratorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rank("r", self.r)
-        check_rank("depth", self.depth, least=0)
+        check_rank("depth", self.depth, least=0, most=DEEPEST)
         check_choice("act_fn", self.act_fn, tuple(sorted(ACT2FN)))
         check_number("scaling", self.scaling)
-        if not isinstance(self.init_weights, bool):
-            raise TypeError(f"init_weights: got {self.init_weights!r}, expected True or False")
+        check_flag("init_weights", self.init_weights)
 
     def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> PeanutGenerator:
         return PeanutGenerator(self, out_features)

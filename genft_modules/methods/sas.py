@@ -15,16 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genft_modules.methods.base import (
-    Factors,
-    Generator,
-    GeneratorConfig,
-    beside,
-    check_number,
-    check_rank,
-    share,
-    without_autocast,
-)
+from genft_modules.methods.base import Factors, Generator, GeneratorConfig, beside, share, without_autocast
+from genft_modules.methods.checks import check_number, check_rank
 from genft_modules.methods.forms import LowRank
 
 

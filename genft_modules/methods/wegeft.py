@@ -10,23 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from genft_kernels import draw_seed
-from genft_modules.methods.base import (
-    Factors,
-    Generator,
-    GeneratorConfig,
-    beside,
+from genft_modules.methods.base import Factors, Generator, GeneratorConfig, beside, module_type, row_blocks, share
+from genft_modules.methods.checks import (
     check_dropout,
     check_number,
     check_patterns,
     check_rank,
     check_row_blocks,
-    fits,
-    module_type,
-    pattern_value,
-    row_blocks,
-    share,
+    shown,
 )
 from genft_modules.methods.forms import Form, InputEdit, LowRank
+from genft_modules.methods.patterns import check_expressions, fits, pattern_value
 from genft_modules.methods.row_blocks import RowBlocks
 from genft_modules.methods.weights import weight_features
 
@@ -74,10 +68,11 @@ class WeGeFTConfig(GeneratorConfig):
         check_row_blocks("enable_wegeft", self.enable_wegeft)
         check_patterns("rank_pattern", self.rank_pattern, check_rank)
         check_patterns("alpha_pattern", self.alpha_pattern, check_number)
+        check_expressions(self, "tied_modules")
         if self.tied_modules not in (BY_TYPE, None) and not _groups(self.tied_modules):
             raise TypeError(
-                f"tied_modules: got {self.tied_modules!r}, expected {BY_TYPE!r}, None or a list of groups, each a list "
-                'of regular expressions, such as [["q_proj", "k_proj"], ["v_proj"]]'
+                f"tied_modules: got {shown(self.tied_modules)}, expected {BY_TYPE!r}, None or a list of groups, each "
+                'a list of regular expressions, such as [["q_proj", "k_proj"], ["v_proj"]]'
             )
 
     def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> Generator:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods import LoRAConfig
-from genft_modules.methods.base import check_number, check_rank
+from genft_modules.methods.checks import check_number, check_rank
 from genft_modules.model.targets import layer_names, targets_of
 
 COMBINATIONS = ("cat", "svd")

@@ -18,7 +18,8 @@ from genft_modules.files import refuse_misfits
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.layer.mixed import BASE, mixed_batch
 from genft_modules.methods import METHODS, Generator, GeneratorConfig
-from genft_modules.methods.base import fits
+from genft_modules.methods.checks import one_line
+from genft_modules.methods.patterns import check_matching, fits
 from genft_modules.model.combine import combined
 
 SHARED = "shared_generators"
@@ -105,12 +106,13 @@ class GenFTModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """As in peft, but restores the model if injection fails, and warns about patterns in the config that match no
-        adapted layer."""
+        """As in peft, but refuses patterns that could take very long to match, restores the model if injection fails,
+        and warns about patterns in the config that match no adapted layer."""
         if _adapted(model, adapter_name):
             raise ValueError(
                 f"adapter_name: {adapter_name!r} already exists in the model, expected a new name; see `unload`"
             )
+        check_matching(self.peft_config[adapter_name], (name for name, _ in model.named_modules()))
         _refuse_parameters(model, self.peft_config[adapter_name].target_modules)
         if state_dict and any(SharedGenerators.adapter_layer_names[0] in key for key in state_dict):
             state_dict = None  # keys of shared factors do not identify the adapted layers; use the config
@@ -249,7 +251,10 @@ class GenFTModel(BaseTuner):
             )
             warnings.warn(message, RuntimeWarning, stacklevel=2)
             own = {}
-        refuse_misfits(f"adapter {adapter_name!r}", state, own, known)
+        try:
+            refuse_misfits(f"adapter {adapter_name!r}", state, own, known)
+        except ValueError as error:  # with keys from a stranger's file
+            raise ValueError(one_line(error)) from None
         return state
 
 

@@ -226,7 +226,11 @@ def test_charts_of_names_with_and_without_depth(tmp_path: Path) -> None:
         (("merge", "wegeft", "--output", "out", "--model", "./none"), ("--model ./none", "no such directory")),
         (("merge", "torn", "--output", "out"), ("torn", "adapter_model.safetensors", "not a valid safetensors file")),
         (("merge", "misfit", "--output", "out"), ("misfit", "does not match the model", "shape mismatch")),
-        (("merge", "nan", "--output", "out"), ("nan: cannot be merged", "non-finite")),
+        (
+            ("merge", "nan", "--output", "out"),
+            ("nan", "adapter_model.safetensors", "non-finite elements in base_model.model."),
+        ),
+        (("export-lora", "nan", "--output", "out"), ("nan", "non-finite elements in base_model.model.")),
         (("export-lora", "peft-lora", "--output", "out"), ("peft's own method LORA",)),
         (("export-lora", "wegeft", "--output", "full"), ("--output full",)),
         (("export-lora", "wegeft", "--output", "out", "--rank", "0"), ("--rank: got 0",)),

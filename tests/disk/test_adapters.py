@@ -192,7 +192,7 @@ DAMAGE = {
     "another method": (fields(peft_type="GENFT_GIFT"), "missing: .*unknown: ", True),
     "unknown method": (fields(peft_type="GENFT_NEW"), "got peft_type 'GENFT_NEW', unknown to genft", True),
     "released": (fields(peft_type="GENFT"), "use load_released_genft", True),
-    "no method": (write("{}"), "got peft_type 'None'", True),
+    "no method": (write("{}"), "got peft_type None", True),
     "not an object": (write("[1]"), "got peft_type None", True),
     "not JSON": (write("{"), f"{CONFIG}: is not JSON", True),
     "no config": (remove(CONFIG), f"contains no {CONFIG}$", True),

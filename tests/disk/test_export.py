@@ -272,3 +272,24 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         export_lora(adapt("lora"), Path(tmp_path) / "lora")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("case", ["wegeft", "genft_gelu", "grft", "peanut"])
+def test_what_is_not_finite_is_not_exported(case, value, tmp_path):
+    model = adapt(case)
+    layer = list(layers(model).values())[1]
+    next(iter(layer.adapter_parameters().values())).data.view(-1)[0] = value
+    with pytest.raises(
+        ValueError, match=r"adapter_name: ΔW of 'default' has non-finite elements in model\.layers\.0\."
+    ):
+        export_lora(model, tmp_path / "lora", max_error=0.1)
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_saved_head_that_is_not_finite_is_not_exported(tmp_path):
+    model = adapt("lora", modules_to_save=["lm_head"])
+    model.get_base_model().lm_head.modules_to_save["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"has non-finite elements in base_model\.model\.lm_head\.weight"):
+        export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()

@@ -465,3 +465,22 @@ def test_says_nothing_in_ordinary_use():
         layer(inputs(2))
         layer.merge()
         layer.unmerge()
+
+
+def test_the_state_of_a_merged_layer_adds_its_update_once():
+    layer = randomize(FusedGenLinear.from_linear(nn.Linear(6, 5), CASES["lora"]()))
+    x = torch.randn(3, 6)
+    want, original = layer(x), layer.base_layer.weight.detach().clone()
+    layer.merge()
+    assert not torch.equal(layer.base_layer.weight, original)
+    state = layer.state_dict()
+    torch.testing.assert_close(state["base_layer.weight"], original, rtol=0, atol=0)
+    other = FusedGenLinear.from_linear(nn.Linear(6, 5), CASES["lora"]())
+    other.load_state_dict(state)
+    torch.testing.assert_close(other(x), want)
+    with pytest.raises(ValueError, match=r"load_state_dict: \['default'\] are merged into the layer, expected an unm"):
+        layer.load_state_dict(state)
+    torch.testing.assert_close(layer(x), want)
+    layer.unmerge()
+    layer.load_state_dict(state)
+    torch.testing.assert_close(layer(x), want)

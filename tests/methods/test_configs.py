@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -146,3 +147,72 @@ def test_every_method_refuses(config, error, message, make):
 def test_a_method_refuses(config, fields, error, message):
     with pytest.raises(error, match=message):
         config(**fields)
+
+
+def numbers(config) -> dict[str, str]:
+    """The fields of a method that are one number, and of which type."""
+    return {
+        field.name: str(field.type)
+        for field in dataclasses.fields(config)
+        if str(field.type) in ("int", "float", "bool")
+    }
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_every_number_has_bounds(config):
+    assert numbers(config)
+    for name, kind in numbers(config).items():
+        for value in (float("nan"), float("inf"), -float("inf"), 10**9 if kind == "int" else 10**400, -(10**400)):
+            with pytest.raises((ValueError, TypeError), match=f"^{name}: got .*, expected "):
+                config(**{name: value})
+        for value in ("1", None, [], {}, [[[1]]]):
+            with pytest.raises(TypeError, match=f"^{name}: got .*, expected "):
+                config(**{name: value})
+
+
+@pytest.mark.parametrize("config", ALL)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("auto_mapping", ["LlamaForCausalLM"]),
+        ("auto_mapping", {"base_model_class": 3}),
+        ("base_model_name_or_path", "a\x1b[31m"),
+        ("base_model_name_or_path", 3),
+        ("revision", {}),
+        ("task_type", ["CAUSAL_LM"]),
+        ("inference_mode", "yes"),
+        ("target_modules", {"q_proj": 1}),
+        ("modules_to_save", "lm_head"),
+        ("layers_to_transform", [10**9]),
+        ("layers_to_transform", "1"),
+        ("layers_pattern", 3),
+    ],
+)
+def test_fields_of_peft_are_checked_too(config, name, value):
+    with pytest.raises((ValueError, TypeError), match=rf"^{name}(\[.*\])?: got .*, expected "):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 3 * 10**6, "\x1b]0;x\x07\n" * 50, [["x"] * 99] * 99, {"a\n": "\x1b"}, 10**5000],
+    ids=["long", "control", "nested", "keys", "digits"],
+)
+def test_messages_are_one_short_line(value):
+    for config in ALL:
+        for field in dataclasses.fields(config):
+            message = ""
+            try:
+                config(**{field.name: value})
+            except (ValueError, TypeError) as error:
+                message = f"{error}."
+            assert (message.isprintable(), len(message) <= 500) == (True, True)
+
+
+def test_depth_is_bounded():
+    with pytest.raises(ValueError, match="depth: got 1000000000, expected an integer <= 256"):
+        PeanutConfig(depth=10**9)
+    with pytest.raises(ValueError, match="num_blocks: got 1000000000, expected a positive number, at most 256"):
+        GIFTConfig(block="mlp", block_kwargs={"num_blocks": 10**9})
+    with pytest.raises(ValueError, match=r"mlp_ratio: got nan"):
+        GIFTConfig(block="mlp", block_kwargs={"mlp_ratio": float("nan")})
