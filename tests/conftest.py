@@ -23,6 +23,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LONG = ("test_cross_compile", "tests/distributed", "tests/benchmarks", "tests/cli", "test_long_sums", "test_resume")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=0, metavar="N", help="run N cases of each campaign instead of a few")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     long = [item for item in items if any(name in item.nodeid for name in LONG)]
     rest = [item for item in items if not any(name in item.nodeid for name in LONG)]
