@@ -69,9 +69,9 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def activation(name: str) -> Activation:
+def activation(name: str, argument: str = "activation") -> Activation:
     """The activation `name`. Raises ValueError with the list of names if it does not exist."""
-    entry = ACTIVATIONS.get(name)
+    entry = ACTIVATIONS.get(name) if isinstance(name, str) else None
     if entry is None:
-        raise ValueError(f"activation: got {name!r}, expected one of {sorted(ACTIVATIONS)}")
+        raise ValueError(f"{argument}: got {name!r}, expected one of {sorted(ACTIVATIONS)}")
     return entry

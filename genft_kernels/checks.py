@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,14 +19,37 @@ def choice_of(backend: str, plan: LaunchPlan | None) -> LaunchPlan | str:
         if not isinstance(plan, LaunchPlan):
             raise TypeError(f"plan: got {type(plan).__name__}, expected a LaunchPlan")
         return plan
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {BACKENDS}")
     return backend
 
 
+def number(name: str, value: Any) -> float:
+    """A finite number of Python or numpy as a float. A tensor is refused: reading it would synchronise a GPU, and it
+    would get no gradient."""
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, (int, Real, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a finite number")
+        try:
+            value = float(value)
+        except OverflowError:
+            value = torch.inf
+    found: float = value
+    if not -torch.inf < found < torch.inf:
+        raise ValueError(f"{name}: got {found}, expected a finite number")
+    return found
+
+
+def check_tensor(name: str, value: Any, expected: str = "a tensor") -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+    if value.layout is not torch.strided or value.is_nested:
+        came = "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
+        raise TypeError(f"{name}: got {came}, expected a dense tensor (torch.strided)")
+
+
 def check_activations(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: got {type(x).__name__}, expected a tensor")
+    check_tensor("x", x)
     if x.dtype not in FLOATS:
         raise TypeError(f"x: dtype {x.dtype}, expected one of {FLOATS}")
     if x.dim() == 0 or x.shape[-1] == 0:
@@ -33,8 +57,7 @@ def check_activations(x: Tensor) -> None:
 
 
 def check_weight(weight: Tensor) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: got {type(weight).__name__}, expected a tensor")
+    check_tensor("weight", weight)
     if weight.dtype not in FLOATS:
         raise TypeError(
             f"weight: dtype {weight.dtype} is not supported, expected one of {FLOATS}; "
@@ -57,20 +80,18 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dtype != weight.dtype and not autocasting(x):
         raise TypeError(f"weight: dtype {weight.dtype}, expected that of x, {x.dtype} (autocast is off)")
     if bias is not None:
-        if not isinstance(bias, Tensor):
-            raise TypeError(f"bias: got {type(bias).__name__}, expected a tensor [N] or None")
+        check_tensor("bias", bias, "a tensor [N] or None")
         if bias.shape != (n,):
             raise ValueError(f"bias: shape {tuple(bias.shape)}, expected [N] = [{n}]")
         if bias.device != x.device:
             raise ValueError(f"bias: on {bias.device}, expected the device of x, {x.device}")
-        if bias.dtype != x.dtype and not autocasting(x):
+        if bias.dtype != x.dtype and not (autocasting(x) and bias.dtype in FLOATS):
             raise TypeError(f"bias: dtype {bias.dtype}, expected that of x, {x.dtype} (autocast is off)")
 
 
 def check_factor(name: str, factor: Tensor, like: Tensor, shape: tuple[int | None, ...]) -> int:
     """Check a factor against `shape` (None: the rank, any size of at least 1). Returns the rank, or the last size."""
-    if not isinstance(factor, Tensor):
-        raise TypeError(f"{name}: got {type(factor).__name__}, expected a tensor")
+    check_tensor(name, factor)
     sizes = factor.shape
     fits, rank = len(sizes) == len(shape), 0
     if fits:
@@ -99,15 +120,14 @@ ORIENTATIONS = ("row", "column")
 
 def check_orientation(orientation: str) -> bool:
     """True for columns."""
-    if orientation not in ORIENTATIONS:
+    if not isinstance(orientation, str) or orientation not in ORIENTATIONS:
         raise ValueError(f"orientation: got {orientation!r}, expected one of {ORIENTATIONS}")
     return orientation == "column"
 
 
 def check_indices(indices: Tensor, k: int, size: int, like: Tensor) -> None:
     """Check for int64 [k] on the device of `like`. Values are not checked, which would synchronise a GPU."""
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"indices: got {type(indices).__name__}, expected an int64 tensor")
+    check_tensor("indices", indices, "an int64 tensor")
     if indices.dtype != torch.int64:
         raise TypeError(f"indices: dtype {indices.dtype}, expected torch.int64")
     if indices.shape != (k,):
@@ -120,19 +140,18 @@ def check_indices(indices: Tensor, k: int, size: int, like: Tensor) -> None:
 
 def check_dropout(dropout: float, seed: Tensor | None, like: Tensor) -> Tensor | None:
     """The seed to use; None without dropout."""
-    if not 0.0 <= dropout < 1.0:
+    if not 0.0 <= number("dropout", dropout) < 1.0:
         raise ValueError(f"dropout: got {dropout}, expected 0 <= dropout < 1")
-    if dropout == 0.0:
-        return None
     if seed is None:
+        if dropout == 0.0:
+            return None
         raise ValueError("seed: got None, expected draw_seed(device) because dropout > 0")
-    if not isinstance(seed, Tensor):
-        raise TypeError(f"seed: got {type(seed).__name__}, expected a tensor from draw_seed(device)")
+    check_tensor("seed", seed, "a tensor from draw_seed(device)")
     if seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != like.device:
         raise ValueError(
             f"seed: {seed.dtype} {tuple(seed.shape)} on {seed.device}, expected int64 (1,) on {like.device}"
         )
-    return seed
+    return None if dropout == 0.0 else seed
 
 
 def autocasting(x: Tensor) -> bool:

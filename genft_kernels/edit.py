@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import as_rows, autocast, check_activations, check_factor, check_linear, choice_of, like_rows
+from .checks import as_rows, autocast, check_activations, check_factor, check_linear, choice_of, like_rows, number
 from .operation import Operation
 from .plan import LaunchPlan
 from .reference import edit as reference
@@ -59,8 +59,9 @@ def input_edit(
     check_activations(x)
     r = check_factor("psi", psi, x, (None, x.shape[-1]))
     check_factor("phi", phi, x, (r, x.shape[-1]))
+    scale, choice = number("scale", scale), choice_of(backend, plan)
     (x,) = autocast(x)
-    return like_rows(_input_edit(as_rows(x), psi, phi, float(scale), choice_of(backend, plan)), x)
+    return like_rows(_input_edit(as_rows(x), psi, phi, scale, choice), x)
 
 
 def input_edit_linear(
@@ -93,6 +94,7 @@ def input_edit_linear(
     check_linear(x, weight, bias)
     r = check_factor("psi", psi, x, (None, weight.shape[1]))
     check_factor("phi", phi, x, (r, weight.shape[1]))
+    scale, choice = number("scale", scale), choice_of(backend, plan)
     x, weight, bias = autocast(x, weight, bias)
-    y = _input_edit_linear(as_rows(x), weight, psi, phi, bias, float(scale), choice_of(backend, plan))
+    y = _input_edit_linear(as_rows(x), weight, psi, phi, bias, scale, choice)
     return like_rows(y, x)

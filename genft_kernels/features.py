@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import sharded
 from .activations import activation as activation_named
-from .checks import check_dropout, check_factor, check_weight, choice_of
+from .checks import check_dropout, check_factor, check_weight, choice_of, number
 from .operation import Operation
 from .plan import LaunchPlan
 from .reference import features as reference
@@ -41,7 +41,7 @@ def weight_features(
             [N, r] only.
         a: A [r, K], in the dtype of W0 or float32.
         bias: [r] in the dtype of A, or None.
-        ratio: ρ.
+        ratio: ρ, a finite number.
         activation: σ, a name in `genft_kernels.activations.ACTIVATIONS`.
         dropout: dropout probability of the elements of W0, 0 <= dropout < 1; the mask is never stored.
         seed: int64 [1] from `draw_seed`, required if dropout > 0.
@@ -57,10 +57,11 @@ def weight_features(
     r = check_factor("a", a, weight, (None, weight.shape[1]))
     if bias is not None:
         check_factor("bias", bias, a, (r,))
+    seed = check_dropout(dropout, seed, weight)
+    ratio, choice = number("ratio", ratio), choice_of(backend, plan)
     if is_sharded(weight):
         options = {"ratio": ratio, "dropout": dropout, "backend": backend, "plan": plan}
         return sharded.features_of_parts(weight_features, weight, a, bias, sigma.forward, seed, **options)
-    seed = check_dropout(dropout, seed, weight)
-    z = _weight_features(weight, a, bias, float(ratio), float(dropout), seed, choice_of(backend, plan))
+    z = _weight_features(weight, a, bias, ratio, float(dropout), seed, choice)
     # σ acts on [N, r] only: torch's function is fast enough, and torch.compile can fuse it.
     return sigma.forward(z)

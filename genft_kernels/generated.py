@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .activations import activation as activation_named
-from .checks import FLOATS, as_rows, autocast, check_dropout, check_factor, check_linear, choice_of, like_rows
+from .checks import (
+    FLOATS,
+    as_rows,
+    autocast,
+    check_dropout,
+    check_factor,
+    check_linear,
+    check_tensor,
+    choice_of,
+    like_rows,
+    number,
+)
 from .operation import Operation
 from .plan import LaunchPlan
 from .reference import generated as reference
@@ -53,7 +65,7 @@ def generated_linear(
         bias: the layer's bias [N] or None, in the dtype of x.
         row_bias: [N] or None, added to the rows of H Bᵀ.
         column_bias: [K] or None, added to its columns.
-        scale: s.
+        scale: s, a finite number.
         activation: σ, a name in `genft_kernels.activations.ACTIVATIONS`.
         dropout: dropout probability of the elements of ΔW, 0 <= dropout < 1.
         seed: int64 [1] from `draw_seed`, required if dropout > 0.
@@ -71,7 +83,11 @@ def generated_linear(
     check_factor("b", b, x, (weight.shape[1], r))
     _check_companions(h, b=b, row_bias=(row_bias, weight.shape[0]), column_bias=(column_bias, weight.shape[1]))
     seed = check_dropout(dropout, seed, x)
+    scale, choice = number("scale", scale), choice_of(backend, plan)
     x, weight, bias = autocast(x, weight, bias)
+    if h.dtype != x.dtype == torch.float64:  # ΔW is generated in the dtype of its factors
+        h, b = h.double(), b.double()
+        row_bias, column_bias = (None if one is None else one.double() for one in (row_bias, column_bias))
     y = _generated_linear(
         as_rows(x),
         weight,
@@ -80,11 +96,11 @@ def generated_linear(
         bias,
         row_bias,
         column_bias,
-        float(scale),
+        scale,
         activation,
         float(dropout),
         seed,
-        choice_of(backend, plan),
+        choice,
     )
     return like_rows(y, x)
 
@@ -122,10 +138,9 @@ def generated_features(
 
     Source: between the stages of GenFT (arXiv 2506.11042); docs/mathematics.md.
     """
-    sigma_in = activation_named(inner_activation)
+    sigma_in = activation_named(inner_activation, "inner_activation")
     activation_named(activation)
-    if not isinstance(h, Tensor):
-        raise TypeError(f"h: got {type(h).__name__}, expected a tensor")
+    check_tensor("h", h)
     if h.dtype not in FLOATS:
         raise TypeError(f"h: dtype {h.dtype}, expected one of {FLOATS}")
     if h.dim() != 2 or 0 in h.shape:

@@ -12,7 +12,7 @@ from .checks import as_rows, autocast, check_activations, check_factor, check_li
 from .operation import Operation
 from .plan import LaunchPlan
 from .reference import grouped as reference
-from .rows import RowGroups
+from .rows import RowGroups, check_rows
 
 _grouped_lowrank_linear = Operation(
     "grouped_lowrank_linear",
@@ -56,8 +56,6 @@ def grouped_lowrank_linear(
 
     Source: docs/mathematics.md, "Samples that take different updates".
     """
-    if not isinstance(rows, RowGroups):
-        raise TypeError(f"rows: got {type(rows).__name__}, expected RowGroups from group_rows")
     if weight is not None:
         check_linear(x, weight, bias)
     else:
@@ -66,15 +64,13 @@ def grouped_lowrank_linear(
             raise ValueError("bias: got a tensor, expected None because weight is None")
     if x.dim() < 2:
         raise ValueError(f"x: shape {tuple(x.shape)}, expected [S, ..., K]")
-    if rows.group.shape[0] != x.shape[0]:
-        raise ValueError(f"rows: got {rows.group.shape[0]} samples, expected S = {x.shape[0]} of x [S, ..., K]")
-    if rows.group.device != x.device:
-        raise ValueError(f"rows: on {rows.group.device}, expected the device of x, {x.device}")
+    check_rows(rows, x)
     r = check_factor("p", p, x, (rows.groups, x.shape[-1], None))
     if weight is None and isinstance(q, Tensor) and q.dim() != 3:
         raise ValueError(f"q: shape {tuple(q.shape)}, expected [{rows.groups}, N, {r}]")
     n = q.shape[1] if weight is None else weight.shape[0]
     check_factor("q", q, x, (rows.groups, n, r))
+    choice = choice_of(backend, plan)
     x, weight, bias = autocast(x, weight, bias)
-    y = _grouped_lowrank_linear(as_rows(x), weight, p, q, *rows, bias, choice_of(backend, plan))
+    y = _grouped_lowrank_linear(as_rows(x), weight, p, q, *rows, bias, choice)
     return like_rows(y, x)

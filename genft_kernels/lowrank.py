@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import as_rows, autocast, check_dropout, check_factor, check_linear, choice_of, like_rows
+from .checks import as_rows, autocast, check_dropout, check_factor, check_linear, choice_of, like_rows, number
 from .operation import Operation
 from .plan import LaunchPlan
 from .reference import lowrank as reference
@@ -42,7 +42,7 @@ def lowrank_linear(
         p: factor [K, r], in the dtype of x or float32.
         q: factor [N, r], likewise. ΔW = scale·Q Pᵀ.
         bias: [N] or None, in the dtype of x.
-        scale: s.
+        scale: s, a finite number.
         dropout: dropout probability of x in the low-rank branch, 0 <= dropout < 1.
         seed: int64 [1] from `draw_seed`, required if dropout > 0; determines the mask.
         backend: "auto" (Triton on a GPU, else the reference), "triton" or "reference".
@@ -59,6 +59,7 @@ def lowrank_linear(
     r = check_factor("p", p, x, (weight.shape[1], None))
     check_factor("q", q, x, (weight.shape[0], r))
     seed = check_dropout(dropout, seed, x)
+    scale, choice = number("scale", scale), choice_of(backend, plan)
     x, weight, bias = autocast(x, weight, bias)
-    y = _lowrank_linear(as_rows(x), weight, p, q, bias, float(scale), float(dropout), seed, choice_of(backend, plan))
+    y = _lowrank_linear(as_rows(x), weight, p, q, bias, scale, float(dropout), seed, choice)
     return like_rows(y, x)

@@ -580,11 +580,13 @@ def resolve(
         if plan.algorithm not in (*LIBRARY, *ALGORITHMS_OF[operation]):
             listed = ("library", *ALGORITHMS_OF[operation])
             raise ValueError(f"plan: {operation} has no algorithm {plan.algorithm!r}, expected one of {listed}")
+        if device.type == "meta":
+            return LaunchPlan("reference")  # shapes and dtypes only, which do not depend on the plan
         if plan.algorithm not in LIBRARY:
             _require_triton(device, dtype, r)
         return plan
     usable = device.type == "cuda" and dtype in TRITON_DTYPES
-    if choice == "reference" or (choice == "auto" and not usable):
+    if choice == "reference" or (choice == "auto" and not usable) or device.type == "meta":
         return LaunchPlan("reference")
     if choice == "triton":
         _require_triton(device, dtype, min(r, MAX_TRITON_RANK))

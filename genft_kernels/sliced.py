@@ -13,8 +13,10 @@ from .checks import (
     check_indices,
     check_linear,
     check_orientation,
+    check_tensor,
     choice_of,
     like_rows,
+    number,
 )
 from .operation import Operation
 from .plan import SQUARES, LaunchPlan
@@ -58,7 +60,7 @@ def sliced_linear(
             synchronise a GPU; out-of-range or duplicate indices give undefined results.
         bias: [N] or None, in the dtype of x.
         orientation: "row" or "column".
-        scale: s.
+        scale: s, a finite number.
         backend, plan: as in `lowrank_linear`.
 
     Returns:
@@ -72,8 +74,9 @@ def sliced_linear(
     n, k = weight.shape
     count = check_factor("values", values, x, (n, None) if columns else (None, k))
     check_indices(indices, count, k if columns else n, x)
+    scale, choice = number("scale", scale), choice_of(backend, plan)
     x, weight, bias = autocast(x, weight, bias)
-    y = _sliced_linear(as_rows(x), weight, values, indices, bias, columns, float(scale), choice_of(backend, plan))
+    y = _sliced_linear(as_rows(x), weight, values, indices, bias, columns, scale, choice)
     return like_rows(y, x)
 
 
@@ -101,13 +104,13 @@ def squared_gradient_sums(
     """
     columns = check_orientation(orientation)
     check_activations(x)
-    if not isinstance(dy, Tensor):
-        raise TypeError(f"dy: got {type(dy).__name__}, expected a tensor")
+    check_tensor("dy", dy)
     if dy.dim() != x.dim() or dy.shape[:-1] != x.shape[:-1] or dy.shape[-1] == 0:
         raise ValueError(f"dy: shape {tuple(dy.shape)}, expected [..., N] with N >= 1 for x {tuple(x.shape)}")
     if dy.dtype != x.dtype:
         raise TypeError(f"dy: dtype {dy.dtype}, expected that of x, {x.dtype}")
     if dy.device != x.device:
         raise ValueError(f"dy: on {dy.device}, expected the device of x, {x.device}")
+    choice = choice_of(backend, plan)
     left, right = (tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in ((x, dy) if columns else (dy, x)))
-    return _squared_gradient_sums(left, right, choice_of(backend, plan))
+    return _squared_gradient_sums(left, right, choice)

@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from genft_kernels import grouped_lowrank_linear
-from genft_kernels.checks import FLOATS
+from genft_kernels.checks import FLOATS, check_tensor
 from genft_kernels.operation import eager
 from genft_kernels.plan import BACKENDS
 from genft_kernels.sharded import is_sharded
@@ -21,6 +21,7 @@ from genft_modules.layer.kept import Kept
 from genft_modules.layer.mixed import MixedBatch, mixed_batch
 from genft_modules.layer.sharded import sharded_forward
 from genft_modules.methods import Generator, GeneratorConfig
+from genft_modules.methods.base import without_autocast
 from genft_modules.methods.checks import check_choice
 from genft_modules.methods.forms import Form, InputEdit, apply, apply_around, side_by_side
 from genft_modules.methods.weights import QuantisedWeight, can_be_base, features_of, is_quantised, stored
@@ -176,6 +177,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         forms = self._forms(generators, weight, plain)
         if plain:
             return apply(forms, x, weight, _tensor_of(base, "bias"), backend)
+        check_tensor("x", x)
         return apply_around(base, forms, x, backend)
 
     def _forms(self, generators: list[Generator], weight: Tensor, plain: bool) -> list[Form]:
@@ -209,6 +211,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         """The input edits of all adapters are one grouped operation, the low-rank updates another; full-rank updates
         are applied per adapter to its samples."""
         base = self.base_layer
+        check_tensor("x", x)
         batch.names_of(x.shape[0])
         if self.merged_adapters:
             raise ValueError(
@@ -269,14 +272,14 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         """ΔW [N, K], in the orientation of `nn.Linear` also for a `Conv1D`; without dropout, in float32 or wider.
         Always computed from the original W0, even while adapters are merged."""
         generator = self._generator(adapter_name)
-        with torch.autocast(stored(self.base_layer).device.type, enabled=False):
+        with without_autocast(stored(self.base_layer)):
             return generator.delta_weight(self.frozen_weight())
 
     def low_rank_factors(self, adapter_name: str = "default") -> tuple[Tensor, Tensor] | None:
         """A [r, K] and B [N, r] with B A = `get_delta_weight`, exact and of the adapter's rank r; None if ΔW has full
         rank."""
         generator = self._generator(adapter_name)
-        with torch.autocast(stored(self.base_layer).device.type, enabled=False):
+        with without_autocast(stored(self.base_layer)):
             return generator.low_rank_factors(self.frozen_weight())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -360,8 +363,9 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         if adapter_name not in self.genft_generators:
             return
         for module in self._generator(adapter_name).modules_with_shared():
-            if not any(parameter.is_meta for parameter in module.parameters()):
-                module.to(device or stored(self.base_layer).device)
+            target = device or stored(self.base_layer).device
+            if target.type == "meta" or not any(parameter.is_meta for parameter in module.parameters()):
+                module.to(target)
 
 
 def _save_unmerged(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genft_kernels import RowGroups, group_rows, grouped_lowrank_linear
+from genft_kernels.operation import eager
 from genft_modules.methods.forms import InputEdit, LowRank, Slices
 
 BASE = "__base__"  # peft's name for no adapter
@@ -103,8 +104,8 @@ class MixedBatch:
         if not forms:
             return None
         sources = [tensor for form in forms.values() for tensor in (form.p, form.q)]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return _stack(forms)
+        if torch.is_grad_enabled() or not eager(*sources):
+            return _stack(forms)  # fake tensors have no address
         # Layers that share factors share the stack. It holds references to the sources, so that their addresses stay
         # unique.
         key = (

@@ -22,6 +22,7 @@ from genft_kernels import (
     sliced_linear,
 )
 from genft_kernels.activations import activation as activation_named
+from genft_kernels.checks import autocast
 from genft_modules.methods.weights import weight_features
 
 
@@ -137,8 +138,7 @@ class Generated:
 
     def update(self, x: Tensor, backend: str) -> Tensor:
         """Only x ΔWᵀ [..., N]: the same operation on a zero W0, an expanded tensor of one element."""
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # a cast of W0 inside would materialise the zeros
+        (x,) = autocast(x)  # a cast of W0 inside would materialise the zeros
         return self.linear(x, x.new_zeros(()).expand(self.h.shape[0], self.b.shape[0]), None, backend)
 
     def low_rank(self) -> LowRank:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from math import inf, nan
+
+import numpy as np
 import pytest
 import torch
 
 import genft_kernels as gk
 from genft_kernels import LaunchPlan
+from tests.support.truth import OPERATIONS, make_case, run
+from tests.support.watchers import Inside
 
 
 def good(**changes):
@@ -127,3 +134,125 @@ def test_an_empty_generated_matrix_is_refused(shape):
 def test_what_is_no_tensor_is_named(options, words):
     with pytest.raises(TypeError, match=words):
         gk.lowrank_linear(torch.randn(4, 3), torch.randn(5, 3), torch.randn(3, 2), torch.randn(5, 2), **options)
+
+
+# ---- every argument of every operation
+
+
+NO_NUMBERS = (None, "1", True, 1j, [1.0], torch.tensor(0.5), np.array([0.5]), np.bool_(True), nan, inf, -inf, 10**400)
+NO_SHARES = (*NO_NUMBERS, -0.1, 1.0, 2)
+NO_NAMES = (None, 1, True, "swish", ["none"], np.array(["none", "relu"]), torch.tensor([1, 2]))
+WRONG: dict[str, tuple[object, ...]] = {
+    "scale": NO_NUMBERS,
+    "ratio": NO_NUMBERS,
+    "dropout": NO_SHARES,
+    "seed": (5, -1, 2**63, 0.5, "1", True, torch.tensor([5.0]), torch.tensor([5, 6]), torch.tensor([5], device="meta")),
+    "activation": NO_NAMES,
+    "inner_activation": NO_NAMES,
+    "orientation": NO_NAMES,
+    "backend": NO_NAMES,
+    "plan": ("thin", 1, {}, LaunchPlan),
+    "rows": (None, 1, (1, 2, 3), gk.RowGroups(1, 2, 3), gk.RowGroups(*[torch.zeros(4)] * 3)),
+    "count": (None, 0, -1, 1.0, True, "1", torch.tensor(1)),
+}
+
+
+def calls() -> dict[str, tuple[Callable[..., object], dict[str, object]]]:
+    """Every operation, by name, with valid arguments by name."""
+    made = {}
+    for name in OPERATIONS:
+        case = make_case(name, 4, 5, 6, 2, torch.float32, torch.device("cpu"))
+        door = getattr(gk, name.removesuffix("_row").removesuffix("_column"))
+        made[name] = (door, {**case.tensors, **case.options})
+    made["squared_gradient_sums"] = (gk.squared_gradient_sums, {"dy": torch.randn(4, 5), "x": torch.randn(4, 6)})
+    made["group_rows"] = (gk.group_rows, {"index": torch.tensor([0, -1, 1]), "count": 2})
+    return made
+
+
+def others() -> dict[str, Callable[[torch.Tensor], object]]:
+    """What is no dense tensor of floats, made from one that is."""
+
+    def jagged(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nested.nested_tensor([tensor.detach(), tensor.detach()], layout=torch.jagged)
+
+    def quantised(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.quantize_per_tensor(tensor.detach().float(), 0.1, 0, torch.qint8)
+
+    return {
+        "a list": lambda tensor: tensor.tolist(),
+        "an array": lambda tensor: tensor.detach().numpy(),
+        "COO": lambda tensor: tensor.detach().to_sparse(),
+        "CSR": lambda tensor: tensor.detach().reshape(1, -1).to_sparse_csr(),
+        "nested": lambda tensor: torch.nested.nested_tensor([tensor.detach(), tensor.detach()]),
+        "jagged": jagged,
+        "MKL-DNN": lambda tensor: tensor.detach().float().to_mkldnn(),
+        "quantised": quantised,
+        "complex": lambda tensor: tensor.detach().to(torch.complex64),
+        "bool": lambda tensor: tensor.detach().bool(),
+    }
+
+
+class Work(Inside):
+    """The operations of torch that were called, but for views and attributes, which are calls for some subclasses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def see(self, function, out) -> None:
+        if not function.is_view and function.namespace != "prim":
+            self.calls.append(str(function))
+
+
+def refusal_of(call: Callable[..., object], arguments: dict[str, object], name: str) -> str:
+    with Work() as work, pytest.raises((TypeError, ValueError)) as refusal:
+        call(**arguments)
+    assert work.calls == []
+    message = str(refusal.value)
+    assert message.startswith(f"{name}: "), message
+    assert "expected" in message
+    return message
+
+
+@pytest.mark.parametrize("operation", calls())
+def test_a_wrong_value_of_any_option_is_named(operation):
+    call, good = calls()[operation]
+    call(**good)
+    options = {name for name, parameter in inspect.signature(call).parameters.items() if "Tensor" not in str(parameter)}
+    for name in options | ({"seed", "rows"} & set(inspect.signature(call).parameters)):
+        for wrong in WRONG[name]:
+            dropping = {"dropout": 0.5} if name == "seed" else {}
+            refusal_of(call, {**good, **dropping, name: wrong}, name)
+
+
+@pytest.mark.parametrize("operation", calls())
+@pytest.mark.parametrize("kind", others())
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.filterwarnings("ignore:.*(nested|Sparse|quantize).*")
+def test_a_tensor_of_another_kind_is_named(operation, kind, autocast):
+    call, good = calls()[operation]
+    if "dropout" in inspect.signature(call).parameters:
+        good |= {"dropout": 0.5, "seed": gk.draw_seed("cpu")}
+    for name, tensor in good.items():
+        if isinstance(tensor, torch.Tensor):
+            other = others()[kind](tensor)
+            with torch.autocast("cpu", enabled=autocast):
+                refusal_of(call, {**good, name: other}, name)
+
+
+@pytest.mark.parametrize(
+    "value", [1, np.float32(1), np.float64(1), np.int64(1)], ids=lambda value: type(value).__name__
+)
+def test_numbers_of_numpy_are_numbers(value):
+    case = make_case("lowrank_linear", 4, 5, 6, 2, torch.float32, torch.device("cpu"))
+    tensors = case.tensors.values()
+    assert torch.equal(gk.lowrank_linear(*tensors, scale=value), gk.lowrank_linear(*tensors, scale=1.0))
+    assert torch.equal(gk.lowrank_linear(*tensors, dropout=value - 1), gk.lowrank_linear(*tensors))
+
+
+def test_float32_factors_of_a_float64_layer_lose_nothing():
+    case = make_case("generated_linear", 4, 5, 6, 2, torch.float64, torch.device("cpu"), factor_dtype=torch.float32)
+    found, truth = run(case.operation, case), run(case.truth, case, torch.float64)
+    assert found["grad.h"].dtype == torch.float32
+    for name in ("y", "grad.x"):
+        torch.testing.assert_close(found[name], truth[name], rtol=1e-13, atol=1e-13)

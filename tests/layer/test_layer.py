@@ -451,6 +451,29 @@ def test_refuses_with_a_message_that_says_what_fits(error, message, call):
         call()
 
 
+INPUTS = {
+    "list": lambda x: x.tolist(),
+    "COO": lambda x: x.to_sparse(),
+    "CSR": lambda x: x.to_sparse_csr(),
+    "nested": lambda x: torch.nested.nested_tensor([x, x]),
+    "jagged": lambda x: torch.nested.nested_tensor([x, x], layout=torch.jagged),
+}
+
+
+@all_kinds
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.filterwarnings("ignore:.*(nested|Sparse).*")
+def test_an_input_that_is_no_dense_tensor_is_named(case, kind):
+    layer, x = make(case), INPUTS[kind](inputs(2).cpu())
+    with pytest.raises(TypeError, match=r"^x: got .*, expected a"):
+        layer(x)
+    with pytest.raises(TypeError, match=r"^x: got .*, expected a"):
+        layer(x, adapter_names=["default", "__base__"])
+    layer.base_layer.register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(TypeError, match=r"^x: got .*, expected a"):
+        layer(x)
+
+
 def test_from_linear_leaves_the_linear_alone_when_it_refuses():
     linear = nn.Linear(K, N)
     with pytest.raises(TypeError):

@@ -211,9 +211,15 @@ WITH_DROPOUT = ("lowrank_linear", "weight_features", "generated_linear", "genera
 
 
 def run(
-    function: Callable[..., Tensor], case: Case, dtype: torch.dtype | None = None, **extra: Any
+    function: Callable[..., Tensor],
+    case: Case,
+    dtype: torch.dtype | None = None,
+    *,
+    cotangent: Tensor | None = None,
+    **extra: Any,
 ) -> dict[str, Tensor]:
-    """Output and gradients, by name. With `dtype`, every tensor is cast to it first."""
+    """Output and gradients, by name, for a random `cotangent` unless there is one. With `dtype`, every tensor is cast
+    to it first."""
     leaves = {}
     for name, tensor in case.tensors.items():
         if tensor is not None:
@@ -223,10 +229,11 @@ def run(
             # A cast keeps the strides that the test chose; detach alone shares memory, which no call may write.
             leaves[name] = cast.requires_grad_(tensor.requires_grad)
     y = function(*(leaves.get(name) for name in case.tensors), **case.options, **extra)
-    generator = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(y.shape, dtype=torch.float64, generator=generator).to(y)
+    if cotangent is None:
+        generator = torch.Generator().manual_seed(1)
+        cotangent = torch.randn(y.shape, dtype=torch.float64, generator=generator)
     wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
-    gradients = torch.autograd.grad(y, wanted, cotangent)
+    gradients = torch.autograd.grad(y, wanted, cotangent.to(y)) if wanted else ()
     names = [name for name, leaf in leaves.items() if leaf.requires_grad]
     return {"y": y.detach(), **{f"grad.{name}": g for name, g in zip(names, gradients, strict=True)}}
 
