@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from numbers import Real
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from .plan import BACKENDS, LaunchPlan
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_DENSE = torch.strided
 
 
 def choice_of(backend: str, plan: LaunchPlan | None) -> LaunchPlan | str:
@@ -33,9 +35,9 @@ def number(name: str, value: Any) -> float:
         try:
             value = float(value)
         except OverflowError:
-            value = torch.inf
+            value = inf
     found: float = value
-    if not -torch.inf < found < torch.inf:
+    if not -inf < found < inf:
         raise ValueError(f"{name}: got {found}, expected a finite number")
     return found
 
@@ -43,7 +45,7 @@ def number(name: str, value: Any) -> float:
 def check_tensor(name: str, value: Any, expected: str = "a tensor") -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
-    if value.layout is not torch.strided or value.is_nested:
+    if value.layout is not _DENSE or value.is_nested:
         came = "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout}"
         raise TypeError(f"{name}: got {came}, expected a dense tensor (torch.strided)")
 
@@ -52,8 +54,9 @@ def check_activations(x: Tensor) -> None:
     check_tensor("x", x)
     if x.dtype not in FLOATS:
         raise TypeError(f"x: dtype {x.dtype}, expected one of {FLOATS}")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: shape {tuple(x.shape)}, expected [..., K] with K >= 1")
+    shape = x.shape
+    if not shape or not shape[-1]:
+        raise ValueError(f"x: shape {tuple(shape)}, expected [..., K] with K >= 1")
 
 
 def check_weight(weight: Tensor) -> None:
@@ -63,8 +66,9 @@ def check_weight(weight: Tensor) -> None:
             f"weight: dtype {weight.dtype} is not supported, expected one of {FLOATS}; "
             "for a quantised base layer, use input_edit and the layer's own product"
         )
-    if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"weight: shape {tuple(weight.shape)}, expected [N, K] with N, K >= 1")
+    shape = weight.shape
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"weight: shape {tuple(shape)}, expected [N, K] with N, K >= 1")
     if weight.requires_grad:
         raise ValueError("weight: requires grad, expected a frozen weight; call weight.requires_grad_(False)")
 
@@ -75,18 +79,19 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     n, k = weight.shape
     if x.shape[-1] != k:
         raise ValueError(f"x: last dimension {x.shape[-1]}, expected K = {k} of weight [N, K]")
-    if x.device != weight.device:
-        raise ValueError(f"weight: on {weight.device}, expected the device of x, {x.device}")
-    if x.dtype != weight.dtype and not autocasting(x):
-        raise TypeError(f"weight: dtype {weight.dtype}, expected that of x, {x.dtype} (autocast is off)")
+    device, dtype = x.device, x.dtype
+    if device != weight.device:
+        raise ValueError(f"weight: on {weight.device}, expected the device of x, {device}")
+    if dtype != weight.dtype and not autocasting(x):
+        raise TypeError(f"weight: dtype {weight.dtype}, expected that of x, {dtype} (autocast is off)")
     if bias is not None:
         check_tensor("bias", bias, "a tensor [N] or None")
         if bias.shape != (n,):
             raise ValueError(f"bias: shape {tuple(bias.shape)}, expected [N] = [{n}]")
-        if bias.device != x.device:
-            raise ValueError(f"bias: on {bias.device}, expected the device of x, {x.device}")
-        if bias.dtype != x.dtype and not (autocasting(x) and bias.dtype in FLOATS):
-            raise TypeError(f"bias: dtype {bias.dtype}, expected that of x, {x.dtype} (autocast is off)")
+        if bias.device != device:
+            raise ValueError(f"bias: on {bias.device}, expected the device of x, {device}")
+        if bias.dtype != dtype and not (autocasting(x) and bias.dtype in FLOATS):
+            raise TypeError(f"bias: dtype {bias.dtype}, expected that of x, {dtype} (autocast is off)")
 
 
 def check_factor(name: str, factor: Tensor, like: Tensor, shape: tuple[int | None, ...]) -> int:
