@@ -412,10 +412,10 @@ def _proved(
     plotting.loss_curves({record["method"]: record}, directory / "loss.png", "loss")
     if warning := flat(record["training_curve"]):
         say(f"warning: {warning}")
-    trainer.model = trainer.model_wrapped = None
-    del model
-    gc.collect()
     if job.options.run.verify and not sharded:
+        trainer.model = trainer.model_wrapped = None
+        del model
+        gc.collect()
         if trainer.args.device.type == "cuda":
             torch.cuda.empty_cache()  # for the verifying process
         record["reload"] = verify.verify_in_new_process([directory])[0]

@@ -27,7 +27,8 @@ def shown(value: object, most: int = 100) -> str:
 
 def one_line(text: object, most: int = 500) -> str:
     """A text on one line, without control characters, cut to `most` characters."""
-    line = " ".join("".join(char if char.isprintable() else " " for char in str(text)[: 4 * most]).split())
+    text = str(text)[: 4 * most].encode("utf-8", "backslashreplace").decode()  # names of files may not be UTF-8
+    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 

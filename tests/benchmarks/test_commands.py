@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import memcheck, runner
+from benchmarks import gpu, memcheck, runner
 from benchmarks.measure import results
 from benchmarks.measure.part import Part, add, line
 from benchmarks.measure.shapes import Shape
@@ -409,10 +410,15 @@ def _python(*words, **environment):
         ("rest", "ceilings,p3,p2,again"),  # its whole models have tests of their own
     ],
 )
-def test_a_stage_of_the_gpu_command_goes_through_without_a_gpu(stage, expected, tmp_path):
+def test_a_stage_of_the_gpu_command_goes_through_without_a_gpu(stage, expected, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # the command adds to it
     parts = ["--parts", expected] if stage == "rest" else []
-    done = _python("benchmarks.gpu", stage, "--dry-run", "--out", str(tmp_path), *parts)
-    assert done.returncode == 0, done.stdout + done.stderr
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert gpu.main([stage, "--dry-run", "--out", str(tmp_path), *parts]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)  # the command listens
+    out = capsys.readouterr().out
     (path,) = (p for p in tmp_path.glob("*.json") if not p.name.startswith("plans-"))
     data = results.load(path)
     assert data["run"]["left_out"] == {}
@@ -422,14 +428,12 @@ def test_a_stage_of_the_gpu_command_goes_through_without_a_gpu(stage, expected, 
     if stage == "plans":
         assert data["gate"]["checks"] == data["gate"]["listed"] > 5
         assert {entry["operation"] for entry in data["sweep"]} >= {"lowrank_linear"}
-        assert f"cp {tmp_path}/plans-cpu.json genft_kernels/plans/cpu.json" in done.stdout.splitlines()[-3]
+        assert f"cp {tmp_path}/plans-cpu.json genft_kernels/plans/cpu.json" in out.splitlines()[-3]
     else:
         assert data["records"]
 
 
 def test_the_gpu_command_wants_to_know_its_stage(capsys):
-    from benchmarks import gpu
-
     with pytest.raises(SystemExit) as stopped:
         gpu.main([])
     assert stopped.value.code == 2
@@ -481,8 +485,6 @@ def test_memcheck_reads_what_the_sanitizer_says(said, seconds, expected, tmp_pat
 def test_without_a_gpu_the_gpu_command_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    from benchmarks import gpu
-
     with pytest.raises(SystemExit) as stopped:
         gpu.main(["--parts", "p9"])
     assert stopped.value.code == 3

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from genft_cli import main as cli
+from genft_cli import plotting
 from genft_cli.demo.bytes import byte_tokenizer
 
 PROSE = "".join(
@@ -46,6 +47,9 @@ def genft(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path.parent / f"{tmp_path.name}-datasets")
+
+    # Drawing takes half of a small run's time. The demo's test draws, and tests/benchmarks/test_charts.py looks.
+    monkeypatch.setattr(plotting, "loss_curves", lambda runs, path, unit: path.write_bytes(b"\x89PNG"))
 
     def run(*arguments: object) -> Result:
         capsys.readouterr()

@@ -441,7 +441,7 @@ def test_an_interrupted_save_loads(tmp_path, monkeypatch):
 
 def test_two_writers_of_one_directory_leave_one_whole_adapter(tmp_path, pytestconfig):
     """Never a configuration with another's weights, and nothing is left behind. `--fuzz N`: N bursts."""
-    bursts = pytestconfig.getoption("fuzz") or 4
+    bursts = pytestconfig.getoption("fuzz") or 2
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.two_writers", tmp_path, str(bursts)],
         cwd=ROOT,

@@ -65,8 +65,8 @@ def rank(folder: Path) -> None:
 
 
 def kill(folder: Path) -> None:
-    """Kill the second process when there is a checkpoint."""
-    while not (folder / "killed" / "checkpoint-8" / "trainer_state.json").exists():
+    """Kill the second process when there is a second checkpoint."""
+    while not any((folder / "killed" / f"checkpoint-{step}").exists() for step in (8, 12, 16)):
         time.sleep(0.002)
     os.kill(int((folder / "process-1").read_text()), signal.SIGKILL)
 

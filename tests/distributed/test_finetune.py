@@ -67,7 +67,8 @@ def two_train_one_adapter_and_one_of_them_speaks(folder: Path, ends: list[int], 
 
 def a_killed_process_changes_nothing(folder: Path, out: str, errors: str) -> None:
     """torchrun starts both again, and the run ends as the one that was not disturbed."""
-    assert "failed (exitcode: -9) local_rank: 1" in errors  # torchrun saw it
+    # torchrun saw it: that one was killed, or first that the other lost its partner.
+    assert "failed (exitcode: -9) local_rank: 1" in errors or "failed (exitcode: 1) local_rank: 0" in errors
     assert out.count("trainable ") == 1
     found, wanted = (folder / name / "adapter_model.safetensors" for name in ("killed", "whole"))
     assert found.read_bytes() == wanted.read_bytes()
