@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from genft_modules import FusedGenLinear
 from tests.support.cases import CASES, IDS, LAYERS, MODELS, REPRESENTATIVES
+from tests.support.grids import pairwise
 
 K, N = 10, 6
 MAKING = {"device": lambda: torch.device("meta"), "accelerate": init_empty_weights}
@@ -34,9 +35,7 @@ def uses(layer: nn.Module, x: torch.Tensor, call=None) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("making", MAKING)
+@pytest.mark.parametrize(("case", "kind", "making"), pairwise(list(CASES), list(LAYERS), list(MAKING)))
 def test_a_layer_without_values(case, kind, making):
     with MAKING[making]():
         layer = make(case, kind)
