@@ -68,8 +68,6 @@ def run(options: Options) -> dict[str, Any]:
         options.training.output_dir, options.given, resume=options.run.resume, overwrite=options.run.overwrite
     )
     with where as (directory, resume_from):
-        if resume_from is not None:
-            options.training.eval_on_start = False  # it is in the checkpoint's history
         trainer = _trainer(checked, task, head)
         record = job.train(checked, trainer, directory, resume_from, _probe(trainer))
         if record and checked.peft_config is not None:

@@ -12,6 +12,7 @@ from genft_cli import bases
 from genft_cli.console import UserError, one_line
 from genft_cli.generation import answers
 from genft_cli.tables import check_columns, read_rows
+from genft_modules.files import replace_text
 
 
 def run(
@@ -38,12 +39,7 @@ def run(
         raise UserError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise UserError(f"--temperature {temperature:g}: must be at least 0")
-    config = bases.config_of(adapter)
-    base = bases.base_of(config, adapter, model)
-    tokenizer = _tokenizer(adapter, base)
-    loaded = bases.load(adapter, config, base, device)
-    if not loaded.can_generate():
-        raise UserError(f"{adapter}: adapts a model that does not generate text")
+    loaded, tokenizer = _loaded(adapter, model, device)
     if chat and not tokenizer.chat_template:
         raise UserError("--chat: the tokenizer has no chat template")
     if chat:
@@ -100,20 +96,27 @@ def run_file(
     path = bases.path_of(output) if output else bases.path_of(dataset).with_suffix(".answers.jsonl")
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: no such folder")
+    loaded, tokenizer = _loaded(adapter, model, device)
+    try:
+        found = answers(loaded, tokenizer, [str(row[prompt_column]) for row in rows], batch_size, max_new_tokens)
+    except ValueError as error:
+        raise UserError(f"--dataset {dataset}: {one_line(error)}") from None
+    lines = [
+        json.dumps({**row, "generated": answer}, ensure_ascii=False) for row, answer in zip(rows, found, strict=True)
+    ]
+    replace_text(path, "\n".join(lines) + "\n")
+    return f"{len(rows):,} answers: {path}"
+
+
+def _loaded(adapter: str, model: str | None, device: str) -> tuple[Any, Any]:
+    """(the adapted model, its tokenizer). Raises UserError if it cannot be read or does not generate text."""
     config = bases.config_of(adapter)
     base = bases.base_of(config, adapter, model)
     tokenizer = _tokenizer(adapter, base)
     loaded = bases.load(adapter, config, base, device)
     if not loaded.can_generate():
         raise UserError(f"{adapter}: adapts a model that does not generate text")
-    try:
-        found = answers(loaded, tokenizer, [str(row[prompt_column]) for row in rows], batch_size, max_new_tokens)
-    except ValueError as error:
-        raise UserError(f"--dataset {dataset}: {one_line(error)}") from None
-    with path.open("w", encoding="utf-8") as file:
-        for row, answer in zip(rows, found, strict=True):
-            file.write(json.dumps({**row, "generated": answer}, ensure_ascii=False) + "\n")
-    return f"{len(rows):,} answers: {path}"
+    return loaded, tokenizer
 
 
 def _tokenizer(adapter: str, base: str) -> Any:

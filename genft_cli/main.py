@@ -217,16 +217,21 @@ def _add_demo(commands: Any) -> None:
     )
 
 
+def _add(commands: Any, name: str, summary: str, description: str) -> Any:
+    """A command whose options are absent from the namespace unless they are given."""
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+
+
 def _add_adapter_commands(commands: Any) -> None:
     def add(name: str, summary: str, description: str) -> Any:
-        sub = commands.add_parser(
-            name,
-            help=summary,
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            argument_default=argparse.SUPPRESS,
-            allow_abbrev=False,
-        )
+        sub = _add(commands, name, summary, description)
         sub.add_argument("adapter", metavar="ADAPTER", help="adapter directory, with adapter_config.json and weights")
         sub.add_argument("--model", metavar="PATH_OR_HUB_ID", help="base model (default: from adapter_config.json)")
         sub.add_argument("--device", metavar="NAME", help="auto, cuda, cpu")
@@ -256,14 +261,7 @@ def _add_adapter_commands(commands: Any) -> None:
 
 
 def _add_score(commands: Any) -> None:
-    sub = commands.add_parser(
-        "score",
-        help="compare generated answers with references",
-        description=_SCORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    sub = _add(commands, "score", "compare generated answers with references", _SCORE)
     sub.add_argument("answers", metavar="ANSWERS", help="file with one answer per row (.jsonl, .json, .csv)")
     sub.add_argument("--scorer", metavar="NAME", required=True, help="commonsense, gsm8k, letter, exact")
     sub.add_argument("--generated-column", metavar="NAME", help="column of the answers (default: generated)")
@@ -273,14 +271,7 @@ def _add_score(commands: Any) -> None:
 
 
 def _add_tune(commands: Any) -> None:
-    sub = commands.add_parser(
-        "tune",
-        help="find the fastest kernels for a model on this GPU",
-        description=_TUNE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    sub = _add(commands, "tune", "find the fastest kernels for a model on this GPU", _TUNE)
     sub.add_argument(
         "--model", metavar="PATH_OR_HUB_ID", required=True, help="a local model directory, or a model on the Hub"
     )
