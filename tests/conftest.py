@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
@@ -35,6 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [
         item for worker in range(workers) for item in (*long[worker::workers], *rest[cuts[worker] : cuts[worker + 1]])
     ]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays: collections need not look at it
 
 
 @pytest.fixture(scope="session")
