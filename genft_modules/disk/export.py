@@ -80,6 +80,88 @@ def export_lora(
         check_number("max_error", max_error)
         if not 0 < max_error < 1:
             raise ValueError(f"max_error: got {max_error}, expected 0 < max_error < 1")
+    layers = _layers(model, adapter_name)
+    with new_directory(directory) as partial:
+        exported, tensors = [], {}
+        with bar(len(layers), "exporting", unit="layer", leave=False, show=progressbar) as progress:
+            for name, layer in layers.items():
+                a, b, exact, error = _factors(layer, adapter_name, name, max_error, rank)
+                exported.append(ExportedLayer(name, a.shape[0], exact, error))
+                tensors[f"{PREFIX}{name}.lora_A.weight"] = _copy(a)
+                tensors[f"{PREFIX}{name}.lora_B.weight"] = _copy(b)
+                progress.update()
+        tensors |= {key: _copy(tensor) for key, tensor in _other_tensors(model, adapter_name).items()}
+        if broken := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
+            raise ValueError(f"adapter_name: {adapter_name!r} has non-finite elements in {some(broken)}")
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        ranks = {layer.name: layer.rank for layer in exported}
+        _config(model, adapter_name, layers, ranks, inference_mode=True).save_pretrained(str(partial))
+        method = getattr(getattr(model, "peft_config", {}).get(adapter_name), "method", None)
+        write_card(partial, note=note_of_export(method, [layer.error for layer in exported if not layer.exact]))
+    return exported
+
+
+@torch.no_grad()
+def lora_state_dict(
+    model: nn.Module,
+    adapter_name: str = "default",
+    *,
+    out: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """An adapter as the state dict of a peft LoRA adapter, in memory: what `export_lora` would save.
+
+    For an engine that generates while the model trains: give it `lora_config(model)` and these tensors once, and after
+    each step the same tensors, refilled by `lora_state_dict(model, out=tensors)`.
+
+    Args:
+        model: as in `export_lora`; it is not changed.
+        adapter_name: name of an adapter whose ΔW has low rank in every layer.
+        out: the result of an earlier call. Its tensors are overwritten and returned, wherever they are.
+        dtype: of the new tensors; None for that of the factors, float32 or wider. Not together with `out`.
+
+    Returns:
+        `base_model.model.<layer>.lora_A.weight` [r, K] and `.lora_B.weight` [N, r] on each layer's device, and the
+        trained biases and full modules, in peft's layout. No tensor shares memory with the model.
+
+    Raises:
+        ValueError: invalid arguments or model, or ΔW has full rank in a layer.
+    """
+    if out is not None and dtype is not None:
+        raise ValueError(f"dtype: got {dtype}, expected None because out has dtypes of its own")
+    layers, others = _layers(model, adapter_name), _other_tensors(model, adapter_name)
+    keys = [*others, *(f"{PREFIX}{name}.lora_{side}.weight" for name in layers for side in "AB")]
+    if out is not None and (not isinstance(out, dict) or out.keys() != set(keys)):
+        raise ValueError(f"out: got {type(out).__name__} with other keys, expected the result of an earlier call")
+    tensors: dict[str, Tensor] = {} if out is None else out
+
+    def put(key: str, tensor: Tensor) -> None:
+        if out is None:
+            tensors[key] = tensor.detach().to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+        elif out[key].shape != tensor.shape:
+            raise ValueError(f"out: {key} has shape {tuple(out[key].shape)}, expected {tuple(tensor.shape)}")
+        else:
+            out[key].copy_(tensor)
+
+    for name, layer in layers.items():
+        for side, factor in zip("AB", _low_rank(layer, adapter_name, name), strict=True):
+            put(f"{PREFIX}{name}.lora_{side}.weight", factor)
+    for key, tensor in others.items():
+        put(key, tensor)
+    return tensors
+
+
+def lora_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
+    """The `peft.LoraConfig` of `lora_state_dict`: it targets exactly the adapted layers, with their ranks, and its
+    scale is 1 everywhere. Arguments and errors as there."""
+    layers = _layers(model, adapter_name)
+    with torch.no_grad():
+        ranks = {name: _low_rank(layer, adapter_name, name)[0].shape[0] for name, layer in layers.items()}
+    return _config(model, adapter_name, layers, ranks, inference_mode=False)
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, FusedGenLinear]:
+    """The layers with the adapter, by their names in the base model. Raises ValueError if they cannot be exported."""
     layers = {
         name.removeprefix(PREFIX): layer
         for name, layer in model.named_modules()
@@ -91,23 +173,17 @@ def export_lora(
         raise ValueError("model: got a single layer, expected a model, because LoRA identifies layers by name")
     if meta := [name for name, layer in layers.items() if stored(layer.base_layer).is_meta]:
         raise ValueError(f"model: the weight of {meta[0]} is on the meta device, expected a loaded weight")
-    with new_directory(directory) as partial:
-        exported, tensors = [], {}
-        with bar(len(layers), "exporting", unit="layer", leave=False, show=progressbar) as progress:
-            for name, layer in layers.items():
-                a, b, exact, error = _factors(layer, adapter_name, name, max_error, rank)
-                exported.append(ExportedLayer(name, a.shape[0], exact, error))
-                tensors[f"{PREFIX}{name}.lora_A.weight"] = _copy(a)
-                tensors[f"{PREFIX}{name}.lora_B.weight"] = _copy(b)
-                progress.update()
-        tensors |= _other_tensors(model, adapter_name)
-        if broken := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
-            raise ValueError(f"adapter_name: {adapter_name!r} has non-finite elements in {some(broken)}")
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        _config(model, adapter_name, layers, exported).save_pretrained(str(partial))
-        method = getattr(getattr(model, "peft_config", {}).get(adapter_name), "method", None)
-        write_card(partial, note=note_of_export(method, [layer.error for layer in exported if not layer.exact]))
-    return exported
+    return layers
+
+
+def _low_rank(layer: FusedGenLinear, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
+    factors = layer.low_rank_factors(adapter_name)
+    if factors is None:
+        raise ValueError(
+            f"adapter_name: ΔW of {adapter_name!r} has full rank in {name}, expected a low-rank method; export_lora "
+            "approximates it"
+        )
+    return factors
 
 
 @torch.no_grad()
@@ -155,9 +231,7 @@ def _other_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         return {}
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return {
-        PREFIX + key.removeprefix(PREFIX): _copy(tensor)
-        for key, tensor in state.items()
-        if f".{GenFTModel.prefix}" not in key
+        PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in state.items() if f".{GenFTModel.prefix}" not in key
     }
 
 
@@ -168,14 +242,14 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _config(
-    model: nn.Module, adapter_name: str, layers: dict[str, FusedGenLinear], exported: list[ExportedLayer]
+    model: nn.Module, adapter_name: str, layers: dict[str, FusedGenLinear], ranks: dict[str, int], inference_mode: bool
 ) -> LoraConfig:
     """A config that targets exactly the adapted layers. r is the most frequent rank; others are in the patterns."""
     ours: Any = getattr(model, "peft_config", {}).get(adapter_name)
     bias = getattr(ours, "bias", "none")
-    common = Counter(layer.rank for layer in exported).most_common(1)[0][0]
+    common = Counter(ranks.values()).most_common(1)[0][0]
     # peft matches the end of names; ^ prevents a match with a longer name
-    pattern = {f"^{re.escape(layer.name)}": layer.rank for layer in exported if layer.rank != common}
+    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
     return LoraConfig(
         r=common,
         lora_alpha=common,
@@ -189,5 +263,5 @@ def _config(
         auto_mapping=getattr(ours, "auto_mapping", None),
         base_model_name_or_path=getattr(ours, "base_model_name_or_path", None) or getattr(model, "name_or_path", None),
         revision=getattr(ours, "revision", None),
-        inference_mode=True,
+        inference_mode=inference_mode,
     )

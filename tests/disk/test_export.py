@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from genft_modules import FusedGenLinear, GIFTConfig, WeGeFTConfig, export_lora
+from genft_modules import FusedGenLinear, GIFTConfig, WeGeFTConfig, export_lora, lora_config, lora_state_dict
 from genft_modules.disk.export import _rank_for, targets_of
 from tests.support.cases import CASES, IDS, KINDS, MODELS, genft, gpt2, llama, logits, randomize
 
@@ -59,6 +59,16 @@ def test_a_low_rank_update_is_exact_and_any_other_within_the_error(case, tmp_pat
     change = (want - plain).norm()
     assert change > 0
     assert (logits(loaded) - want).norm() <= (1e-2 if case in FULL_RANK else 3e-5) * change
+    if case in FULL_RANK:
+        for function in (lora_state_dict, lora_config):
+            with pytest.raises(ValueError, match=r"has full rank in transformer\.h\.0"):
+                function(model)
+        return
+    in_memory = lora_state_dict(model)
+    assert in_memory.keys() == tensors.keys()
+    assert all(torch.equal(in_memory[key].cpu(), tensor) for key, tensor in tensors.items())
+    ours = lora_config(model).to_dict()
+    assert ours == {**config.to_dict(), "inference_mode": False, "peft_version": ours["peft_version"]}
 
 
 @pytest.mark.parametrize("case", KINDS)
@@ -177,6 +187,30 @@ def test_modules_to_save_and_biases_come_along(bias, tmp_path):
     loaded = PeftModel.from_pretrained(MODELS["bert"][0](), tmp_path / "lora")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits(model), logits(adapt("wegeft", "bert")), atol=1e-3)  # they make a difference
+
+
+def test_tensors_in_memory_are_copies_and_are_refilled():
+    model = adapt("wegeft", "bert", modules_to_save=["classifier"], bias="all")
+    tensors = lora_state_dict(model, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    before = {key: tensor.clone() for key, tensor in tensors.items()}
+    randomize(model, seed=2)
+    assert all(torch.equal(tensors[key], before[key]) for key in before)
+    own = {key: id(tensor) for key, tensor in tensors.items()}
+    assert lora_state_dict(model, out=tensors) is tensors
+    assert {key: id(tensor) for key, tensor in tensors.items()} == own
+    want = lora_state_dict(model, dtype=torch.bfloat16)
+    assert all(torch.equal(tensors[key], want[key]) for key in want)
+    same = {key for key in want if torch.equal(want[key], before[key])}
+    assert same == {"base_model.model.classifier.original_module.bias"}  # which bias="all" saves, and nothing trains
+    for wrong, said in (
+        ({"out": tensors, "dtype": torch.float16}, "dtype"),
+        ({"out": {}}, "out: got dict with other keys"),
+        ({"out": {key: tensor[:1] for key, tensor in tensors.items()}}, "has shape"),
+        ({"adapter_name": "no"}, "adapter_name"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            lora_state_dict(model, **wrong)
 
 
 def test_one_of_several_adapters_merged_or_not(tmp_path):
