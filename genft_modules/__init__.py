@@ -9,7 +9,7 @@ value it got and what it expects.
 
 from genft_modules.disk.adapters import check_adapter, load_adapter, restore_adapter, save_adapter
 from genft_modules.disk.export import ExportedLayer, export_lora, lora_config, lora_state_dict
-from genft_modules.disk.released import load_peft_peanut, load_released_genft
+from genft_modules.disk.released import load_peft_peanut, load_released, load_released_genft
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods import (
     METHODS,
@@ -52,6 +52,7 @@ __all__ = [
     "grft_penalty",
     "load_adapter",
     "load_peft_peanut",
+    "load_released",
     "load_released_genft",
     "lora_config",
     "lora_state_dict",

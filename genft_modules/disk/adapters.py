@@ -179,7 +179,7 @@ def _checked(model: nn.Module, directory: Path, adapter_name: str) -> PeftConfig
         _check_stock(base, directory, config, saved)
         return config
     found = {_in_model(key): tensor for key, tensor in saved.items()}
-    trial = _without_weights(base)
+    trial = without_weights(base)
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # repeated when the adapter is loaded
         try:
@@ -209,7 +209,7 @@ def _check_stock(base: nn.Module, directory: Path, config: PeftConfig, saved: di
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         try:
-            trial = get_peft_model(cast(Any, _without_weights(base)), config, "trial")
+            trial = get_peft_model(cast(Any, without_weights(base)), config, "trial")
         except (NotImplementedError, RuntimeError):
             return
         except Exception as error:
@@ -250,8 +250,8 @@ def _config_in(directory: Path) -> PeftConfig:
     path = directory / CONFIG
     with refusing(path):
         method = read_fields(path).get("peft_type")
-        if method == "GENFT":
-            raise ValueError(f"{path}: got an adapter of the released GenFT code; use load_released_genft")
+        if method in ("GENFT", "WeGeFT"):
+            raise ValueError(f"{path}: got an adapter of the released {method} code; use load_released")
         if not isinstance(method, str) or method not in PEFT_TYPE_TO_CONFIG_MAPPING:
             raise ValueError(f"{path}: got peft_type {shown(method)}, unknown to genft and to this version of peft")
         config = cast(PeftConfig, PEFT_TYPE_TO_CONFIG_MAPPING[method].from_pretrained(str(directory)))
@@ -259,7 +259,7 @@ def _config_in(directory: Path) -> PeftConfig:
         return config
 
 
-def _without_weights(model: nn.Module) -> nn.Module:
+def without_weights(model: nn.Module) -> nn.Module:
     """A copy of the model on the meta device."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():

@@ -26,7 +26,8 @@ class GIFTConfig(GeneratorConfig):
         block: h: "simple_block" (element-wise, identity by default), "mlp", "mlp_mixer", "transformer" (attention over
             the N rows), "pamcat_attn" or "pamcat_transformer" (attention to 64 clusters of the rows).
         block_kwargs: options of the block, see `genft_modules.methods.gift_blocks`; for "simple_block" act_layer
-            "identity", "gelu" or "sigmoid". `num_blocks` is the number of blocks in sequence.
+            "identity", "gelu", "sigmoid" (also called "standard_sigmoid") or "hsigmoid". `num_blocks` is the number of
+            blocks in sequence.
         share_projections: share one pair (and h) between all adapted layers, which must have equal K, instead of one
             per layer type.
         enable_gift: for fused weights: layer name or regular expression → one flag per row block.

@@ -32,7 +32,13 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "ln": nn.LayerNorm,
     "none": lambda dim: nn.Identity(),
 }
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"identity": nn.Identity, "gelu": nn.GELU, "sigmoid": nn.Sigmoid}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {  # all names of the released code but softmax, which gives ones
+    "identity": nn.Identity,
+    "gelu": nn.GELU,
+    "sigmoid": nn.Sigmoid,
+    "standard_sigmoid": nn.Sigmoid,
+    "hsigmoid": nn.Hardsigmoid,
+}
 
 
 class Mlp(nn.Module):
@@ -212,6 +218,12 @@ class Blocks(nn.Module):
         return w
 
 
+def options_of(block: str) -> dict[str, Any]:
+    """The options of a block with their defaults."""
+    parameters = inspect.signature(BLOCKS[block]).parameters
+    return {"num_blocks": 1} | {name: p.default for name, p in parameters.items() if name not in ("dim", "tokens")}
+
+
 MOST_OF = {"num_blocks": DEEPEST, "mlp_ratio": 64, "channel_mixing_ratio": 64}
 
 
@@ -220,8 +232,7 @@ def check_block(block: str, block_kwargs: dict[str, Any], r: int) -> None:
     check_choice("block", block, tuple(BLOCKS))
     if not isinstance(block_kwargs, dict):
         raise TypeError(f"block_kwargs: got {shown(block_kwargs)}, expected a dict")
-    parameters = inspect.signature(BLOCKS[block]).parameters
-    known = {"num_blocks": 1} | {n: p.default for n, p in parameters.items() if n not in ("dim", "tokens")}
+    known = options_of(block)
     for name, value in block_kwargs.items():
         if name not in known:
             raise ValueError(f"block_kwargs: got {shown(name)} for {block!r}, expected one of {tuple(known)}")

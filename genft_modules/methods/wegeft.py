@@ -90,14 +90,15 @@ class WeGeFTConfig(GeneratorConfig):
         def make() -> WeGeFTPair:
             return WeGeFTPair(**sizes)
 
-        group = None if shared is None else self._group(name)
+        group = None if shared is None else self.group(name)
         if shared is None or group is None:
             return WeGeFTGenerator(make(), scale, self.wegeft_dropout, own=True)
         told_by = "" if self.tied_modules == BY_TYPE else "tied_modules"
         pair = share(shared, group + block, name, make, sizes, told_by=told_by)
         return WeGeFTGenerator(pair, scale, self.wegeft_dropout, own=False)
 
-    def _group(self, name: str) -> str | None:
+    def group(self, name: str) -> str | None:
+        """The group of layer `name`, whose layers share a pair; None if it has its own."""
         if self.tied_modules == BY_TYPE:
             return module_type(name)
         for index, patterns in enumerate(self.tied_modules or ()):
