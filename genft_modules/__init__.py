@@ -23,6 +23,7 @@ from genft_modules.methods import (
     WeGeFTConfig,
 )
 from genft_modules.methods.forms import Generated, InputEdit, LowRank, Slices
+from genft_modules.model.adapt import adapt
 from genft_modules.model.distributed import align_adapters
 from genft_modules.model.slices import PenaltyMixin, grft_penalty, needs_slices, select_slices
 from genft_modules.model.tuner import GenFTModel, SharedGenerators
@@ -46,6 +47,7 @@ __all__ = [
     "SharedGenerators",
     "Slices",
     "WeGeFTConfig",
+    "adapt",
     "align_adapters",
     "check_adapter",
     "export_lora",

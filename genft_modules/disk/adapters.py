@@ -20,7 +20,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from genft_kernels.sharded import is_sharded
@@ -32,7 +32,7 @@ from genft_modules.methods.patterns import check_matching
 from genft_modules.model.distributed import adapter_keys, barrier, gathered_adapter, rank, several, unwrapped
 
 
-def save_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Save an adapter like `model.save_pretrained`, but atomically.
 
     The files are written to a temporary directory, synced to disk and then renamed: if the process dies, the directory
@@ -44,12 +44,13 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_na
     files as a single process. `model` may be wrapped in DistributedDataParallel.
 
     Args:
-        model: a model with the adapter.
+        model: a `PeftModel`, or a module into which the adapter was injected, by `peft.inject_adapter_in_model` or the
+            `add_adapter` of transformers or diffusers. The files are the same.
         directory: for adapter_config.json and adapter_model.safetensors, which are replaced if they exist.
         adapter_name: name of the adapter.
 
     Raises:
-        TypeError: `model` is not a `PeftModel`.
+        TypeError: `model` has no adapters.
         ValueError: the adapter does not exist, or `directory` is a file.
         OSError: something cannot be written; names the directory and the reason. What was there is unchanged.
     """
@@ -60,23 +61,40 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike[str], adapter_na
     barrier()
 
 
-def _with_adapter(model: Any, adapter_name: str) -> PeftModel:
+def _with_adapter(model: Any, adapter_name: str) -> Any:
     model = unwrapped(model)
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"model: got {type(model).__name__}, expected a peft.PeftModel")
+    if not hasattr(model, "peft_config"):
+        raise TypeError(f"model: got {type(model).__name__}, expected a module with adapters, such as a peft.PeftModel")
     if adapter_name not in model.peft_config:
         raise ValueError(f"adapter_name: got {adapter_name!r}, expected one of {list(model.peft_config)}")
     return model
 
 
-def _write_adapter(model: PeftModel, directory: Path, adapter_name: str, state: dict[str, Tensor] | None) -> None:
+def _write_adapter(model: nn.Module, directory: Path, adapter_name: str, state: dict[str, Tensor] | None) -> None:
     with replaced_adapter(directory) as partial:
-        model.save_pretrained(str(partial), selected_adapters=[adapter_name], state_dict=state)
-        if adapter_name != "default":  # peft uses a subdirectory
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(partial), selected_adapters=[adapter_name], state_dict=state)
+        else:
+            _write_injected(model, partial, adapter_name, state)
+        if isinstance(model, PeftModel) and adapter_name != "default":  # peft uses a subdirectory
             for path in (partial / adapter_name).iterdir():
                 os.replace(path, partial / path.name)
             (partial / adapter_name).rmdir()
         write_card(partial, former=directory)
+
+
+def _write_injected(model: Any, directory: Path, adapter_name: str, state: dict[str, Tensor] | None) -> None:
+    """As `PeftModel.save_pretrained`, for a module that is not in a `PeftModel`."""
+    tensors = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name)
+    # copies, because safetensors stores no tensor under two names
+    whole = {PREFIX + key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    save_file(whole, directory / WEIGHTS, metadata={"format": "pt"})
+    config = copy.copy(model.peft_config[adapter_name])
+    config.inference_mode = True
+    config.base_model_name_or_path = config.base_model_name_or_path or model.__dict__.get("name_or_path") or None
+    kind = type(model)
+    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    config.save_pretrained(str(directory), auto_mapping_dict=None if config.task_type else mapping)
 
 
 def load_adapter(
@@ -85,23 +103,40 @@ def load_adapter(
     adapter_name: str = "default",
     *,
     is_trainable: bool = False,
+    in_place: bool = False,
     **kwargs: Any,
-) -> PeftModel:
+) -> Any:
     """Load a saved adapter with `PeftModel.from_pretrained`, or `load_adapter` for a `PeftModel`. Before the model is
     changed, checks that the files are valid and match the model in every tensor.
 
     Args:
-        model: the base model, or a `PeftModel` to add the adapter to.
+        model: the base model; or one with adapters, to which this one is added: a `PeftModel`, or a module into which
+            they were injected, see `save_adapter`.
         directory: adapter directory, with adapter_config.json and adapter_model.safetensors, of genft or peft.
         adapter_name: name for the adapter.
         is_trainable: whether to train the adapter further; else it is frozen and the model is in eval mode.
-        kwargs: other arguments for peft.
+        in_place: inject the adapter into `model` itself instead of a `PeftModel` around it, and make it the active one,
+            as the `add_adapter` of transformers and diffusers does. So a pipeline keeps its own model. Always so if
+            `model` is a module with injected adapters.
+        kwargs: other arguments for peft, unless the adapter is injected.
+
+    Returns:
+        A `PeftModel`; or `model` itself, if it has adapters already or the adapter is injected.
 
     Raises:
+        TypeError: `kwargs` for an injected adapter, or `in_place` for a `PeftModel`.
         ValueError: the adapter is invalid; the message names the file and the problem.
     """
+    if in_place and isinstance(model, PeftModel):
+        raise TypeError("model: got a PeftModel, expected its base model for in_place=True")
+    inject = in_place or (not isinstance(model, PeftModel) and hasattr(model, "peft_config"))
+    if inject and kwargs:
+        raise TypeError(f"kwargs: got {list(kwargs)}, expected none for an adapter that is injected")
     with _whole(directory) as place:
-        _checked(model, place, adapter_name)
+        config = _checked(model, place, adapter_name)
+        if inject:
+            _inject(model, place, config, adapter_name, is_trainable)
+            return model
         options = {"adapter_name": adapter_name, "is_trainable": is_trainable, **kwargs}
         if not isinstance(model, PeftModel):
             return PeftModel.from_pretrained(model, str(place), **options)
@@ -114,16 +149,32 @@ def load_adapter(
         return model
 
 
+def _inject(model: Any, place: Path, config: PeftConfig, adapter_name: str, is_trainable: bool) -> None:
+    if callable(getattr(model, "add_adapter", None)):  # of transformers or diffusers, which also keep account of it
+        model.add_adapter(config, adapter_name=adapter_name)
+    else:
+        inject_adapter_in_model(config, model, adapter_name)
+    saved = {_in_model(key): tensor for key, tensor in load_file(place / WEIGHTS).items()}
+    set_peft_model_state_dict(model, saved, adapter_name)
+    if not is_trainable:
+        state = dict(model.named_parameters())
+        for name in adapter_keys(model, adapter_name).values():
+            if name in state:  # a buffer is not
+                state[name].requires_grad_(False)
+        model.eval()
+
+
 def restore_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Load saved values into an existing, possibly sharded adapter.
 
     Args:
-        model: a `PeftModel`, with or without `fully_shard`, tensor parallelism or DistributedDataParallel.
+        model: a `PeftModel` or a module with an injected adapter, with or without `fully_shard`, tensor parallelism or
+            DistributedDataParallel.
         directory: directory of a saved adapter with the same configuration; every rank reads it.
         adapter_name: name of the adapter in the model.
 
     Raises:
-        TypeError: `model` is not a `PeftModel`.
+        TypeError: `model` has no adapters.
         ValueError: the adapter does not exist, or the saved one is invalid; nothing is changed.
     """
     model, directory = _with_adapter(model, adapter_name), Path(directory)

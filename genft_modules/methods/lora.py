@@ -26,7 +26,12 @@ from genft_modules.methods.row_blocks import RowBlocks
 
 @dataclass
 class LoRAConfig(GeneratorConfig):
-    """Configuration of LoRA. Field names and meanings are those of `peft.LoraConfig`.
+    """Configuration of LoRA on genft's operation. Its fields have the names and meanings that `peft.LoraConfig` gives
+    them, and for them ΔW is the same; fields that it lacks are refused.
+
+    It is another class than `peft.LoraConfig`, which stays peft's own and makes peft's own layers: this one makes
+    `FusedGenLinear`, its adapters are saved as GENFT_LORA and need genft to be loaded, unless `export_lora` writes them
+    as peft's. Like all configurations of genft it is spelled as the method's paper spells it.
 
     Args:
         r: rank.

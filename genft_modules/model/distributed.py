@@ -16,10 +16,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from genft_kernels.sharded import is_sharded
+from genft_modules.files import PREFIX
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods.weights import stored
 
@@ -91,9 +92,9 @@ def gathered_adapter(model: Any, adapter_name: str = "default") -> dict[str, Ten
 def adapter_keys(model: Any, adapter_name: str = "default") -> dict[str, str]:
     """Keys in the adapter's file → keys in the model's state dict."""
     keys = {key: key for key in model.state_dict()}
-    return get_peft_model_state_dict(  # type: ignore[no-any-return]
-        model, state_dict=keys, adapter_name=adapter_name, save_embedding_layers=False
-    )
+    found = get_peft_model_state_dict(model, state_dict=keys, adapter_name=adapter_name, save_embedding_layers=False)
+    prefix = "" if isinstance(model, PeftModel) else PREFIX  # in a file always
+    return {prefix + key: name for key, name in found.items()}
 
 
 def barrier() -> None:

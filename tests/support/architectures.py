@@ -121,3 +121,21 @@ ARCHITECTURES = {
     "vit": Architecture(vit, ["q_proj", "v_proj", "fc1"], IMAGES),
     "whisper": Architecture(whisper, ["q_proj", "v_proj", "fc2"], SOUNDS),
 }
+
+
+def unet() -> nn.Module:
+    """Of diffusers, which has to be installed."""
+    from diffusers import UNet2DConditionModel
+
+    return seeded(
+        lambda: UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=8,
+            attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+    )
