@@ -14,7 +14,7 @@ import torch
 from genft_cli.console import UserError, check_writable, one_line, say
 from genft_modules.card import TASKS
 from genft_modules.disk.adapters import load_adapter, read_config
-from genft_modules.files import check_new
+from genft_modules.files import check_new, local_name
 from genft_modules.methods import GeneratorConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -69,12 +69,10 @@ def model_config(model: str, **details: Any) -> Any:
     """The configuration of a model; `details` go to transformers. Raises UserError if it cannot be read."""
     from transformers import AutoConfig
 
+    check_there(model)
     path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"--model {model}: no config.json in this directory")
-    elif path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
-        raise UserError(f"--model {model}: no such directory")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"--model {model}: no config.json in this directory")
     try:
         return AutoConfig.from_pretrained(place(model), **details)
     except Exception as error:  # the Hub's client raises many types for a missing model
@@ -82,9 +80,36 @@ def model_config(model: str, **details: Any) -> Any:
         raise UserError(f"--model {model}: {what} ({one_line(error)[:200]})") from None
 
 
+def check_there(model: str) -> None:
+    """Raises UserError if a model is no directory, not in the cache, and the Hub does not answer, where transformers
+    goes on asking for half a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    path = os.path.expanduser(model)
+    if os.path.isdir(path):
+        return
+    if os.path.exists(path) or not _on_the_hub(model):
+        raise UserError(f"--model {model}: no such directory")
+    try:
+        if isinstance(try_to_load_from_cache(model, "config.json"), str):
+            return
+        HfApi().model_info(model, timeout=5)
+    except HfHubHTTPError:
+        return  # it answers; what is wrong, transformers says
+    except Exception as error:  # of the connection, of the name
+        what = one_line(error)[:200]
+        raise UserError(f"--model {model}: no such directory, and cannot be read from the Hub ({what})") from None
+
+
+def _on_the_hub(name: str) -> bool:
+    """Whether a model on the Hub may be called so."""
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not name.startswith(".")
+
+
 def place(model: str) -> str:
     path = Path(model).expanduser()
-    return str(path) if path.is_dir() else model
+    return local_name(str(path)) if path.is_dir() else model
 
 
 def load_base(
@@ -141,10 +166,31 @@ def check_output(output: str) -> None:
 
 
 def base_of(config: Any, adapter: str, model: str | None) -> str:
+    """The base model: `model`, else the one that the adapter was trained on. Raises UserError if there is none."""
     base = model or config.base_model_name_or_path
     if not base:
         raise UserError(f"--model is missing: {adapter} does not say which model it was trained on")
+    if model is None and (found := recorded_base(base, adapter)):
+        return found
+    if model is None and not _on_the_hub(base):
+        raise UserError(
+            f"--model is missing: {adapter} was trained on {base}, which is no directory with a model, neither from "
+            "here nor from the adapter's directory or one above it"
+        )
+    check_there(base)
     return str(base)
+
+
+def recorded_base(recorded: str | None, adapter: str) -> str | None:
+    """The directory of the model that an adapter was trained on: the recorded path as given, else relative to the
+    adapter's directory or one above it, in which it may have been trained. None if there is none."""
+    if not recorded:
+        return None
+    path, start = path_of(recorded), path_of(adapter).resolve()
+    places = [path] if path.is_absolute() else [path, *(above / path for above in (start, *start.parents))]
+    return next(
+        (local_name(os.path.normpath(found)) for found in places if os.path.isfile(found / "config.json")), None
+    )
 
 
 def load(adapter: str, config: Any, base: str, device: str, dtype: torch.dtype | str = "auto") -> Any:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from genft_cli.bases import genft_config, load, method_of, path_of
+from genft_cli.bases import genft_config, load, method_of, path_of, recorded_base
 from genft_cli.console import UserError, check_writable, table
 from genft_modules.files import PREFIX, WEIGHTS, some
 from genft_modules.layer.linear import FusedGenLinear
@@ -37,7 +37,7 @@ def inspect(adapter: str, *, model: str | None = None, plot: str | None = None, 
 
     config = genft_config(adapter, "inspect")
     recorded = config.base_model_name_or_path
-    base = model or (recorded if recorded and (path_of(recorded) / "config.json").is_file() else None)
+    base = model or recorded_base(recorded, adapter)
     if plot is not None:
         if base is None:
             raise UserError("--plot: needs the base model to compute ΔW; use --model")

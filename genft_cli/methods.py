@@ -77,6 +77,7 @@ def fields(method: str, taken: Collection[str]) -> list[tuple[str, str]]:
     if config is None:
         return []
     internal = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+    internal |= {"import_first"}
     described = _described(config)
     return [
         (f.name, str(f.metadata.get("help") or described.get(f.name, "see peft's documentation")).replace("%", "%%"))

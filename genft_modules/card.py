@@ -157,7 +157,10 @@ def block(facts: Facts, note: str = "", loading: Mapping[str, Any] | None = None
     """The block written by genft, with its markers."""
     target = f"the base model `{facts.base}`" if facts.base else "an unnamed base model"
     if facts.ours:
-        needs = "Loading it needs the genft package: `import genft_modules` registers the method with peft."
+        needs = (
+            "Loading it needs the genft package: `import genft_modules` registers the method with peft. Without that, "
+            f"peft says `KeyError: 'GENFT_{facts.method.upper()}'`."
+        )
     else:
         needs = "Loading it only needs peft."
     loader = facts.loader if facts.loader and facts.loader.isidentifier() else None

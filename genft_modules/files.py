@@ -45,6 +45,14 @@ _TORCH = re.compile("inline_container|PytorchStreamWriter|Parent directory")  # 
 _FOREIGN = "lost+found"  # in the root of an empty file system
 
 
+def local_name(name: str) -> str:
+    """The name of a model: with ./ in front if it is a directory here whose name could be one on the Hub as well."""
+    path = Path(name)
+    if not os.path.isdir(path) or path.is_absolute() or path.parts[:1] == ("..",):
+        return name
+    return f"./{path}"
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """What cannot be written in this block raises an OSError that names `path` and the reason. safetensors, tokenizers

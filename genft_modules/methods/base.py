@@ -7,6 +7,7 @@ returns the form of the layer's update. Injection, saving and merging are common
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from genft_kernels.plan import BACKENDS
 from genft_modules.card import write_card
-from genft_modules.files import CONFIG, check_files
+from genft_modules.files import CONFIG, check_files, local_name
 from genft_modules.methods.checks import (
     check_choice,
     check_flag,
@@ -35,6 +36,7 @@ from genft_modules.methods.forms import Form
 from genft_modules.methods.patterns import check_expressions, fits
 
 LARGEST_CONFIG = 2**22  # bytes
+IMPORT = "genft_modules"
 
 FactorsT = TypeVar("FactorsT", bound="Factors")
 
@@ -71,6 +73,8 @@ class GeneratorConfig(PeftConfig):
             for those of the adapted layers.
         backend: "auto" (Triton on a GPU, else the reference), "triton" or "reference". Not saved, because it depends
             on the machine.
+        import_first: no option, always "genft_modules". It is in the file for those who open it, because peft knows the
+            method only after that import and otherwise raises a KeyError.
     """
 
     method: ClassVar[str]  # the name in METHODS; the peft type is GENFT_<METHOD>
@@ -82,6 +86,7 @@ class GeneratorConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     bias: str = "none"
     backend: str = "auto"
+    import_first: str = IMPORT
 
     def __post_init__(self) -> None:
         check_peft_fields(self)
@@ -106,6 +111,7 @@ class GeneratorConfig(PeftConfig):
             )
         check_choice("bias", self.bias, ("none", "all", f"{self.method}_only"))
         check_choice("backend", self.backend, BACKENDS)
+        check_choice("import_first", self.import_first, (IMPORT,))
 
     def to_dict(self) -> dict[str, Any]:
         """The saved fields, with sets sorted so that equal configs give equal files."""
@@ -114,9 +120,13 @@ class GeneratorConfig(PeftConfig):
         return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As in peft, and writes the model card. `PeftModel.save_pretrained`, transformers' and the Trainer's
-        checkpoints all call this."""
-        super().save_pretrained(save_directory, **kwargs)
+        """As in peft, and writes the model card. A base model in a directory of this place is stored with ./ in front,
+        so that its name is none of the Hub's. `PeftModel.save_pretrained`, transformers' and the Trainer's checkpoints
+        all call this."""
+        written = copy.copy(self)
+        if self.base_model_name_or_path:
+            written.base_model_name_or_path = local_name(self.base_model_name_or_path)
+        super(GeneratorConfig, written).save_pretrained(save_directory, **kwargs)
         write_card(Path(save_directory))
 
     @classmethod

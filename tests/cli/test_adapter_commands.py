@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import matplotlib
 import pytest
 import torch
@@ -16,6 +17,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -326,3 +328,58 @@ def test_output_that_is_closed(genft: Genft, adapter: Adapter, monkeypatch: pyte
     monkeypatch.setattr(sys, "stdout", None)
     assert genft("inspect", "wegeft").code == 0
     sys.stdout.close()
+
+
+@pytest.fixture
+def elsewhere(adapter: Adapter, genft: Genft, llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place beside one with a model and an adapter that was trained on it from there; the adapter's place."""
+    shutil.copytree(llama, "work/base")
+    adapter("wegeft")
+    Path("wegeft").rename("work/adapter")
+    Path("elsewhere").mkdir()
+    place = Path("work/adapter").absolute()
+    monkeypatch.chdir("elsewhere")
+    return place
+
+
+def trained_on(adapter: Path, base: str) -> Path:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    return adapter
+
+
+@pytest.mark.parametrize("base", ["base", "./base", "../base"])
+def test_the_base_model_is_found_from_the_adapters_directory(genft: Genft, elsewhere: Path, base: str) -> None:
+    adapter = trained_on(elsewhere, base)
+    done = genft("merge", adapter, "--output", "merged", "--device", "cpu")
+    assert done.code == 0, done.err
+    assert f"into {adapter.parent}" in done.out
+    assert "‖ΔW‖" in genft("inspect", adapter, "--device", "cpu").out
+    done = genft("generate", adapter, "--prompt", "a", "--max-new-tokens", "1", "--device", "cpu")
+    assert done.code == 0, done.err
+    if base != "../base":
+        Path("base").symlink_to(adapter.parent / "base")  # as given comes first
+        assert "into ./base" in genft("merge", adapter, "--output", "again", "--device", "cpu").out
+
+
+@pytest.mark.parametrize("command", [("merge", "--output", "out"), ("generate", "--prompt", "a")], ids=lambda c: c[0])
+def test_a_base_model_that_is_gone_is_named_at_once(
+    genft: Genft, elsewhere: Path, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a question to the Hub if the name can be none of its; else with one, not with six."""
+    asked: list[str] = []
+
+    def unreachable(self: object, name: str, **kwargs: object) -> None:
+        asked.append(name)
+        raise ConnectionError("no route to the Hub")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **kwargs: pytest.fail("asked"))
+    for base in ("./gone", "../gone", "/gone/model", "~/gone", "a/b/gone", "b" * 4000, "gone", "somebody/gone"):
+        refused(genft(command[0], trained_on(elsewhere, base), *command[1:]), "--model", base[:100])
+    assert asked == ["gone", "somebody/gone"]
+    assert not list(Path().iterdir())
+
+
+def test_a_model_that_was_given_is_looked_for_here_only(genft: Genft, elsewhere: Path) -> None:
+    refused(genft("merge", elsewhere, "--output", "out", "--model", "./base"), "--model ./base", "no such directory")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from genft_modules import METHODS, card, export_lora, files, load_adapter, save_adapter
+from genft_modules import METHODS, WeGeFTConfig, card, export_lora, files, load_adapter, save_adapter
 from genft_modules.card import CARD, Facts, updated
 from tests.support.cases import CASES, KINDS, MODELS, llama, logits, randomize
 
@@ -168,6 +171,42 @@ def test_each_adapter_of_a_model_has_its_card(tmp_path):
     assert "# WeGeFT adapter for" in text
     save_adapter(model, tmp_path / "one", "second")
     assert parts(tmp_path / "one" / CARD) == (header, text)
+
+
+def test_the_files_name_the_import_for_those_who_meet_peft_without_it(tmp_path, monkeypatch):
+    """All that peft says then is the adapter's type."""
+    save_adapter(adapt(), tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert fields["import_first"] == "genft_modules"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of fields that peft does not know
+        loaded = PeftConfig.from_pretrained(str(tmp_path))
+    assert loaded.to_dict() == WeGeFTConfig.from_pretrained(str(tmp_path)).to_dict()
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields | {"import_first": "os"}))
+    with pytest.raises(ValueError, match="import_first: got 'os', expected"):  # nothing is imported by its name
+        PeftConfig.from_pretrained(str(tmp_path))
+    monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, fields["peft_type"])
+    with pytest.raises(KeyError) as raised:
+        PeftModel.from_pretrained(llama(), str(tmp_path))
+    assert f"peft says `KeyError: {raised.value}`" in (tmp_path / CARD).read_text()
+
+
+def test_a_base_model_in_a_directory_is_stored_as_a_path(tmp_path, monkeypatch):
+    """`base` could be a model on the hub, `./base` is none."""
+    (tmp_path / "here" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    absolute = str(tmp_path / "here" / "base")
+    for given, stored in (
+        ("base", "./base"),
+        ("./base", "./base"),
+        ("../here/base", "../here/base"),
+        (absolute, absolute),
+        (BASE, BASE),
+    ):
+        config = WeGeFTConfig(base_model_name_or_path=given)
+        config.save_pretrained(str(tmp_path / "adapter"))
+        assert WeGeFTConfig.from_pretrained(str(tmp_path / "adapter")).base_model_name_or_path == stored
+        assert config.base_model_name_or_path == given
 
 
 def test_an_adapter_of_peft_itself_needs_no_import(tmp_path):
