@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 import torch
 from peft import (
@@ -97,6 +97,29 @@ def _write_injected(model: Any, directory: Path, adapter_name: str, state: dict[
     config.save_pretrained(str(directory), auto_mapping_dict=None if config.task_type else mapping)
 
 
+@overload
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    in_place: Literal[False] = False,
+    **kwargs: Any,
+) -> PeftModel: ...
+
+
+@overload
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    in_place: Literal[True],
+) -> nn.Module: ...
+
+
 def load_adapter(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -105,52 +128,53 @@ def load_adapter(
     is_trainable: bool = False,
     in_place: bool = False,
     **kwargs: Any,
-) -> Any:
+) -> nn.Module:
     """Load a saved adapter with `PeftModel.from_pretrained`, or `load_adapter` for a `PeftModel`. Before the model is
     changed, checks that the files are valid and match the model in every tensor.
 
     Args:
-        model: the base model; or one with adapters, to which this one is added: a `PeftModel`, or a module into which
-            they were injected, see `save_adapter`.
+        model: the base model, or a `PeftModel` to add the adapter to.
         directory: adapter directory, with adapter_config.json and adapter_model.safetensors, of genft or peft.
         adapter_name: name for the adapter.
         is_trainable: whether to train the adapter further; else it is frozen and the model is in eval mode.
         in_place: inject the adapter into `model` itself instead of a `PeftModel` around it, and make it the active one,
-            as the `add_adapter` of transformers and diffusers does. So a pipeline keeps its own model. Always so if
-            `model` is a module with injected adapters.
-        kwargs: other arguments for peft, unless the adapter is injected.
+            as the `add_adapter` of transformers and diffusers does. So a pipeline keeps its own model. Needed for a
+            module that has injected adapters already.
+        kwargs: other arguments for peft; none with `in_place`.
 
     Returns:
-        A `PeftModel`; or `model` itself, if it has adapters already or the adapter is injected.
+        A `PeftModel`; with `in_place`, `model`.
 
     Raises:
-        TypeError: `kwargs` for an injected adapter, or `in_place` for a `PeftModel`.
+        TypeError: `model` or `kwargs` do not go with `in_place`.
         ValueError: the adapter is invalid; the message names the file and the problem.
     """
-    if in_place and isinstance(model, PeftModel):
-        raise TypeError("model: got a PeftModel, expected its base model for in_place=True")
-    inject = in_place or (not isinstance(model, PeftModel) and hasattr(model, "peft_config"))
-    if inject and kwargs:
-        raise TypeError(f"kwargs: got {list(kwargs)}, expected none for an adapter that is injected")
+    wrapped = isinstance(model, PeftModel)
+    if in_place and wrapped:
+        raise TypeError("in_place: got True for a PeftModel, expected False")
+    if not in_place and not wrapped and hasattr(model, "peft_config"):
+        raise TypeError("in_place: got False for a module with injected adapters, expected True")
+    if in_place and kwargs:
+        raise TypeError(f"kwargs: got {list(kwargs)}, expected none with in_place=True")
     with _whole(directory) as place:
         config = _checked(model, place, adapter_name)
-        if inject:
+        if in_place:
             _inject(model, place, config, adapter_name, is_trainable)
             return model
         options = {"adapter_name": adapter_name, "is_trainable": is_trainable, **kwargs}
         if not isinstance(model, PeftModel):
-            return PeftModel.from_pretrained(model, str(place), **options)
+            return cast(nn.Module, PeftModel.from_pretrained(model, str(place), **options))
         try:
             model.load_adapter(str(place), **options)
         except Exception:
             if adapter_name in model.peft_config:
                 model.delete_adapter(adapter_name)
             raise
-        return model
+        return cast(nn.Module, model)
 
 
 def _inject(model: Any, place: Path, config: PeftConfig, adapter_name: str, is_trainable: bool) -> None:
-    if callable(getattr(model, "add_adapter", None)):  # of transformers or diffusers, which also keep account of it
+    if hasattr(model, "_hf_peft_config_loaded"):  # of transformers or diffusers, whose own functions keep account of it
         model.add_adapter(config, adapter_name=adapter_name)
     else:
         inject_adapter_in_model(config, model, adapter_name)

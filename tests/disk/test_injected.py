@@ -47,16 +47,18 @@ def test_a_second_one_is_added_beside_the_first(tmp_path):
     save_adapter(injected(), tmp_path, "style")
     model = injected("genft", "first")
     first = logits(model)
-    assert load_adapter(model, tmp_path, "second", is_trainable=True) is model
+    assert load_adapter(model, tmp_path, "second", is_trainable=True, in_place=True) is model
     assert torch.equal(logits(model), logits(injected()))  # the active one
     assert any(parameter.requires_grad for name, parameter in model.named_parameters() if "second" in name)
     model.set_adapter("first")
     assert torch.equal(logits(model), first)
     with pytest.raises(ValueError, match="'second' already exists"):
-        load_adapter(model, tmp_path, "second")
+        load_adapter(model, tmp_path, "second", in_place=True)
     with pytest.raises(TypeError, match=r"kwargs: got \['low_cpu_mem_usage'\], expected none"):
-        load_adapter(model, tmp_path, "third", low_cpu_mem_usage=True)
-    with pytest.raises(TypeError, match="got a PeftModel, expected its base model"):
+        load_adapter(model, tmp_path, "third", in_place=True, low_cpu_mem_usage=True)
+    with pytest.raises(TypeError, match="in_place: got False for a module with injected adapters, expected True"):
+        load_adapter(model, tmp_path, "third")
+    with pytest.raises(TypeError, match="in_place: got True for a PeftModel, expected False"):
         load_adapter(load_adapter(llama(), tmp_path), tmp_path, "third", in_place=True)
 
 
