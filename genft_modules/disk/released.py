@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Callable
@@ -176,10 +175,10 @@ def _read(path: Path, settings: dict[str, Any]) -> Checkpoint:
             )
         weights = path / "adapter_model.safetensors"
         if weights.is_file():
-            tensors = load_file(weights)
+            saved = load_file(weights)
         else:
-            tensors = torch.load(path / "adapter_model.bin", map_location="cpu", weights_only=True)
-        return Checkpoint({**found, **settings}, tensors, in_peft_format=True)
+            saved = torch.load(path / "adapter_model.bin", map_location="cpu", weights_only=True)
+        return Checkpoint({**found, **settings}, saved, in_peft_format=True)
     file = path
     if path.is_dir():
         file = next((path / name for name in _TORCH_FILES if (path / name).is_file()), path)
@@ -190,9 +189,13 @@ def _read(path: Path, settings: dict[str, Any]) -> Checkpoint:
         )
     with torch.serialization.safe_globals([argparse.Namespace]):  # plain values with names: a script's options
         content = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError(f"path: {file} contains {shown(content)}, expected tensors with names")
     options = content.get("args")
     found = {**(vars(options) if isinstance(options, argparse.Namespace) else {}), **_options_beside(file)}
-    tensors = content.get("state_dict", content.get("model", content))
+    tensors: Any = content.get("state_dict", content.get("model", content))
+    if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
+        raise ValueError(f"path: {file} contains {shown(tensors)}, expected tensors with names")
     return Checkpoint({**found, **settings}, tensors, in_peft_format=False)
 
 
@@ -204,7 +207,7 @@ def _options_beside(file: Path) -> dict[str, Any]:
 
         found = yaml.safe_load((file.parent / "args.yaml").read_text()) or {}
     elif (file.parent / "config" / "config.json").is_file():
-        found = json.loads((file.parent / "config" / "config.json").read_text())
+        found = read_fields(file.parent / "config" / "config.json")
     if not isinstance(found, dict):
         raise ValueError(f"path: the options beside {file} are {shown(found)}, expected names with values")
     return found

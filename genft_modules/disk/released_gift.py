@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from genft_modules.disk.checkpoint import Checkpoint, Piece, Plan, refuse_differences
 from genft_modules.layer.linear import FusedGenLinear
-from genft_modules.methods.checks import check_choice, shown
+from genft_modules.methods.checks import check_choice, check_names, shown
 from genft_modules.methods.gift import GIFTConfig, GIFTGenerator
 from genft_modules.methods.gift_blocks import BLOCKS, options_of
 
@@ -37,9 +37,11 @@ def gift_plan(
     others = {}
     unknown = []
     for key, tensor in checkpoint.tensors.items():
-        if match := _KEY.fullmatch(key):
+        if not isinstance(tensor, Tensor):
+            unknown.append(key)
+        elif match := _KEY.fullmatch(key):
             parts.setdefault(match[2], {})[_our_name(match[1], match[3])] = tensor
-        elif key.startswith(_BACKBONE) and isinstance(tensor, Tensor):
+        elif key.startswith(_BACKBONE):
             others[key.removeprefix(_BACKBONE)] = tensor
         else:
             unknown.append(key)
@@ -133,6 +135,7 @@ def _config(
     if settings.get("enable_gift") and not shares:
         raise ValueError("settings: enable_gift without share_projections: the released code cannot run it")
     targets = target_modules or settings.get("target_modules")
+    check_names("target_modules", targets)
     if shares and not targets:
         raise ValueError("target_modules: got None, expected the names of the layers that share the pair")
     missing = [f"{part}.{key}" for key, found in parts.items() for part, ours in _OURS.items() if ours not in found]
@@ -140,7 +143,7 @@ def _config(
         raise ValueError(f"path: keys {missing} are missing")
     first = next(iter(parts.values()))
     return GIFTConfig(
-        r=first["phi"].shape[0],
+        r=next(iter(first["phi"].shape), 0),
         block=kind,
         block_kwargs=options,
         share_projections=shares,

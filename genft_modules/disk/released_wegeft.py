@@ -55,9 +55,9 @@ def _sorted(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], d
     others = {}
     unknown = []
     for key, tensor in tensors.items():
-        if match := _PAIR.fullmatch(key):
+        if (match := _PAIR.fullmatch(key)) and isinstance(tensor, Tensor):
             pairs.setdefault(match[1], {})[match[2]] = tensor
-        elif "wegeft_" in key:
+        elif "wegeft_" in key or not isinstance(tensor, Tensor):
             unknown.append(key)
         else:
             others[key.removeprefix(PREFIX)] = tensor
@@ -129,12 +129,17 @@ def _tied(groups: dict[str, str], tied: list[list[str]] | None) -> list[list[str
     members: dict[str, list[str]] = {}
     for name, group in groups.items():
         members.setdefault(group, []).append(name)
-    named = [[re.escape(name) for name in names] for names in members.values() if len(names) > 1]
+    named = [[_only(name) for name in names] for names in members.values() if len(names) > 1]
     for candidate in (BY_TYPE, None, tied, named):
         ours = WeGeFTConfig(tied_modules=candidate)
         if _same_partition(groups, {name: ours.group(name) or name for name in groups}):
             return candidate
     raise AssertionError("names of layers match themselves")
+
+
+def _only(name: str) -> str:
+    """An expression for this layer alone."""
+    return f"^{re.escape(name)}"
 
 
 def _same_partition(one: dict[str, str], other: dict[str, str]) -> bool:
@@ -151,6 +156,6 @@ def _patterns(config: WeGeFTConfig, layers: list[str]) -> tuple[dict[str, int], 
         wanted = {name: given.get(keys[name], usual) for name in layers}
         if all(pattern_value(given, name, usual) == value for name, value in wanted.items()):
             return given
-        return {re.escape(name): value for name, value in wanted.items() if value != usual}
+        return {_only(name): value for name, value in wanted.items() if value != usual}
 
     return ours(config.rank_pattern, config.r), ours(config.alpha_pattern, config.wegeft_alpha)

@@ -107,7 +107,7 @@ WEGEFT = {
         {"tied_modules": [[r"model.layers.0"]]},
         lambda name: ATTENTION[0] if ".0." in name else name,
         lambda name: (3, 6),
-        [[re.escape(name) for name in ATTENTION[:3]]],
+        [[f"^{re.escape(name)}" for name in ATTENTION[:3]]],
     ),
     "patterns": (
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 5, "k_proj": 9, ATTENTION[2]: 7}},
@@ -364,6 +364,18 @@ REFUSED = {
         ),
         bert,
     ),
+    "gift: no names": (
+        "expected tensors with names",
+        lambda f: (gift_folder(f, SIMPLE), torch.save([drawn(2)], f / "checkpoint.pth")),
+        llama,
+    ),
+    "gift: no tensor": ("unknown keys", lambda f: gift_with(f, **{"in_projections.q_proj.weight": 3}), llama),
+    "gift: no dimensions": (
+        "r: got 0",
+        lambda f: gift_with(f, **{"in_projections.q_proj.weight": torch.tensor(1.0)}),
+        llama,
+    ),
+    "gift: no target": ("target_modules", lambda f: gift_folder(f, SIMPLE, target_modules=[3]), llama),
     "gift: a key": ("unknown keys", lambda f: gift_with(f, extra=drawn(2)), llama),
     "gift: a half": (
         r"keys \['out_projections.q_proj'\] are missing",
