@@ -53,8 +53,9 @@ def load_released(
     - GenFT on a ViT: a torch file, and args.yaml next to it, with keys `blocks.<i>.attn.genft_individual_weight_a` and
       `<...>.gen.genft_share_1_a.linear.weight`. Block i is the model's i-th attention, whatever its name: a fused qkv
       weight, or q and v projections.
-    - GIFT: a torch file with keys `in_projections.<target>.weight`, `hypernets.<target>.<...>` and
-      `out_projections.<target>.weight`. Its options are in config/config.json, args.yaml or the file itself.
+    - GIFT, and the WeGeFT code's wrapper for vision models, which computes the same: a torch file with keys
+      `in_projections.<target>.weight`, `hypernets.<target>.<...>` and `out_projections.<target>.weight`. Its options
+      are in config/config.json, args.yaml or the file itself.
 
     Torch files are read with weights_only. In a directory they are called best_model.pt, checkpoint.pth, last.pth.tar
     or model_best.pth.tar. All other tensors, such as a head, are loaded into the module of that name, which is saved

@@ -1,6 +1,9 @@
 """Checkpoints of the released GIFT code: torch files with the state of its wrapper around a model.
 
-Source: keys, settings and file names as in the released code (github.com/savadikarc/gift, 2024).
+The WeGeFT code has this wrapper, too, for vision models: it computes the same, and only its options have other names.
+
+Source: keys, settings and file names as in the released code (github.com/savadikarc/gift, 2024;
+github.com/savadikarc/wegeft, 2025).
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ _BACKBONE = "backbone."
 _ONE_FOR_ALL = "shared_projection"
 _OURS = {"in_projections": "phi", "out_projections": "psi"}
 _FIELDS = ("gift_parameters", "target_modules", "enable_gift", "layers_to_transform", "layers_pattern")
-_ARGUMENTS = ("gift_", "hypernet_")  # prefixes of the scripts' options, now and in the published files
+_RENAMED = {"wegeft_parameters": "gift_parameters", "enable_wegeft": "enable_gift"}  # in the WeGeFT code
+# names of the method in the scripts' options, the last one in the published files
+_METHODS = ("gift", "wegeft", "hypernet")
 _WITHOUT_DEPTH = ("simple_block", "pamcat_attn")  # blocks without the option drop_path
 
 
@@ -94,15 +99,16 @@ def _key_of(name: str, keys: dict[str, Any]) -> str:
 
 def _settings(found: dict[str, Any]) -> dict[str, Any]:
     """The fields of the released config, also from the options of its scripts."""
-    for prefix in _ARGUMENTS:
-        if f"{prefix}block_block_type" not in found:
+    found = {_RENAMED.get(name, name): value for name, value in found.items()}
+    for method in _METHODS:
+        start = f"{method}_block_"
+        if f"{start}block_type" not in found:
             continue
-        start = f"{prefix}block_"
         options = {name.removeprefix(start): value for name, value in found.items() if name.startswith(start)}
         kind = options["block_type"]
         fields: dict[str, Any] = {"gift_parameters": {k: v for k, v in options.items() if k in _options(kind)}}
-        fields["target_modules"] = found.get(f"{prefix}target_modules")
-        if parts := found.get(f"{prefix}enable_gift"):
+        fields["target_modules"] = found.get(f"{method}_target_modules")
+        if parts := found.get(f"{method}_enable_{method}"):
             fields["enable_gift"] = {"qkv": [part in parts for part in ("q", "k", "v")]}
         return fields | {name: value for name, value in found.items() if name in _FIELDS}
     return {name: value for name, value in found.items() if name in _FIELDS}

@@ -241,7 +241,7 @@ def test_a_gift_folder_gives_the_released_outputs(block, keys, bias, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "ours")), logits(model))
 
 
-@pytest.mark.parametrize("options", ["in the file", "beside it", "given"])
+@pytest.mark.parametrize("options", ["in the file", "beside it", "beside it, of WeGeFT", "given"])
 def test_a_gift_checkpoint_of_an_image_model(options, tmp_path):
     """timm's checkpoints contain the script's options; the head is the wrapper's backbone's."""
     torch.manual_seed(1)
@@ -256,9 +256,10 @@ def test_a_gift_checkpoint_of_an_image_model(options, tmp_path):
     content = {"epoch": 99, "arch": "vit", "state_dict": tensors, "optimizer": {"state": {}}, "metric": 99.2}
     if options == "in the file":
         content["args"] = argparse.Namespace(**given)
-    elif options == "beside it":
-        now = {name.replace("hypernet_", "gift_"): value for name, value in given.items()}
-        (tmp_path / "args.yaml").write_text(yaml.safe_dump(now | {"gift_block_act_layer": "identity"}))
+    elif options != "given":
+        method = "wegeft" if "WeGeFT" in options else "gift"
+        now = {name.replace("hypernet", method): value for name, value in given.items()}
+        (tmp_path / "args.yaml").write_text(yaml.safe_dump(now | {f"{method}_block_act_layer": "identity"}))
     torch.save(content, tmp_path / "last.pth.tar")
     settings = {"gift_parameters": {"block_type": "simple_block"}} if options == "given" else None
     plain = bert()
@@ -277,13 +278,12 @@ def test_a_gift_checkpoint_of_an_image_model(options, tmp_path):
 
 
 def test_a_pair_for_two_parts_of_a_fused_weight(tmp_path):
-    tensors = gift_folder(
-        tmp_path,
-        {"block_type": "simple_block", "act_layer": "gelu"},
-        ("shared_projection",),
-        target_modules=["qkv"],
-        enable_gift={"qkv": [True, False, True]},
-    )
+    block = {"block_type": "simple_block", "act_layer": "gelu"}
+    fused = {"qkv": [True, False, True]}
+    tensors = gift_folder(tmp_path, block, ("shared_projection",), target_modules=["qkv"], enable_gift=fused)
+    config = tmp_path / "config" / "config.json"
+    text = config.read_text().replace("gift_parameters", "wegeft_parameters").replace("enable_gift", "enable_wegeft")
+    config.write_text(text)  # as of the WeGeFT code
     net = nn.ModuleDict({"block": nn.ModuleDict({"qkv": nn.Linear(K, 3 * K)})}).to(DEVICE)
     thirds = weight(net, "block.qkv").chunk(3)
     parts = [gift_update(tensors, "shared_projection", thirds[i], F.gelu) for i in (0, 2)]
