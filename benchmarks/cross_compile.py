@@ -178,7 +178,13 @@ def grouped_calls(r: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:
 
 
 def generated_calls(
-    r: int, dtype: torch.dtype, plan: LaunchPlan, *, activation: str = "gelu", dropout: float = 0.0
+    r: int,
+    dtype: torch.dtype,
+    plan: LaunchPlan,
+    *,
+    combine: str = "add",
+    activation: str = "gelu",
+    dropout: float = 0.0,
 ) -> Calls:
     """One call for each launcher on a generated matrix, with a bias along either side."""
     from genft_kernels._triton import generated as run
@@ -187,10 +193,10 @@ def generated_calls(
     bias, a, dz = torch.empty(N, dtype=dtype), torch.empty(r, N), torch.empty(K, r)
     seed = torch.zeros(1, dtype=torch.int64) if dropout else None
     h, b, row, column = torch.empty(N, r), torch.empty(K, r), torch.empty(N), torch.empty(K)
-    rest = (row, column, 1.5, activation, dropout, seed)
+    rest = (row, column, combine, 1.5, activation, dropout, seed)
     yield "forward", lambda: run.generated_linear_forward(x, weight, h, b, bias, *rest, plan)
     yield "backward", lambda: run.generated_linear_backward(dy, x, weight, h, b, *rest, [True] * 5, plan)
-    if plan.algorithm == "fused":
+    if plan.algorithm == "fused" and combine == "add":
         h16, b16, a16, dz16 = (tensor.to(dtype) for tensor in (h, b, a, dz))
         rest16 = (None, activation, dropout, seed)
         yield "features_forward", lambda: run.generated_features_forward(h16, b16, a16, None, *rest16, plan)
@@ -258,6 +264,11 @@ def default_calls(target: str, *, every: bool = True) -> Iterator[tuple[str, Cal
         for algorithm, dropout in (("fused", 0.0), ("panel", 0.0), *((("panel", 0.1),) if r == 64 else ())):
             for name, call in generated_calls(r, dtype, replace(plan, algorithm=algorithm), dropout=dropout):
                 yield f"generated_{name} r={r} {dtype} {algorithm} dropout={dropout}", call
+        # The update alone, with dropout of x, has the same kernels with less in them.
+        for algorithm in ("fused", "panel") if every or r == 64 else ():
+            modulated = generated_calls(r, dtype, replace(plan, algorithm=algorithm), combine="modulate")
+            for name, call in modulated:
+                yield f"generated_{name} r={r} {dtype} {algorithm} modulate", call
 
 
 def _blocks_of(plan: LaunchPlan) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -106,9 +106,13 @@ def _generated(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
     return _drop(ACTIVATIONS[o.get("activation", "none")].forward(z), o.get("dropout", 0.0), seed)
 
 
-def _generated_linear(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
-    delta = o.get("scale", 1.0) * _generated(t, o, seed)
-    return F.linear(t["x"], t["weight"] + delta.to(t["weight"].dtype), t.get("bias"))
+def _generated_linear(t: Tensors, o: dict[str, Any], seed: Tensor | None, *, combine: str) -> Tensor:
+    x, w = t["x"], t["weight"]
+    if combine == "multiply":
+        x, seed = _drop(x, o.get("dropout", 0.0), seed), None
+    delta = (o.get("scale", 1.0) * _generated(t, o, seed)).to(w.dtype)
+    delta = delta if combine == "add" else w * delta
+    return F.linear(x, delta if combine == "multiply" else w + delta, t.get("bias"))
 
 
 def _generated_features(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
@@ -169,6 +173,31 @@ def _squares(orientation: str) -> Operation:
 def _released(r: int) -> dict[str, Any]:
     """The activations of GenFT's released settings: gelu for r = 16, leakyrelu for r = 37."""
     return {"activation": "leakyrelu" if r == 37 else "gelu"}
+
+
+def _generated_operation(combine: str, *options: dict[str, Any]) -> Operation:
+    """A product with W0 and a generated matrix, for one way of combining them."""
+    return Operation(
+        "generated_linear" if combine == "add" else f"generated_linear_{combine}",
+        lambda m, n, k, r: {
+            "x": (m, k),
+            "weight": (n, k),
+            "h": (n, r),
+            "b": (k, r),
+            "bias": (n,),
+            "row_bias": (n,),
+            "column_bias": (k,),
+        },
+        trained=("x", "h", "b", "bias", "row_bias", "column_bias"),
+        activations=("x", "weight"),
+        factors=("h", "b", "row_bias", "column_bias"),
+        truth=partial(_generated_linear, combine=combine),
+        options=options,
+        form="generated",
+        sweep=_released,
+        function="generated_linear",
+        extra=lambda t: {"combine": combine},
+    )
 
 
 OPERATIONS = {
@@ -253,32 +282,17 @@ OPERATIONS = {
         ),
         _squares("row"),
         _squares("column"),
-        Operation(
-            "generated_linear",
-            lambda m, n, k, r: {
-                "x": (m, k),
-                "weight": (n, k),
-                "h": (n, r),
-                "b": (k, r),
-                "bias": (n,),
-                "row_bias": (n,),
-                "column_bias": (k,),
-            },
-            trained=("x", "h", "b", "bias", "row_bias", "column_bias"),
-            activations=("x", "weight"),
-            factors=("h", "b", "row_bias", "column_bias"),
-            truth=_generated_linear,
-            options=(
-                {"activation": "gelu", "scale": 0.5},
-                {"activation": "leakyrelu"},
-                {"activation": "tanh", "dropout": 0.25},
-                {"activation": "relu"},
-                {"activation": "sigmoid"},
-                {"activation": "none", "dropout": 0.1},
-            ),
-            form="generated",
-            sweep=_released,
+        _generated_operation(
+            "add",
+            {"activation": "gelu", "scale": 0.5},
+            {"activation": "leakyrelu"},
+            {"activation": "tanh", "dropout": 0.25},
+            {"activation": "relu"},
+            {"activation": "sigmoid"},
+            {"activation": "none", "dropout": 0.1},
         ),
+        _generated_operation("modulate", {"scale": 2.0}, {"activation": "gelu", "dropout": 0.25}),
+        _generated_operation("multiply", {"scale": 2.0}, {"dropout": 0.25}),
         Operation(
             "generated_features",
             lambda m, n, k, r: {"h": (n, r), "b": (k, r), "a": (r, n), "bias": (r,), "column_bias": (k,)},

@@ -48,6 +48,7 @@ def generated_linear(
     *,
     row_bias: Tensor | None = None,
     column_bias: Tensor | None = None,
+    combine: str = "add",
     scale: float = 1.0,
     activation: str = "none",
     dropout: float = 0.0,
@@ -55,7 +56,9 @@ def generated_linear(
     backend: str = "auto",
     plan: LaunchPlan | None = None,
 ) -> Tensor:
-    """A frozen linear layer with a generated, full-rank update: y = x (W0 + scale·drop(σ(H Bᵀ + row + column)))ᵀ + b.
+    """A frozen linear layer with a generated, full-rank update: y = x (W0 + ΔW)ᵀ + b.
+
+    ΔW = scale·T or, modulated by the weight, scale·W0 ⊙ T, with T = drop(σ(H Bᵀ + row + column)).
 
     Args:
         x: activations [..., K].
@@ -65,9 +68,12 @@ def generated_linear(
         bias: the layer's bias [N] or None, in the dtype of x.
         row_bias: [N] or None, added to the rows of H Bᵀ.
         column_bias: [K] or None, added to its columns.
+        combine: what x is multiplied by: "add", W0 + scale·T; "modulate", W0 + scale·W0 ⊙ T; "multiply", the update of
+            "modulate" alone, scale·W0 ⊙ T, for a product with W0 that is computed elsewhere.
         scale: s, a finite number.
         activation: σ, a name in `genft_kernels.activations.ACTIVATIONS`.
-        dropout: dropout probability of the elements of ΔW, 0 <= dropout < 1.
+        dropout: dropout probability of the elements of T; with "multiply", of the elements of x, as in
+            `lowrank_linear`. 0 <= dropout < 1.
         seed: int64 [1] from `draw_seed`, required if dropout > 0.
         backend, plan: as in `lowrank_linear`.
 
@@ -75,9 +81,11 @@ def generated_linear(
         y [..., N] in the dtype of x (under autocast, in the autocast dtype). Differentiable (first order) in x, h, b,
         bias, row_bias and column_bias. ΔW is generated tile by tile in forward and backward and not saved.
 
-    Source: the last stage of GenFT (arXiv 2506.11042); docs/mathematics.md.
+    Source: the last stage of GenFT (arXiv 2506.11042); for W0 ⊙ T, HiRA as in peft; docs/mathematics.md.
     """
     activation_named(activation)
+    if not isinstance(combine, str) or combine not in reference.COMBINATIONS:
+        raise ValueError(f"combine: got {combine!r}, expected one of {reference.COMBINATIONS}")
     check_linear(x, weight, bias)
     r = check_factor("h", h, x, (weight.shape[0], None))
     check_factor("b", b, x, (weight.shape[1], r))
@@ -96,6 +104,7 @@ def generated_linear(
         bias,
         row_bias,
         column_bias,
+        combine,
         scale,
         activation,
         float(dropout),

@@ -1,12 +1,12 @@
-"""y = x (W0 + s T)ᵀ + b with T = drop(σ(H Bᵀ + row + column)), by panels or tile by tile; and z = Tᵀ Aᵀ + bias."""
+"""y = x Wᵀ + b, where W combines W0 and T = drop(σ(H Bᵀ + row + column)), by panels or by tiles; z = Tᵀ Aᵀ + bias."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..plan import LaunchPlan, stretches
-from ..reference.generated import GeneratedMatrix
+from ..plan import ContractPlan, LaunchPlan, stretches
+from ..reference.generated import GeneratedMatrix, seeds
 from .kernels.generated import launch_contract, launch_fold, launch_generated_product, launch_panel
 
 
@@ -18,22 +18,26 @@ def generated_linear_forward(
     bias: Tensor | None,
     row: Tensor | None,
     column: Tensor | None,
+    combine: str,
     scale: float,
     activation: str,
     dropout: float,
     seed: Tensor | None,
     plan: LaunchPlan,
 ) -> tuple[Tensor]:
+    seed, seed_x = seeds(combine, seed)
     made = GeneratedMatrix(h, b, row, column, activation, dropout, seed)
+    if seed_x is not None:
+        x = _dropped(x, dropout, seed_x, plan.contract)
     if plan.algorithm == "fused":
-        return (launch_generated_product(x, weight, made, scale, plan.product, bias=bias),)
+        return (launch_generated_product(x, weight, made, scale, plan.product, combine, bias=bias),)
     y = x.new_empty(x.shape[0], weight.shape[0])
     workspace = None
     for rows in stretches(*weight.shape, plan.contract.panel):
         part = weight[rows]
         workspace = torch.empty(part.shape, dtype=x.dtype, device=x.device) if workspace is None else workspace
         panel = workspace[: part.shape[0]]
-        launch_panel(part, made.part(rows=rows), scale, plan.contract, panel, first_n=rows.start)
+        launch_panel(part, made.part(rows=rows), scale, plan.contract, combine, panel, first_n=rows.start)
         if bias is None:
             torch.mm(x, panel.t(), out=y[:, rows])
         else:
@@ -49,6 +53,7 @@ def generated_linear_backward(
     b: Tensor,
     row: Tensor | None,
     column: Tensor | None,
+    combine: str,
     scale: float,
     activation: str,
     dropout: float,
@@ -56,36 +61,50 @@ def generated_linear_backward(
     needs: list[bool],
     plan: LaunchPlan,
 ) -> tuple[Tensor | None, ...]:
+    seed, seed_x = seeds(combine, seed)
     made = GeneratedMatrix(h, b, row, column, activation, dropout, seed)
-    dx = _input_gradient(dy, weight, made, scale, plan) if needs[0] else None
+    dx = _input_gradient(dy, weight, made, combine, scale, plan) if needs[0] else None
+    if dx is not None and seed_x is not None:
+        dx = _dropped(dx, dropout, seed_x, plan.contract)
     factors: tuple[Tensor | None, ...] = (None,) * 4
     if any(needs[1:]):
-        factors = _factor_gradients(dy, x, made, scale, plan)
+        if seed_x is not None:
+            x = _dropped(x, dropout, seed_x, plan.contract)
+        factors = _factor_gradients(dy, x, None if combine == "add" else weight, made, scale, plan)
     return dx, *(gradient if need else None for gradient, need in zip(factors, needs[1:], strict=True))
 
 
-def _input_gradient(dy: Tensor, weight: Tensor, made: GeneratedMatrix, scale: float, plan: LaunchPlan) -> Tensor:
-    """dX = dY (W0 + s T). Panels are along K, so that their results are disjoint."""
+def _dropped(x: Tensor, dropout: float, seed: Tensor, plan: ContractPlan) -> Tensor:
+    """drop(x), as the elementwise product of x with drop(1)."""
+    one = x.new_ones(())
+    ones = GeneratedMatrix(one.expand(x.shape[0], 1), one.expand(x.shape[1], 1), None, None, "none", dropout, seed)
+    return launch_panel(x, ones, 1.0, plan, "multiply", torch.empty_like(x))
+
+
+def _input_gradient(
+    dy: Tensor, weight: Tensor, made: GeneratedMatrix, combine: str, scale: float, plan: LaunchPlan
+) -> Tensor:
+    """dX = dY W. Panels are along K, so that their results are disjoint."""
     if plan.algorithm == "fused":
-        return launch_generated_product(dy, weight, made, scale, plan.product, swapped=True)
+        return launch_generated_product(dy, weight, made, scale, plan.product, combine, swapped=True)
     dx = dy.new_empty(dy.shape[0], weight.shape[1])
     workspace = None
     for columns in stretches(weight.shape[1], weight.shape[0], plan.contract.panel):
         part = weight[:, columns]
         workspace = torch.empty(part.shape, dtype=dy.dtype, device=dy.device) if workspace is None else workspace
         panel = workspace[:, : part.shape[1]]
-        launch_panel(part, made.part(columns=columns), scale, plan.contract, panel, first_k=columns.start)
+        launch_panel(part, made.part(columns=columns), scale, plan.contract, combine, panel, first_k=columns.start)
         torch.mm(dy, panel, out=dx[:, columns])
     return dx
 
 
 def _factor_gradients(
-    dy: Tensor, x: Tensor, made: GeneratedMatrix, scale: float, plan: LaunchPlan
+    dy: Tensor, x: Tensor, weight: Tensor | None, made: GeneratedMatrix, scale: float, plan: LaunchPlan
 ) -> tuple[Tensor | None, ...]:
-    """dH, dB, drow, dcolumn, in the dtype of the factors."""
+    """dH, dB, drow, dcolumn, in the dtype of the factors. `weight`: W0 if it multiplies T."""
     dtype = made.h.dtype
     if plan.algorithm == "fused":
-        found = launch_contract(made, plan.contract, left=dy, right=x, scale=scale)
+        found = launch_contract(made, plan.contract, left=dy, right=x, weight=weight, scale=scale)
         return tuple(None if g is None else g.to(dtype) for g in found)
     n, k, r = made.h.shape[0], made.b.shape[0], made.h.shape[1]
     dh = made.h.new_empty(n, r)
@@ -98,7 +117,13 @@ def _factor_gradients(
         workspace = torch.empty(height, k, dtype=x.dtype, device=x.device) if workspace is None else workspace
         g = torch.mm(dy[:, rows].t(), x, out=workspace[:height])
         part_h, part_b, part_row, part_column = launch_contract(
-            made.part(rows=rows), plan.contract, given=g, scale=scale, first_n=rows.start, depth=x.shape[0]
+            made.part(rows=rows),
+            plan.contract,
+            given=g,
+            weight=None if weight is None else weight[rows],
+            scale=scale,
+            first_n=rows.start,
+            depth=x.shape[0],
         )
         dh[rows] = part_h
         db += part_b

@@ -1,5 +1,5 @@
-"""The generated matrix T = drop(σ(H Bᵀ + row + column)) [N,K], computed one panel at a time: y = x (W0 + s T)ᵀ + b, and
-the features z = Tᵀ Aᵀ + bias for the next stage."""
+"""The generated matrix T = drop(σ(H Bᵀ + row + column)) [N,K], computed one panel at a time: y = x Wᵀ + b, where W
+combines W0 and T (see `COMBINATIONS`), and the features z = Tᵀ Aᵀ + bias for the next stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor
 from ..activations import activation as activation_named
 from ..dither import add_dithered
 from ..dropout import keep_mask
-from .common import GPU_PANEL_ELEMENTS, PANEL_ELEMENTS, add_product_, narrow, panels, parts, total
+from .common import GPU_PANEL_ELEMENTS, PANEL_ELEMENTS, add_product_, dropped, narrow, panels, parts, total
+
+# What y = x Wᵀ + b is computed with: W0 + s T, W0 + s W0 ⊙ T, or s W0 ⊙ T, the update alone.
+COMBINATIONS = ("add", "modulate", "multiply")
 
 _GENERATED_ELEMENTS = 1 << 19  # larger panels than elsewhere, because they are used in products
 _GENERATED_SHARE = 48  # for large matrices, the panel is this fraction of it
@@ -72,16 +75,28 @@ class GeneratedMatrix:
                 t[part].div_(1.0 - self.dropout).masked_fill_(keep.logical_not_(), 0.0)
         return t
 
-    def added_to(self, weight: Tensor, scale: float, rows: slice, columns: slice, memory: Tensor) -> Tensor:
-        """A part of W0 + s T, in W0's dtype; in `memory` if the dtypes are equal. Dithered in 16 bits."""
+    def combined_with(
+        self, weight: Tensor, combine: str, scale: float, rows: slice, columns: slice, memory: Tensor
+    ) -> Tensor:
+        """A part of W, in W0's dtype; in `memory` if the dtypes are equal. A sum with W0 is dithered in 16 bits."""
         t, part = self.value(rows, columns, memory), weight[rows, columns]
         if narrow(weight):
             out = weight.new_empty(part.shape)
             for some in parts(part):
-                add_dithered(part[some], t[some] * scale, range(columns.start, columns.stop), out[some])
+                update = t[some] * scale
+                if combine != "add":
+                    update = update.float() * part[some]
+                if combine == "multiply":
+                    out[some] = update
+                else:
+                    add_dithered(part[some], update, range(columns.start, columns.stop), out[some])
             return out
         t = t.to(weight.dtype)
-        return torch.add(part, t, alpha=scale, out=t)
+        if combine == "add":
+            return torch.add(part, t, alpha=scale, out=t)
+        if combine == "modulate":
+            return torch.addcmul(part, part, t, value=scale, out=t)
+        return t.mul_(part) if scale == 1.0 else t.mul_(part).mul_(scale)
 
     def backward_(self, dt: Tensor, rows: slice, memory: Tensor) -> Tensor:
         """dL/dZ for rows of T from dL/dT, in place; Z is computed in `memory`, a few rows at a time if it is small."""
@@ -153,19 +168,23 @@ def generated_linear_forward(
     bias: Tensor | None,
     row: Tensor | None,
     column: Tensor | None,
+    combine: str,
     scale: float,
     activation: str,
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor]:
-    """y [M,N]. Nothing is saved: the backward pass recomputes the panels."""
+    """y [M,N]. Nothing is saved: the backward pass recomputes the panels, and drop(x)."""
+    seed, seed_x = seeds(combine, seed)
     made = GeneratedMatrix(h, b, row, column, activation, dropout, seed)
+    if seed_x is not None:
+        x = _dropped(x, dropout, seed_x)
     n, k = weight.shape
     y = x.new_empty(x.shape[0], n)
     inside = made.with_biases_inside()
     memory = _panel_memory(inside)
     for rows in panels(n, k, memory.numel()):
-        panel = inside.added_to(weight, scale, rows, slice(0, k), memory)
+        panel = inside.combined_with(weight, combine, scale, rows, slice(0, k), memory)
         if bias is None:
             torch.mm(x, panel.t(), out=y[:, rows])
         else:
@@ -181,17 +200,19 @@ def generated_linear_backward(
     b: Tensor,
     row: Tensor | None,
     column: Tensor | None,
+    combine: str,
     scale: float,
     activation: str,
     dropout: float,
     seed: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """dX = dY (W0 + s T); E = s drop(dYᵀ x)·σ'(Z); dH = E B, dB = Eᵀ H, drow = E 1, dcolumn = Eᵀ 1.
+    """dX = dY W; E = s drop(dYᵀ x)·σ'(Z), times W0 unless it is added; dH = E B, dB = Eᵀ H, drow = E 1, dcolumn = Eᵀ 1.
 
     dX uses panels of columns and the factors panels of rows: the results are disjoint, so nothing is summed in a
     low-precision tensor.
     """
+    seed, seed_x = seeds(combine, seed)
     made = GeneratedMatrix(h, b, row, column, activation, dropout, seed)
     need_x, need_h, need_b, need_row, need_column = needs
     n, k = weight.shape
@@ -202,13 +223,32 @@ def generated_linear_backward(
     if need_x:
         dx = torch.empty_like(x)
         for columns in panels(k, n, memory.numel()):
-            torch.mm(dy, inside.added_to(weight, scale, slice(0, n), columns, memory), out=dx[:, columns])
+            panel = inside.combined_with(weight, combine, scale, slice(0, n), columns, memory)
+            torch.mm(dy, panel, out=dx[:, columns])
+        if seed_x is not None:
+            dx = _dropped(dx, dropout, seed_x)
     if any(gradients.needs):
+        if seed_x is not None:
+            x = _dropped(x, dropout, seed_x)
         for_z = _memory_for_z(memory, n * k, k)
         for rows in panels(n, k, memory.numel()):
             dt = _product(dy[:, rows].t(), x, memory)
+            if combine != "add":
+                dt.mul_(weight[rows])
             gradients.add(inside.backward_(dt, rows, for_z), rows)
     return dx, *gradients.results()
+
+
+def seeds(combine: str, seed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The seeds for the dropout of T and for that of x, of which at most one is not None."""
+    return (None, seed) if combine == "multiply" else (seed, None)
+
+
+def _dropped(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    for rows in parts(x):
+        out[rows] = dropped(x[rows], rows, dropout, seed)
+    return out
 
 
 def _product(left: Tensor, right: Tensor, memory: Tensor) -> Tensor:

@@ -16,11 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from genft_kernels import LaunchPlan
-from tests.support.truth import OPERATIONS, make_case, run
-
-
-def operator_of(name: str) -> str:
-    return name.removesuffix("_row").removesuffix("_column")
+from tests.support.truth import OPERATIONS, called, make_case, run
 
 
 class Names(TorchDispatchMode):
@@ -70,7 +66,7 @@ def test_a_dispatch_mode_sees_one_operator_forward_and_one_backward(name, device
         found = run(case.operation, case)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     ours = [one for one in mode.seen if one.startswith("genft.")]
-    assert ours == [f"genft.{operator_of(name)}.default", f"genft.{operator_of(name)}_backward.default"]
+    assert ours == [f"genft.{called(name)}.default", f"genft.{called(name)}_backward.default"]
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -85,7 +81,7 @@ def test_a_tracer_and_functorch_see_the_operator(name, device):
     for made in (function(*values), traced(*values)):
         assert all(torch.allclose(a, b) for a, b in zip(made, expected, strict=True))
     named = [node.target.__name__ for node in traced.graph.nodes if "genft" in str(node.target)]
-    assert named == [f"{operator_of(name)}.default", f"{operator_of(name)}_backward.default"]
+    assert named == [f"{called(name)}.default", f"{called(name)}_backward.default"]
     scaled = [torch.stack([value, 2 * value]) for value in values]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of loops in torch's own operations

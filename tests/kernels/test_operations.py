@@ -100,7 +100,10 @@ def test_dropout_is_exact(name, algorithm, dtype, device, poisoned):
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-@pytest.mark.parametrize(("name", "algorithm"), [pair for pair in PAIRS if pair[0].startswith(("weight", "generated"))])
+@pytest.mark.parametrize(
+    ("name", "algorithm"),
+    [pair for pair in PAIRS if pair[0] in ("weight_features", "generated_linear", "generated_features")],
+)
 def test_activations(activation, name, algorithm, device):
     case = make_case(name, 20, 85, 61, 5, torch.float32, device, activation=activation)
     assert_close_to_truth(case, torch.float32, plan=PLANS[algorithm])
@@ -115,7 +118,8 @@ def test_long_sums_in_bfloat16(algorithm, device):
 
 
 @pytest.mark.parametrize(
-    ("name", "algorithm"), [pair for pair in PAIRS if pair[0].startswith("generated") and pair[1] != "reference"]
+    ("name", "algorithm"),
+    [pair for pair in PAIRS if pair[0] in ("generated_linear", "generated_features") and pair[1] != "reference"],
 )
 def test_atomic_sums_are_right_too(name, algorithm, device):
     plan = replace(PLANS[algorithm], contract=replace(CONTRACT, atomic=True))
@@ -188,11 +192,12 @@ def test_opcheck_generated(algorithm, device):
     seed = gk.draw_seed(device)
     case = make_case("generated_linear", 12, 9, 10, 3, torch.float32, device)
     x, weight, h, b, bias, row, column = case.tensors.values()
-    rest = (0.5, "gelu", 0.2, seed, plan)
+    rest = ("add", 0.5, "gelu", 0.2, seed, plan)
+    alone = ("multiply", *rest[1:])
     features_plan = str(PLANS["reference" if algorithm == "reference" else "fused"])
     a, rank_bias = torch.randn(4, 9, device=device, requires_grad=True), torch.randn(4, device=device)
     torch.library.opcheck(torch.ops.genft.generated_linear.default, (x, weight, h, b, bias, row, column, *rest))
-    torch.library.opcheck(torch.ops.genft.generated_linear.default, (x, weight, h, b, None, None, None, *rest))
+    torch.library.opcheck(torch.ops.genft.generated_linear.default, (x, weight, h, b, None, None, None, *alone))
     torch.library.opcheck(
         torch.ops.genft.generated_features.default, (h, b, a, rank_bias, column, "tanh", 0.2, seed, features_plan)
     )
@@ -293,7 +298,7 @@ def test_nothing_of_n_by_k_is_allocated(name, algorithm, device):
     n, k = 320, 256
     wide = SkinnyPlan(rows=64, columns=64, groups=2)
     plan = LaunchPlan(algorithm, wide, ProductPlan(m=64, n=64, k=64), ContractPlan(64, 64, panel=1))
-    if name == "generated_linear" and algorithm == "reference":
+    if name.startswith("generated_linear") and algorithm == "reference":
         n, k = 1280, 512  # more than the panel of 2¹⁸ elements
     dropout = 0.3 if name in WITH_DROPOUT else 0.0
     case = make_case(name, 8, n, k, 4, torch.float32, device, dropout=dropout)

@@ -12,7 +12,7 @@ import torch
 
 import genft_kernels as gk
 from genft_kernels import LaunchPlan
-from tests.support.truth import OPERATIONS, make_case, run
+from tests.support.truth import OPERATIONS, called, make_case, run
 from tests.support.watchers import Inside
 
 
@@ -148,6 +148,7 @@ WRONG: dict[str, tuple[object, ...]] = {
     "dropout": NO_SHARES,
     "seed": (5, -1, 2**63, 0.5, "1", True, torch.tensor([5.0]), torch.tensor([5, 6]), torch.tensor([5], device="meta")),
     "activation": NO_NAMES,
+    "combine": NO_NAMES,
     "inner_activation": NO_NAMES,
     "orientation": NO_NAMES,
     "backend": NO_NAMES,
@@ -162,7 +163,7 @@ def calls() -> dict[str, tuple[Callable[..., object], dict[str, object]]]:
     made = {}
     for name in OPERATIONS:
         case = make_case(name, 4, 5, 6, 2, torch.float32, torch.device("cpu"))
-        door = getattr(gk, name.removesuffix("_row").removesuffix("_column"))
+        door = getattr(gk, called(name))
         made[name] = (door, {**case.tensors, **case.options})
     made["squared_gradient_sums"] = (gk.squared_gradient_sums, {"dy": torch.randn(4, 5), "x": torch.randn(4, 6)})
     made["group_rows"] = (gk.group_rows, {"index": torch.tensor([0, -1, 1]), "count": 2})

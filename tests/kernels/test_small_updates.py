@@ -68,7 +68,7 @@ def _case(name: str, side: int, device: torch.device, bias: float | None) -> Cas
     torch.manual_seed(0)
     lead = (8, side // 8) if name == "grouped_lowrank_linear" else side
     r = side // 4 if name.startswith("sliced") else 8
-    bias = None if name == "generated_linear" else bias  # its biases would be a large update of their own
+    bias = None if name.startswith("generated_linear") else bias  # its biases would be a large update of their own
     case = make_case(name, lead, side, side, r, torch.bfloat16, device, bias=bias is not None, scale=1.0)
     if "bias" in case.tensors and bias is not None:
         case.tensors["bias"].detach().fill_(bias)
@@ -85,7 +85,11 @@ def test_the_reference_loses_nothing(name, size):
 
 
 @pytest.mark.parametrize(
-    ("name", "algorithm"), [(name, algorithm) for name in NAMES for algorithm in ALGORITHMS[name][1:]]
+    ("name", "algorithm"),
+    [
+        *((name, algorithm) for name in NAMES for algorithm in ALGORITHMS[name][1:]),
+        *(("generated_linear_modulate", algorithm) for algorithm in ("reference", "panel")),
+    ],
 )
 def test_no_kernel_loses_anything(name, algorithm, device):
     case = _case(name, 512, device, bias=1.0)

@@ -5,6 +5,7 @@ Nothing here is shared with genft_kernels but the dropout mask, which has tests 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,9 +74,14 @@ def generated(h, b, row_bias, column_bias, activation, dropout, seed):
 
 
 def generated_linear(
-    x, weight, h, b, bias, row_bias, column_bias, *, scale=1.0, activation="none", dropout=0.0, seed=None
+    x, weight, h, b, bias, row_bias, column_bias, *, combine="add", scale=1.0, activation="none", dropout=0.0, seed=None
 ):
-    return F.linear(x, weight + scale * generated(h, b, row_bias, column_bias, activation, dropout, seed), bias)
+    alone = combine == "multiply"
+    update = scale * generated(h, b, row_bias, column_bias, activation, dropout, None if alone else seed)
+    if alone:
+        flat = dropped(x.reshape(-1, x.shape[-1]), dropout, seed)
+        return F.linear(flat.view(x.shape), weight * update, bias)
+    return F.linear(x, weight + (update if combine == "add" else weight * update), bias)
 
 
 def generated_features(
@@ -165,9 +171,10 @@ def make_case(
         return Case(gk.weight_features, weight_features, {"weight": weight, "a": psi, "bias": rank_bias}, options)
     h, factor = tensor(n, r, kind=factor_dtype), tensor(k, r, kind=factor_dtype)
     row, column = (tensor(size, kind=factor_dtype) if bias else None for size in (n, k))
-    if name == "generated_linear":
+    if name.startswith("generated_linear"):
         tensors = {"x": x, "weight": weight, "h": h, "b": factor, "bias": b, "row_bias": row, "column_bias": column}
-        options = {"scale": scale, "activation": activation, **drop}
+        combine = name.removeprefix("generated_linear").removeprefix("_") or "add"
+        options = {"combine": combine, "scale": scale, "activation": activation, **drop}
         return Case(_generated_linear, generated_linear, tensors, options)
     if name == "generated_features":
         a = tensor(r + 3, n, kind=factor_dtype, size=n**-0.5)
@@ -190,9 +197,14 @@ def _generated_features(h, b, a, bias, column_bias, **options):
     return gk.generated_features(h, b, a, bias, column_bias=column_bias, **options)
 
 
+def called(name: str) -> str:
+    """The name in genft_kernels of one of OPERATIONS."""
+    return re.sub("_(row|column|modulate|multiply)$", "", name)
+
+
 # Each operation, and the algorithms that it has.
 ALGORITHMS = {
-    name: ("reference", *ALGORITHMS_OF[name.removesuffix("_row").removesuffix("_column")])
+    name: ("reference", *ALGORITHMS_OF[called(name)])
     for name in (
         "lowrank_linear",
         "input_edit_linear",
@@ -200,14 +212,23 @@ ALGORITHMS = {
         "weight_features",
         "grouped_lowrank_linear",
         "generated_linear",
+        "generated_linear_modulate",
         "generated_features",
         "sliced_linear_row",
         "sliced_linear_column",
     )
 }
+# Its panels are also those of its dropout on x.
+ALGORITHMS["generated_linear_multiply"] = ("reference", "fused")
 OPERATIONS = tuple(ALGORITHMS)
 GROUPS = 4  # updates in a case of the grouped operation
-WITH_DROPOUT = ("lowrank_linear", "weight_features", "generated_linear", "generated_features")
+WITH_DROPOUT = (
+    "lowrank_linear",
+    "weight_features",
+    "generated_linear",
+    "generated_linear_multiply",
+    "generated_features",
+)
 
 
 def run(

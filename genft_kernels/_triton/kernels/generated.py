@@ -1,10 +1,12 @@
 """Kernels for a generated matrix T = drop(σ(Z)), Z = H Bᵀ + row + column, [N,K], which is computed tile by tile (in the
-panel algorithm, in bounded panels of W0 + s T).
+panel algorithm, in bounded panels of W).
 
-product    O = A (W + s T)   or with both transposed      y = x (W0 + s T)ᵀ + b,  dX = dY (W0 + s T)
+W          W0 + s T, W0 + s W0 ⊙ T or s W0 ⊙ T            COMBINE: "add", "modulate" or "multiply"
+product    O = A W   or with both transposed              y = x Wᵀ + b,  dX = dY W
 contract   E = s drop(G)·σ'(Z), G = Lᵀ R or given         dH = E B, dB = Eᵀ H, drow = E 1, dcolumn = Eᵀ 1
+           (times W0 unless it is added)
 fold       O = T V   or   Tᵀ V                            z = Tᵀ Aᵀ,  dA = (T dz)ᵀ
-panel      a few rows or columns of W0 + s T
+panel      a few rows or columns of W
 
 A tile of Z costs r/BM of the product that uses it and is recomputed for every BM rows of activations: cheaper than
 storing N·K elements (see docs/mathematics.md for the counts). The tile is the left operand and the accumulator holds
@@ -53,10 +55,17 @@ def _keep(p_seed, dropout_threshold, o_out, o_loop, SWAPPED: tl.constexpr):
 
 
 @triton.jit
-def _added(w, t, o_out, o_loop, DITHER: tl.constexpr, SWAPPED: tl.constexpr):
-    """W + s T, dithered in 16 bits by the columns of T, which are along loop unless SWAPPED."""
-    total = w.to(tl.float32) + t
-    if DITHER:
+def _combined(w, t, o_out, o_loop, COMBINE: tl.constexpr, DITHER: tl.constexpr, SWAPPED: tl.constexpr):
+    """A tile of W from those of W0 and s T. A sum with W0 is dithered in 16 bits by the columns of T, which are along
+    loop unless SWAPPED."""
+    total = w.to(tl.float32)
+    if COMBINE == "add":
+        total += t
+    elif COMBINE == "modulate":
+        total += total * t
+    else:
+        total *= t
+    if DITHER and COMBINE != "multiply":
         if SWAPPED:
             total = dither(total, w, o_out[:, None])
         else:
@@ -71,7 +80,7 @@ def _generated_product_kernel(
     s_am, s_ac, s_wn, s_wc, s_fon, s_for, s_flc, s_flr, s_om, s_on,
     scale, dropout_threshold, dropout_scale,
     SIGMA: tl.constexpr, OUT_ADD: tl.constexpr, LOOP_ADD: tl.constexpr, BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, DITHER: tl.constexpr, SWAPPED: tl.constexpr,
+    DROPOUT: tl.constexpr, COMBINE: tl.constexpr, DITHER: tl.constexpr, SWAPPED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +116,8 @@ def _generated_product_kernel(
         a_t = tl.load(
             p_a + o_c[:, None] * s_ac + o_m[None, :] * s_am, mask=m_c[:, None] & m_m[None, :], other=0.0
         )  # [BC, BM]
-        acc = dot(_added(w, t, o_n, o_c, DITHER, SWAPPED).to(dtype), a_t, acc, PRECISION, INTERPRET)
+        w = _combined(w, t, o_n, o_c, COMBINE, DITHER, SWAPPED).to(dtype)
+        acc = dot(w, a_t, acc, PRECISION, INTERPRET)
     if BIAS:
         acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
     tl.store(
@@ -119,13 +129,13 @@ def _generated_product_kernel(
 
 @triton.jit
 def _contract_kernel(
-    p_l, p_r, p_given, p_h, p_b, p_row, p_column, p_dh, p_db, p_drow, p_dcolumn, p_seed,
+    p_l, p_r, p_given, p_w, p_h, p_b, p_row, p_column, p_dh, p_db, p_drow, p_dcolumn, p_seed,
     D, N, K, R, first_n,
-    s_ld, s_ln, s_rd, s_rk, s_gn, s_gk, s_hn, s_hr, s_bk, s_br,
+    s_ld, s_ln, s_rd, s_rk, s_gn, s_gk, s_wn, s_wk, s_hn, s_hr, s_bk, s_br,
     s_dhg, s_dhn, s_dhr, s_dbg, s_dbk, s_dbr, s_drg, s_dcg,
     scale, dropout_threshold, dropout_scale, tiles_per_n, tiles_per_k,
     SIGMA_GRAD: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, DROPOUT: tl.constexpr, GIVEN: tl.constexpr,
-    DROW: tl.constexpr, DCOLUMN: tl.constexpr, ATOMIC: tl.constexpr,
+    TIMES_W: tl.constexpr, DROW: tl.constexpr, DCOLUMN: tl.constexpr, ATOMIC: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -168,6 +178,8 @@ def _contract_kernel(
             b = b.to(dtype)  # [BK, BR]
             z = _pre(h, tl.trans(b), p_row, p_column, o_n, o_k, m_n, m_k, ROW, COLUMN, BN, BK, PRECISION, INTERPRET)
             e = g * SIGMA_GRAD(z) * scale
+            if TIMES_W:
+                e *= tl.load(p_w + o_n[:, None] * s_wn + o_k[None, :] * s_wk, mask=m_tile, other=0.0).to(tl.float32)
             if DROPOUT:
                 # first_n: first row of the panel, because the mask is that of the full T.
                 keep = keep_mask(p_seed, dropout_threshold, o_n + first_n, o_k)
@@ -257,8 +269,9 @@ def _panel_kernel(
     N, K, R, first_n, first_k,
     s_wn, s_wk, s_hn, s_hr, s_bk, s_br, s_on, s_ok,
     scale, dropout_threshold, dropout_scale,
-    SIGMA: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, DROPOUT: tl.constexpr, DITHER: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+    SIGMA: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, DROPOUT: tl.constexpr, COMBINE: tl.constexpr,
+    DITHER: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     dtype = p_w.dtype.element_ty
     o_n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
@@ -276,7 +289,7 @@ def _panel_kernel(
         keep = keep_mask(p_seed, dropout_threshold, o_n + first_n, o_k + first_k)
         t = tl.where(keep, t * dropout_scale, 0.0)
     w = tl.load(p_w + o_n[:, None] * s_wn + o_k[None, :] * s_wk, mask=m_tile, other=0.0)
-    total = _added(w, t, o_n, o_k + first_k, DITHER, False)
+    total = _combined(w, t, o_n, o_k + first_k, COMBINE, DITHER, False)
     tl.store(p_o + o_n[:, None] * s_on + o_k[None, :] * s_ok, total.to(dtype), mask=m_tile)
 
 
@@ -290,11 +303,12 @@ def launch_generated_product(
     made: GeneratedMatrix,
     scale: float,
     plan: ProductPlan,
+    combine: str,
     *,
     bias: Tensor | None = None,
     swapped: bool = False,
 ) -> Tensor:
-    """a [M,K] @ (W0 + s T)ᵀ + bias -> [M,N]; swapped: a [M,N] @ (W0 + s T) -> [M,K]."""
+    """a [M,K] @ Wᵀ + bias -> [M,N]; swapped: a [M,N] @ W -> [M,K]."""
     w, out_side, loop_side = weight, (made.h, made.row), (made.b, made.column)
     if swapped:
         w, out_side, loop_side = weight.t(), loop_side, out_side
@@ -309,7 +323,8 @@ def launch_generated_product(
             *a.stride(), *w.stride(), *f_out.stride(), *f_loop.stride(), *out.stride(),
             scale, *_drop(made),
             SIGMA=TWINS[made.activation][0], OUT_ADD=out_add is not None, LOOP_ADD=loop_add is not None,
-            BIAS=bias is not None, DROPOUT=made.seed is not None, DITHER=weight.itemsize == 2, SWAPPED=swapped,
+            BIAS=bias is not None, DROPOUT=made.seed is not None, COMBINE=combine, DITHER=weight.itemsize == 2,
+            SWAPPED=swapped,
             BM=plan.m, BN=plan.n, BC=plan.k, BR=rank_block(r), GROUP=plan.group,
             PRECISION=precision(a.dtype), INTERPRET=INTERPRETING,
             num_warps=plan.warps, num_stages=plan.stages,
@@ -324,12 +339,14 @@ def launch_contract(
     left: Tensor | None = None,
     right: Tensor | None = None,
     given: Tensor | None = None,
+    weight: Tensor | None = None,
     scale: float = 1.0,
     first_n: int = 0,
     depth: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """From G = leftᵀ right ([D,N], [D,K]) or G = given [N,K]: fp32 (dH [N,r], dB [K,r], drow [N], dcolumn [K]), the
-    last two if T has these biases. `first_n`: the row of T at row 0 of `made`; `depth`: D of a given G."""
+    last two if T has these biases. `weight`: W0 [N,K] if it multiplies T; `first_n`: the row of T at row 0 of `made`;
+    `depth`: D of a given G."""
     n, r = made.h.shape
     k = made.b.shape[0]
     anchor = given if given is not None else right
@@ -347,16 +364,16 @@ def launch_contract(
     drow = None if made.row is None else slab(slabs_h, n)
     dcolumn = None if made.column is None else slab(slabs_b, k)
     _contract_kernel[(groups_n, groups_k)](
-        unit(left, anchor), anchor, unit(given, anchor), made.h, made.b,
+        unit(left, anchor), anchor, unit(given, anchor), unit(weight, anchor), made.h, made.b,
         vector(made.row, anchor), vector(made.column, anchor), dh, db, unit(drow, dh), unit(dcolumn, dh),
         unit(made.seed, anchor),
         0 if left is None else left.shape[0], n, k, r, first_n,
-        *strides(left), *strides(right), *strides(given), *made.h.stride(), *made.b.stride(),
+        *strides(left), *strides(right), *strides(given), *strides(weight), *made.h.stride(), *made.b.stride(),
         *dh.stride(), *db.stride(), n, k,
         scale, *_drop(made), tiles_per_n, tiles_per_k,
         SIGMA_GRAD=TWINS[made.activation][1], ROW=made.row is not None, COLUMN=made.column is not None,
-        DROPOUT=made.seed is not None, GIVEN=given is not None, DROW=drow is not None, DCOLUMN=dcolumn is not None,
-        ATOMIC=plan.atomic,
+        DROPOUT=made.seed is not None, GIVEN=given is not None, TIMES_W=weight is not None, DROW=drow is not None,
+        DCOLUMN=dcolumn is not None, ATOMIC=plan.atomic,
         BN=plan.n, BK=plan.k, BD=plan.depth, BR=rank_block(r),
         PRECISION=precision(anchor.dtype), INTERPRET=INTERPRETING,
         num_warps=plan.warps, num_stages=plan.stages,
@@ -397,11 +414,12 @@ def launch_panel(
     made: GeneratedMatrix,
     scale: float,
     plan: ContractPlan,
+    combine: str,
     out: Tensor,
     first_n: int = 0,
     first_k: int = 0,
 ) -> Tensor:
-    """Write W0 + s T into `out`, for the part of it in `weight` and `made`, which starts at (first_n, first_k)."""
+    """Write W into `out`, for the part of it in `weight` and `made`, which starts at (first_n, first_k)."""
     n, k = weight.shape
     r = made.h.shape[1]
     arguments: tuple[Any, ...] = (
@@ -415,6 +433,7 @@ def launch_panel(
         ROW=made.row is not None,
         COLUMN=made.column is not None,
         DROPOUT=made.seed is not None,
+        COMBINE=combine,
         DITHER=weight.itemsize == 2,
         BN=plan.n,
         BK=plan.k,
