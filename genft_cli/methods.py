@@ -37,6 +37,7 @@ METHODS: dict[str, Method] = {
     "grft": Method(r=16),
     "sas": Method(lr=5e-4, r=16),
     "peanut": Method(lr=5e-4, r=16),
+    "hira": Method(lr=5e-4, r=32),
     "lora": Method(r=16, alpha_by_r=2),
     "peft-lora": Method(r=16, alpha_by_r=2),
     "full": Method(lr=2e-5),

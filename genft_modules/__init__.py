@@ -9,7 +9,7 @@ value it got and what it expects.
 
 from genft_modules.disk.adapters import check_adapter, load_adapter, restore_adapter, save_adapter
 from genft_modules.disk.export import ExportedLayer, export_lora, lora_config, lora_state_dict
-from genft_modules.disk.released import load_peft_peanut, load_released, load_released_genft
+from genft_modules.disk.released import load_peft_hira, load_peft_peanut, load_released, load_released_genft
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods import (
     METHODS,
@@ -17,6 +17,7 @@ from genft_modules.methods import (
     GenFTConfig,
     GIFTConfig,
     GRFTConfig,
+    HiRAConfig,
     LoRAConfig,
     PeanutConfig,
     SaSConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "GenFTModel",
     "Generated",
     "GeneratorConfig",
+    "HiRAConfig",
     "InputEdit",
     "LoRAConfig",
     "LowRank",
@@ -53,6 +55,7 @@ __all__ = [
     "export_lora",
     "grft_penalty",
     "load_adapter",
+    "load_peft_hira",
     "load_peft_peanut",
     "load_released",
     "load_released_genft",

@@ -31,6 +31,7 @@ METHODS = {
     "grft": "GRFT (arXiv 2507.00016)",
     "sas": "SaS (arXiv 2504.03450, reconstructed)",
     "peanut": "PEANuT (arXiv 2410.01870)",
+    "hira": "HiRA (ICLR 2025, openreview TwJrTz9cRS)",
 }
 TASKS = {  # the Auto class of each task type; an adapter without a task type stores its class
     "CAUSAL_LM": "AutoModelForCausalLM",

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..activations import activation as activation_named
 from ..dither import add_dithered
 from ..dropout import keep_mask
-from .common import GPU_PANEL_ELEMENTS, PANEL_ELEMENTS, add_product_, dropped, narrow, panels, parts, total
+from .common import GPU_PANEL_ELEMENTS, PANEL_ELEMENTS, add_product_, narrow, panels, parts, total
 
 # What y = x Wᵀ + b is computed with: W0 + s T, W0 + s W0 ⊙ T, or s W0 ⊙ T, the update alone.
 COMBINATIONS = ("add", "modulate", "multiply")
@@ -178,7 +178,7 @@ def generated_linear_forward(
     seed, seed_x = seeds(combine, seed)
     made = GeneratedMatrix(h, b, row, column, activation, dropout, seed)
     if seed_x is not None:
-        x = _dropped(x, dropout, seed_x)
+        (x,) = _dropped(dropout, seed_x, x)
     n, k = weight.shape
     y = x.new_empty(x.shape[0], n)
     inside = made.with_biases_inside()
@@ -225,11 +225,12 @@ def generated_linear_backward(
         for columns in panels(k, n, memory.numel()):
             panel = inside.combined_with(weight, combine, scale, slice(0, n), columns, memory)
             torch.mm(dy, panel, out=dx[:, columns])
-        if seed_x is not None:
-            dx = _dropped(dx, dropout, seed_x)
+    if seed_x is not None:
+        if dx is None:
+            (x,) = _dropped(dropout, seed_x, x)
+        else:
+            x, dx = _dropped(dropout, seed_x, x, dx)
     if any(gradients.needs):
-        if seed_x is not None:
-            x = _dropped(x, dropout, seed_x)
         for_z = _memory_for_z(memory, n * k, k)
         for rows in panels(n, k, memory.numel()):
             dt = _product(dy[:, rows].t(), x, memory)
@@ -244,11 +245,14 @@ def seeds(combine: str, seed: Tensor | None) -> tuple[Tensor | None, Tensor | No
     return (None, seed) if combine == "multiply" else (seed, None)
 
 
-def _dropped(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    for rows in parts(x):
-        out[rows] = dropped(x[rows], rows, dropout, seed)
-    return out
+def _dropped(dropout: float, seed: Tensor, *sources: Tensor) -> list[Tensor]:
+    """Matrices of one shape with the same elements dropped, because making the mask is most of the work."""
+    found = [torch.empty_like(source) for source in sources]
+    for rows in parts(sources[0]):
+        keep = keep_mask(seed, dropout, range(rows.start, rows.stop), range(sources[0].shape[1]))
+        for source, out in zip(sources, found, strict=True):
+            out[rows] = torch.where(keep, source[rows] / (1.0 - dropout), 0.0)
+    return found
 
 
 def _product(left: Tensor, right: Tensor, memory: Tensor) -> Tensor:

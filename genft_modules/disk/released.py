@@ -25,9 +25,13 @@ from genft_modules.files import PREFIX
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods.base import GeneratorConfig, read_fields
 from genft_modules.methods.checks import shown
+from genft_modules.methods.hira import HiRAConfig
 from genft_modules.methods.peanut import PeanutConfig
 
-_PEANUT = re.compile(r"\.genft_generators\.(A|B|encoders|decoders)(\.\d+)?$")
+# Our keys → peft's.
+_PEANUT = (re.compile(r"\.genft_generators\.(A|B|encoders|decoders)(\.\d+)?$"), r".peanut_\1\2.weight")
+_HIRA = (re.compile(r"\.genft_generators(?=\.hira_[AB]$)"), "")
+_DETECTED = ("peft_type", "fan_in_fan_out")  # not taken from peft's settings
 _TORCH_FILES = ("best_model.pt", "checkpoint.pth", "last.pth.tar", "model_best.pth.tar")
 
 
@@ -124,25 +128,77 @@ def load_peft_peanut(
 
     Source: keys and settings as in peft 0.21.
     """
+    return _load_peft(model, path, peft.PeanutConfig, PeanutConfig, _PEANUT, adapter_name, backend, is_trainable)
+
+
+def load_peft_hira(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    backend: str = "auto",
+    is_trainable: bool = False,
+) -> PeftModel:
+    """Load an adapter of linear layers saved by peft's HiRA. The model's outputs are the same as there.
+
+    Its keys are like `base_model.model.<layer>.hira_A` and `<...>.hira_B`. The ranks are those of the tensors, because
+    peft 0.21 ignores rank_pattern in a model's first adapter. modules_to_save, such as a head, are loaded too.
+
+    Args:
+        model: the pretrained base model without adapters.
+        path: a directory with adapter_config.json and adapter_model.safetensors (or .bin), or a name on the Hub.
+        adapter_name: name for the adapter.
+        backend: "auto", "triton" or "reference".
+        is_trainable: whether to train the adapter further; else it is frozen and the model is in eval mode.
+
+    Raises:
+        TypeError: the adapter has a layer other than a linear one, such as an embedding or a convolution.
+        ValueError: a key or setting has no counterpart, or a shape does not match. The model's layers are restored.
+
+    Source: keys and settings as in peft 0.21.
+    """
+    return _load_peft(model, path, peft.HiraConfig, HiRAConfig, _HIRA, adapter_name, backend, is_trainable)
+
+
+def _load_peft(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    kind: type[PeftConfig],
+    method: type[GeneratorConfig],
+    keys: tuple[re.Pattern[str], str],
+    adapter_name: str,
+    backend: str,
+    is_trainable: bool,
+) -> PeftModel:
+    """The model with an adapter that peft saved with a config of `kind`, as one of `method`; `keys`: expression and
+    replacement that make peft's keys from ours."""
+    expression, replacement = keys
     theirs = PeftConfig.from_pretrained(str(path))
-    if not isinstance(theirs, peft.PeanutConfig):
+    title = method.method.upper()  # as in peft's PeftType
+    if not isinstance(theirs, kind):
         hint = "; load genft adapters with PeftModel.from_pretrained" * isinstance(theirs, GeneratorConfig)
-        raise ValueError(f"path: {path} has an adapter of type {theirs.peft_type}, expected peft's own PEANUT{hint}")
-    known, usual = {each.name for each in fields(PeanutConfig)} - {"peft_type"}, type(theirs)()
-    settings = {each.name: getattr(theirs, each.name) for each in fields(theirs) if each.name != "peft_type"}
+        raise ValueError(f"path: {path} has an adapter of type {theirs.peft_type}, expected peft's own {title}{hint}")
+    known, usual = {each.name for each in fields(method)} - {"peft_type"}, type(theirs)()
+    settings = {each.name: getattr(theirs, each.name) for each in fields(theirs) if each.name not in _DETECTED}
     strange = {name: value for name, value in settings.items() if name not in known and value != getattr(usual, name)}
     if strange:
-        raise ValueError(f"path: got unknown settings {strange}, expected those of PEANuT in peft 0.21")
+        raise ValueError(f"path: got unknown settings {strange}, expected those of {title} in peft 0.21")
     tensors = load_peft_weights(str(path), device="cpu")
+    if "rank_pattern" in settings:  # peft 0.21 applies it only to layers that have an adapter already
+        settings["rank_pattern"] = {
+            re.escape(key.removeprefix(PREFIX).removesuffix(".hira_A")): len(tensor)
+            for key, tensor in tensors.items()
+            if key.endswith(".hira_A") and tensor.dim() == 2 and len(tensor) not in (0, settings["r"])
+        }
 
     def fill(adapted: PeftModel) -> None:
         state = get_peft_model_state_dict(adapted, adapter_name=adapter_name)
-        ours = {_PEANUT.sub(r".peanut_\1\2.weight", key): key for key in state}
+        ours = {expression.sub(replacement, key): key for key in state}
         refuse_differences(tensors, ours)
         refuse_shapes((key, state[ours[key]], tensor) for key, tensor in tensors.items())
         set_peft_model_state_dict(adapted, {ours[key]: tensor for key, tensor in tensors.items()}, adapter_name)
 
-    config = PeanutConfig(**{name: value for name, value in settings.items() if name in known})
+    config = method(**{name: value for name, value in settings.items() if name in known})
     return _loaded(model, config, adapter_name, backend, is_trainable, fill)
 
 

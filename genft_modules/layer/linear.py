@@ -178,7 +178,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         if plain:
             return apply(forms, x, weight, _tensor_of(base, "bias"), backend)
         check_tensor("x", x)
-        return apply_around(base, forms, x, backend)
+        return apply_around(base, forms, x, weight, backend)
 
     def _forms(self, generators: list[Generator], weight: Tensor, plain: bool) -> list[Form]:
         """The update in as few forms as possible. In eval mode without gradients they are cached, input edits in their
@@ -237,7 +237,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             y = base(x) + batch.updates(made.low_rank, x, backend)
         for name, form in made.others.items():
             places = batch.samples(name, x)
-            y = y.index_add(0, places, form.update(x.index_select(0, places), backend).to(y.dtype))
+            y = y.index_add(0, places, form.update(x.index_select(0, places), weight, backend).to(y.dtype))
         return cast(Tensor, y)
 
     def _weight(self) -> Tensor:

@@ -4,6 +4,7 @@ from genft_modules.methods.base import Generator, GeneratorConfig
 from genft_modules.methods.genft import GenFTConfig
 from genft_modules.methods.gift import GIFTConfig
 from genft_modules.methods.grft import GRFTConfig
+from genft_modules.methods.hira import HiRAConfig
 from genft_modules.methods.lora import LoRAConfig
 from genft_modules.methods.peanut import PeanutConfig
 from genft_modules.methods.sas import SaSConfig
@@ -11,7 +12,7 @@ from genft_modules.methods.wegeft import WeGeFTConfig
 
 METHODS: dict[str, type[GeneratorConfig]] = {
     config.method: config
-    for config in (WeGeFTConfig, GIFTConfig, GenFTConfig, GRFTConfig, SaSConfig, PeanutConfig, LoRAConfig)
+    for config in (WeGeFTConfig, GIFTConfig, GenFTConfig, GRFTConfig, SaSConfig, PeanutConfig, HiRAConfig, LoRAConfig)
 }
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "GenFTConfig",
     "Generator",
     "GeneratorConfig",
+    "HiRAConfig",
     "LoRAConfig",
     "PeanutConfig",
     "SaSConfig",

@@ -22,8 +22,8 @@ from genft_kernels import (
     sliced_linear,
 )
 from genft_kernels.activations import activation as activation_named
-from genft_kernels.checks import autocast
-from genft_modules.methods.weights import weight_features
+from genft_kernels.checks import as_rows, autocast, like_rows
+from genft_modules.methods.weights import by_rows, weight_features
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class LowRank:
             backend=backend,
         )
 
-    def update(self, x: Tensor, backend: str) -> Tensor:
+    def update(self, x: Tensor, weight: Tensor, backend: str) -> Tensor:
         """Only x ΔWᵀ [..., N], for a base layer that computes its own product."""
         t = F.dropout(x, self.dropout) @ self.p.to(x.dtype)
         return (t @ self.q.to(t.dtype).t()) * self.scale
@@ -109,6 +109,8 @@ class InputEdit:
 class Generated:
     """ΔW = scale·drop(σ(H Bᵀ + row_bias 1ᵀ + 1 column_biasᵀ)) with h = H [N, r], b = B [K, r], row_bias [N] or None and
     column_bias [K] or None: full rank, generated tile by tile inside the product. `dropout` is applied to ΔW.
+
+    With `hadamard`, ΔW = scale·W0 ⊙ σ(…), and `dropout` is applied to x in the product with ΔW.
     """
 
     h: Tensor
@@ -118,9 +120,33 @@ class Generated:
     scale: float = 1.0
     activation: str = "none"
     dropout: float = 0.0
+    hadamard: bool = False
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-        """x (W0 + ΔW)ᵀ + b [..., N] in one operation."""
+        """x (W0 + ΔW)ᵀ + b [..., N] in one operation; in two products if x is dropped before ΔW alone."""
+        if not (self.hadamard and self.dropout):
+            return self._operation(x, weight, bias, "modulate" if self.hadamard else "add", backend)
+        update = self.update(x, weight, backend)
+        x, weight, bias = autocast(x, weight, bias)
+        # The product is added to the update, not the other way round: one rounding, which small updates survive.
+        y = like_rows(torch.addmm(as_rows(update), as_rows(x), weight.t()), update)
+        return y if bias is None else y + bias
+
+    def update(self, x: Tensor, weight: Tensor, backend: str) -> Tensor:
+        """Only x ΔWᵀ [..., N]."""
+        (x,) = autocast(x)  # a cast of W0 inside would materialise the zeros, or W0
+        if not self.hadamard:  # the same operation on a zero W0, an expanded tensor of one element
+            zeros = x.new_zeros(()).expand(self.h.shape[0], self.b.shape[0])
+            return self._operation(x, zeros, None, "add", backend)
+        seed = draw_seed(x.device) if self.dropout else None
+        return by_rows(
+            weight,
+            lambda rows, where: self.part(0, where)._operation(x, rows.to(x.dtype), None, "multiply", backend, seed),
+        )
+
+    def _operation(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, combine: str, backend: str, seed: Tensor | None = None
+    ) -> Tensor:
         return generated_linear(
             x,
             weight,
@@ -129,22 +155,21 @@ class Generated:
             bias,
             row_bias=self.row_bias,
             column_bias=self.column_bias,
+            combine=combine,
             scale=self.scale,
             activation=self.activation,
             dropout=self.dropout,
-            seed=draw_seed(x.device) if self.dropout else None,
+            seed=draw_seed(x.device) if self.dropout and seed is None else seed,
             backend=backend,
         )
 
-    def update(self, x: Tensor, backend: str) -> Tensor:
-        """Only x ΔWᵀ [..., N]: the same operation on a zero W0, an expanded tensor of one element."""
-        (x,) = autocast(x)  # a cast of W0 inside would materialise the zeros
-        return self.linear(x, x.new_zeros(()).expand(self.h.shape[0], self.b.shape[0]), None, backend)
-
     def low_rank(self) -> LowRank:
         """The same update as LowRank, if σ is none and there is no dropout; each bias adds one to the rank."""
-        if self.activation != "none" or self.dropout:
-            raise ValueError(f"low_rank: got σ = {self.activation} and dropout = {self.dropout:g}, expected none and 0")
+        if self.activation != "none" or self.dropout or self.hadamard:
+            raise ValueError(
+                f"low_rank: got σ = {self.activation}, dropout = {self.dropout:g} and hadamard = {self.hadamard}, "
+                "expected none, 0 and False"
+            )
         p, q = [self.b], [self.h]
         if self.row_bias is not None:
             p.append(self.b.new_ones(self.b.shape[0], 1))
@@ -155,7 +180,7 @@ class Generated:
         return LowRank(torch.cat(p, dim=1), torch.cat(q, dim=1), self.scale)
 
     def low_rank_factors(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        """None: ΔW has full rank. (If σ is none, the generator returns `LowRank` instead.)"""
+        """None: ΔW has full rank. (If σ is none, a generator without `hadamard` returns `LowRank` instead.)"""
         return None
 
     def part(self, dim: int, where: slice) -> Generated:
@@ -172,7 +197,8 @@ class Generated:
             z += _wide(self.row_bias)[:, None]
         if self.column_bias is not None:
             z += _wide(self.column_bias)
-        return activation_named(self.activation).forward(z) * self.scale
+        delta = activation_named(self.activation).forward(z) * self.scale
+        return delta * weight if self.hadamard else delta
 
 
 @dataclass(frozen=True)
@@ -191,7 +217,7 @@ class Slices:
         """x (W0 + ΔW)ᵀ + b [..., N] in one operation."""
         return sliced_linear(x, weight, self.values, self.indices, bias, orientation=self.orientation, backend=backend)
 
-    def update(self, x: Tensor, backend: str) -> Tensor:
+    def update(self, x: Tensor, weight: Tensor, backend: str) -> Tensor:
         """Only x ΔWᵀ [..., N], for a base layer that computes its own product."""
         values_t = self.values.to(x.dtype).t()
         if self.orientation == "column":
@@ -267,21 +293,23 @@ def apply(forms: Sequence[Form], x: Tensor, weight: Tensor, bias: Tensor | None,
     """x (W0 + Σ ΔW)ᵀ + b [..., N]: the first form's operation includes the product with W0; the other updates are added
     to it."""
     first, *others = forms
-    return _sum(first.linear(x, weight, bias, backend), others, x, backend)
+    return _sum(first.linear(x, weight, bias, backend), others, x, weight, backend)
 
 
-def apply_around(base: Callable[[Tensor], Tensor], forms: Sequence[Form], x: Tensor, backend: str) -> Tensor:
+def apply_around(
+    base: Callable[[Tensor], Tensor], forms: Sequence[Form], x: Tensor, weight: Tensor, backend: str
+) -> Tensor:
     """The same for a base layer that computes its own product: on the edited input, or with the updates added."""
     first, *others = forms
     if isinstance(first, InputEdit):
-        return _sum(base(first.edit(x, backend)), others, x, backend)
-    return _sum(base(x), forms, x, backend)
+        return _sum(base(first.edit(x, backend)), others, x, weight, backend)
+    return _sum(base(x), forms, x, weight, backend)
 
 
-def _sum(y: Tensor, forms: Sequence[Form], x: Tensor, backend: str) -> Tensor:
+def _sum(y: Tensor, forms: Sequence[Form], x: Tensor, weight: Tensor, backend: str) -> Tensor:
     for form in forms:
         assert not isinstance(form, InputEdit)  # `side_by_side` returns an InputEdit only on its own
-        y = y + form.update(x, backend)
+        y = y + form.update(x, weight, backend)
     return y
 
 

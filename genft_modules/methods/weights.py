@@ -1,5 +1,5 @@
 """Access to W0, also if it is quantised: rows are dequantised temporarily. Generators read W0 only through
-`weight_features`.
+`weight_features`, and forms through `by_rows`.
 
 bitsandbytes and torchao layers are dequantised in row panels; HQQ, GPTQ and other layers with a `dequantize` method as
 a whole. The dequantised weight is freed after use and recomputed in the backward pass.
@@ -7,6 +7,7 @@ a whole. The dequantised weight is freed after use and recomputed in the backwar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from functools import partial
 from itertools import chain
@@ -71,9 +72,19 @@ def weight_features(
     )
 
 
+def by_rows(weight: Tensor | QuantisedWeight, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """function(W0, slice of all rows) [..., N]; for a quantised W0 the same of its dequantised panels, concatenated.
+
+    In the backward pass the panels are dequantised, and `function` is called, again: it must not draw random numbers.
+    """
+    if isinstance(weight, QuantisedWeight):
+        return weight.by_rows(function)
+    return function(weight, slice(0, weight.shape[0]))
+
+
 class QuantisedWeight:
     """A stand-in for W0 [N, K] with shape, device, slicing into row blocks and transposition; dequantised only when
-    `weight_features` reads it.
+    `weight_features` or `by_rows` reads it.
 
     Args:
         layer: the quantised base layer.
@@ -123,8 +134,7 @@ class QuantisedWeight:
         backend: str,
     ) -> Tensor:
         """See `weight_features`. W0 is not saved for the backward pass but dequantised again, panel by panel."""
-        height = max(1, PANEL // self.columns) if _gives_rows(self.layer) else self.stop - self.start
-        panels = [(i, min(i + height, self.stop)) for i in range(self.start, self.stop, height)]
+        panels = self._panels()
         sigma = activation_named(activation)
 
         def read(start: int, stop: int, a: Tensor, bias: Tensor | None, seed: Tensor | None) -> Tensor:
@@ -141,14 +151,31 @@ class QuantisedWeight:
                 backend=backend,
             )
 
-        once = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         if not self.transposed:
             seeds = [None if seed is None else seed + index for index in range(len(panels))]
-            parts = [once(read, *panel, a, bias, seed) for panel, seed in zip(panels, seeds, strict=True)]
+            parts = [_once(read, *panel, a, bias, seed) for panel, seed in zip(panels, seeds, strict=True)]
             return sigma.forward(parts[0] if len(parts) == 1 else torch.cat(parts))
         assert seed is None, "elements of W0ᵀ are never dropped"
-        z = sum(once(read, i, j, a[:, i - self.start : j - self.start], None, None) for i, j in panels)
+        z = sum(_once(read, i, j, a[:, i - self.start : j - self.start], None, None) for i, j in panels)
         return sigma.forward(z if bias is None else z + bias)
+
+    def by_rows(self, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """See the function of this name."""
+        assert not self.transposed, "the rows are those of W0"
+
+        def read(start: int, stop: int) -> Tensor:
+            return function(_rows(self.layer, start, stop), slice(start - self.start, stop - self.start))
+
+        parts = [_once(read, *panel) for panel in self._panels()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _panels(self) -> list[tuple[int, int]]:
+        """The rows that are dequantised at a time."""
+        height = max(1, PANEL // self.columns) if _gives_rows(self.layer) else self.stop - self.start
+        return [(i, min(i + height, self.stop)) for i in range(self.start, self.stop, height)]
+
+
+_once = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def _of_torchao(weight: Tensor) -> bool:

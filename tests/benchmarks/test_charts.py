@@ -19,7 +19,7 @@ from genft_cli.palette import LOOKS, OTHER, apart, look
 
 def test_every_method_has_a_look_of_its_own():
     assert set(LOOKS) == set(NAMES)
-    assert len({found.colour for found in LOOKS.values()}) == len(LOOKS) == 10
+    assert len({found.colour for found in LOOKS.values()}) == len(LOOKS) == 11
     assert all(look(title) == LOOKS[method] for method, title in NAMES.items() if method != "lora")
     assert look("LoRA (genft)") == look("lora") != look("peft-lora")
     assert look("something else") == OTHER

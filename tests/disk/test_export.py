@@ -17,7 +17,7 @@ from genft_modules.disk.export import _rank_for, targets_of
 from tests.support.cases import CASES, IDS, KINDS, MODELS, genft, gpt2, llama, logits, randomize
 
 TARGETS = MODELS["llama"][1]
-FULL_RANK = {"genft_gelu", "genft_vit", "genft_column"}
+FULL_RANK = {"hira", "genft_gelu", "genft_vit", "genft_column"}
 
 
 def adapt(case: str, name: str = "llama", **fields) -> PeftModel:

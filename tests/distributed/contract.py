@@ -485,7 +485,7 @@ def more_than_bare(way: str, case: str) -> dict[str, list[int]]:
 
 # Layers for which a step needs something of all of W0, [N, r] or [K, r]: forward once, backward once. An edit of x does
 # not where the rows of W0 are cut.
-READS_W0 = {"lora": (), "sas": (), "grft": (), "wegeft": ROWS, "gift": ROWS}
+READS_W0 = {"lora": (), "hira": (), "sas": (), "grft": (), "wegeft": ROWS, "gift": ROWS}
 
 
 def communication_is_what_the_adapter_needs(way: str, case: str) -> None:

@@ -75,7 +75,10 @@ def test_sizes_become_symbols_by_themselves(kind: str) -> None:
     assert graphs_of_operators(counter) == 2
 
 
-@pytest.mark.parametrize(("case", "field"), [("wegeft", "wegeft_dropout"), ("lora", "lora_dropout"), ("genft", "drop")])
+@pytest.mark.parametrize(
+    ("case", "field"),
+    [("wegeft", "wegeft_dropout"), ("lora", "lora_dropout"), ("hira", "hira_dropout"), ("genft", "drop")],
+)
 def test_compiled_dropout_is_new_in_every_call(case: str, field: str) -> None:
     config = CASES[case](**{field: 0.5})
     layer = randomize(FusedGenLinear.from_linear(nn.Linear(K, N).to(DEVICE), config)).train()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from genft_modules import FusedGenLinear, GIFTConfig, LoRAConfig, WeGeFTConfig
+from genft_modules import FusedGenLinear, GIFTConfig, HiRAConfig, LoRAConfig, WeGeFTConfig
 from genft_modules.methods import forms
 from tests.support.cases import CASES, DEVICE, KINDS, LAYERS, genft, randomize
 from tests.support.grids import pairwise
@@ -252,6 +252,7 @@ def test_autocast(case, kind):
 DROPOUTS = {
     "wegeft": WeGeFTConfig(r=4, wegeft_dropout=0.5),
     "lora": LoRAConfig(r=4, lora_dropout=0.5, init_lora_weights=False),
+    "hira": HiRAConfig(r=4, hira_dropout=0.5, init_weights=False),
     "genft": genft("none", "none", drop=0.5),
     "genft_gelu": genft("gelu", "gelu", drop=0.5, stages="column"),  # two non-linear stages would bias the mean
 }

@@ -38,7 +38,7 @@ def gains(name: str, size: float, backend: str) -> dict[str, float]:
             return
         parameters = layer.adapter_parameters()
         with torch.no_grad():  # ΔW is proportional to it
-            parameters["psi" if "psi" in parameters else "values"].mul_(factor)
+            parameters[next(key for key in ("psi", "values", "hira_B") if key in parameters)].mul_(factor)
 
     def answer() -> tuple[torch.Tensor, torch.Tensor]:
         y = layer(x)

@@ -140,9 +140,9 @@ def test_the_shortcut_is_the_generated_path(stages):
     assert type(low) is LowRank
     x = torch.randn(5, 12, dtype=torch.float64, device=DEVICE)
     torch.testing.assert_close(generated.linear(x, weight, None, "auto"), low.linear(x, weight, None, "auto"), **SAME)
-    torch.testing.assert_close(generated.update(x, "auto"), low.update(x, "auto"), **SAME)
+    torch.testing.assert_close(generated.update(x, weight, "auto"), low.update(x, weight, "auto"), **SAME)
     torch.testing.assert_close(generated.delta_weight(weight), low.delta_weight(weight), **SAME)
-    with pytest.raises(ValueError, match="got σ = tanh and dropout = 0, expected none and 0"):
+    with pytest.raises(ValueError, match="got σ = tanh, dropout = 0 and hadamard = False, expected none, 0 and False"):
         Generated(generated.h, generated.b, activation="tanh").low_rank()
 
 

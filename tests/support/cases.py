@@ -23,6 +23,7 @@ from genft_modules import (
     GenFTConfig,
     GIFTConfig,
     GRFTConfig,
+    HiRAConfig,
     LoRAConfig,
     PeanutConfig,
     SaSConfig,
@@ -53,6 +54,7 @@ CASES: dict[str, Callable[..., GeneratorConfig]] = {
     "gift_pamcat_transformer": lambda **kw: GIFTConfig(r=4, block="pamcat_transformer", **kw),
     "lora": lambda **kw: LoRAConfig(r=4, lora_alpha=6, **kw),
     "peanut": lambda **kw: PeanutConfig(r=4, depth=2, act_fn="silu", scaling=0.7, **kw),
+    "hira": lambda **kw: HiRAConfig(r=4, **kw),
     "sas": lambda **kw: SaSConfig(
         **{"r_shared": 2, "r_specific": 2, "embedding_dim": 3, "hidden_dim": 5, "chunk_dim": 4, "scaling": 0.7, **kw}
     ),

@@ -174,12 +174,12 @@ def _contract_kernel(
                         p_r + o_d[:, None] * s_rd + o_k[None, :] * s_rk, mask=m_d[:, None] & m_k[None, :], other=0.0
                     )  # [BD, BK]
                     g = dot(left_t.to(dtype), right, g, PRECISION, INTERPRET)
+            if TIMES_W:  # before Z is there: fewer registers
+                g *= tl.load(p_w + o_n[:, None] * s_wn + o_k[None, :] * s_wk, mask=m_tile, other=0.0).to(tl.float32)
             b = tl.load(p_b + o_k[:, None] * s_bk + o_r[None, :] * s_br, mask=m_k[:, None] & m_r[None, :], other=0.0)
             b = b.to(dtype)  # [BK, BR]
             z = _pre(h, tl.trans(b), p_row, p_column, o_n, o_k, m_n, m_k, ROW, COLUMN, BN, BK, PRECISION, INTERPRET)
             e = g * SIGMA_GRAD(z) * scale
-            if TIMES_W:
-                e *= tl.load(p_w + o_n[:, None] * s_wn + o_k[None, :] * s_wk, mask=m_tile, other=0.0).to(tl.float32)
             if DROPOUT:
                 # first_n: first row of the panel, because the mask is that of the full T.
                 keep = keep_mask(p_seed, dropout_threshold, o_n + first_n, o_k)
