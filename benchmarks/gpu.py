@@ -45,7 +45,7 @@ def make_parts(arguments: argparse.Namespace) -> list[Part]:
         "plans": [
             Part("memcheck", "compute-sanitizer over a few operations", memcheck.memcheck, 60),
             ceilings,
-            Part("gate", "every kernel against float64", parts.gate, 150, 20),
+            Part("gate", "every kernel against float64", parts.gate, 170, 20),
             Part("sweep", "plans", sweep.sweep, 500, 30),
         ],
         "goals": [
@@ -59,7 +59,7 @@ def make_parts(arguments: argparse.Namespace) -> list[Part]:
         ],
         "rest": [
             ceilings,
-            Part("p3", "generated form over a trainable layer, time and memory", parts.p3, 130, 20),
+            Part("p3", "generated form over a trainable layer, time and memory", parts.p3, 190, 20),
             Part("p2", "low rank over peers", parts.p2, 70, 15),
             Part("again", "plans of what missed its goal", parts.again, 120, 20),
             Part("p6", "every method in a whole model", parts.p6, 150, 60),

@@ -124,7 +124,11 @@ def _p2(records: list[Record]) -> list[Finding]:
     return found
 
 
-GENERATED = (("genft-gelu", 16, 1.15), ("genft-leakyrelu", 37, 1.30))  # method, rank, goal P3 where M is large
+GENERATED = (
+    ("genft-gelu", 16, 1.15),
+    ("genft-leakyrelu", 37, 1.30),
+    ("hira", 16, 1.15),
+)  # method, rank, goal P3 where M is large
 
 
 def _p3(records: list[Record]) -> list[Finding]:
@@ -219,6 +223,8 @@ def _p8(records: list[Record]) -> list[Finding]:
                 found.append(Finding(f"{name} against peft-lora", value, 0.85))
     for value, _ in _against(records, _pick(records, contender="genft-peanut", **layer), "peft-peanut"):
         found.append(Finding("genft-peanut against peft-peanut", value, 0.5))
+    for value, _ in _against(records, _pick(records, contender="genft-hira", **layer), "peft-hira"):
+        found.append(Finding("genft-hira against peft-hira", value, 0.7))
     for record in _pick(records, contender="genft-genft-gelu", **layer):
         found.append(Finding("genft-gelu against frozen", record["ratio"]["median"], 1.75))
         for value, _ in _against(records, [record], "released-genft-gelu"):
@@ -277,8 +283,9 @@ GOALS = (
     Goal("P2", "the same against peft LoRA, eager · compiled", "≤ 0.75 · ≤ 0.85", ("gpu",), f"{GPU} rest", _p2),
     Goal(
         "P3",
-        "GenFT gelu/gelu r = 16 · none/leakyrelu r = 37, forward + backward against a trainable nn.Linear",
-        "≤ 1.15 · ≤ 1.30 at M ≥ 8192; ≤ 1.50 at M = 2048; and ≤ 0.90 · ≤ 0.60 of the released formulation at "
+        "GenFT gelu/gelu r = 16 · none/leakyrelu r = 37 · HiRA r = 16, forward + backward against a trainable "
+        "nn.Linear",
+        "≤ 1.15 · ≤ 1.30 · ≤ 1.15 at M ≥ 8192; ≤ 1.50 at M = 2048; and ≤ 0.90 · ≤ 0.60 of the released formulation at "
         "M = 8192 · 2048",
         ("gpu",),
         f"{GPU} rest",
@@ -321,8 +328,8 @@ GOALS = (
     Goal(
         "P8",
         "2 CPU cores, fp32, M = 2048, N = K = 1024, r = 16, forward + backward",
-        "WeGeFT, LoRA ≤ 1.12 of frozen and ≤ 0.85 of peft LoRA; PEANuT ≤ 0.5 of peft's; GenFT gelu/gelu ≤ 1.75 of "
-        "frozen and ≤ 0.6 of the released formulation (x ΔWᵀ apart)",
+        "WeGeFT, LoRA ≤ 1.12 of frozen and ≤ 0.85 of peft LoRA; PEANuT ≤ 0.5 and HiRA ≤ 0.7 of peft's; "
+        "GenFT gelu/gelu ≤ 1.75 of frozen and ≤ 0.6 of the released formulation (x ΔWᵀ apart)",
         ("cpu",),
         f"{CPU} --threads 2 --parts ceilings,p8",
         _p8,

@@ -27,6 +27,7 @@ COMPARED = (
     ("GenFT (leaky ReLU)", "genft-genft-leakyrelu", ("released-genft-leakyrelu", "naive-genft-leakyrelu")),
     ("GenFT (linear)", "genft-genft-linear", ("naive-genft-linear",)),
     ("PEANuT", "genft-peanut", ("peft-peanut",)),
+    ("HiRA", "genft-hira", ("peft-hira",)),
     ("WeGeFT", "genft-wegeft", ("naive-wegeft",)),
     ("GIFT", "genft-gift", ("naive-gift",)),
     ("LoRA", "genft-lora", ("peft-lora",)),

@@ -125,6 +125,18 @@ METHODS = (
         "lowrank_linear",
     ),
     Method("peanut", "lowrank", naive.NaivePeanut, "PeanutConfig", lambda r: {"r": r}, "lowrank_linear"),
+    Method(
+        "hira",
+        "generated",
+        naive.NaiveHira,
+        "HiRAConfig",
+        lambda r: {"r": r},
+        "generated_linear",
+        lambda own, x, **how: genft_kernels.generated_linear(
+            x, own.weight, own.hira_B, own.hira_A.t(), own.bias, combine="modulate", **how
+        ),
+        (("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"), 32),
+    ),
     *(
         Method(
             f"grft-{orientation}",
@@ -397,6 +409,9 @@ PEERS = (
     Contender("peft-vera", "peer", "vera", "lowrank", _peft(lambda r: peft.VeraConfig(r=r, target_modules=["layer"]))),
     Contender(
         "peft-peanut", "peer", "peanut", "lowrank", _peft(lambda r: peft.PeanutConfig(r=r, target_modules=["layer"]))
+    ),
+    Contender(
+        "peft-hira", "peer", "hira", "generated", _peft(lambda r: peft.HiraConfig(r=r, target_modules=["layer"]))
     ),
     Contender("loralib-lora", "peer", "lora", "lowrank", _loralib, needs="loralib"),
     Contender("torchtune-lora", "peer", "lora", "lowrank", _torchtune, needs="torchtune"),

@@ -83,6 +83,14 @@ class NaivePeanut(Naive):
         return (torch.relu(self.weight.t() @ self.A.t()) @ self.B.t()).t()
 
 
+class NaiveHira(Naive):
+    def reset(self) -> None:
+        self.hira_A, self.hira_B = self.factor(self.r, self.k), self.factor(self.n, self.r)
+
+    def delta(self) -> Tensor:
+        return self.weight * (self.hira_B @ self.hira_A)
+
+
 class NaiveGrft(Naive):
     """r rows, far apart; the gradient of the whole ΔW is made and most of it thrown away."""
 

@@ -142,8 +142,8 @@ def p2(run: Run) -> None:
 
 def p3(run: Run) -> None:
     """The generated form over a trainable layer and the released formulation, time and memory (P3, P4)."""
-    listed = [(shape, name) for shape in shapes.LLAMA[:8] for name in ("genft-gelu", "genft-leakyrelu")]
-    for shape, name in run.paced([(shapes.TINY[0], name) for _, name in listed[:2]] if run.tiny else listed):
+    listed = [(shape, name) for shape in shapes.LLAMA[:8] for name in ("genft-gelu", "genft-leakyrelu", "hira")]
+    for shape, name in run.paced([(shapes.TINY[0], name) for _, name in listed[:3]] if run.tiny else listed):
         r = 4 if run.tiny else 37 if "leaky" in name else 16
         _compare(run, shape, r, ["trainable", *names(method=name, compiled=False)], suite="generated")
 
