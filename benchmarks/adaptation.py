@@ -84,6 +84,7 @@ ENTRANTS = (
     Entrant("grft", 1e-2),
     Entrant("sas", 1e-2),
     Entrant("peanut", 2.5e-2),
+    Entrant("hira", 1e-1),
     Entrant("lora", 1e-2),
     Entrant("peft-lora", 1e-2),
     Entrant("full", 5e-4, knob=""),

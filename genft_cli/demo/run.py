@@ -53,7 +53,7 @@ LEARNING_RATES = {
     "grft": 4e-3,
     "sas": 1e-2,
     "peanut": 1e-2,
-    "hira": 1e-2,
+    "hira": 1e-1,
     "peft-lora": 4e-3,
     "lora": 4e-3,
     "full": 5e-4,
