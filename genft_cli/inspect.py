@@ -14,8 +14,9 @@ from genft_cli.bases import genft_config, load, method_of, path_of, recorded_bas
 from genft_cli.console import UserError, check_writable, table
 from genft_modules.files import PREFIX, WEIGHTS, some
 from genft_modules.layer.linear import FusedGenLinear
+from genft_modules.layer.shared import SHARED
 from genft_modules.methods import GeneratorConfig
-from genft_modules.model.tuner import SHARED, GenFTModel, SharedGenerators
+from genft_modules.model.tuner import GenFTModel
 from genft_modules.progress import bar
 
 
@@ -98,7 +99,7 @@ def _shown(value: Any) -> str:
 
 def _groups(tensors: Mapping[str, Tensor]) -> str:
     """A table of the tensors shared by layers."""
-    return _tensors("shared by layers", tensors, f"{SHARED}.{SharedGenerators.adapter_layer_names[0]}.", "")
+    return _tensors("shared by layers", tensors, f"{SHARED}.genft_shared.", "")
 
 
 def _own(tensors: Mapping[str, Tensor]) -> str:
@@ -135,7 +136,7 @@ def _shape(tensor: Tensor) -> str:
 @torch.no_grad()
 def _measure(model: Any) -> list[_Layer]:
     base = model.get_base_model()
-    shared = getattr(base, SHARED, None)
+    shared = getattr(model.base_model, SHARED, None)
     groups = {} if shared is None else {id(g): name for name, g in shared.genft_shared["default"].items()}
     layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, FusedGenLinear)}
     found = []

@@ -11,6 +11,7 @@ from genft_modules.disk.adapters import check_adapter, load_adapter, restore_ada
 from genft_modules.disk.export import ExportedLayer, export_lora, lora_config, lora_state_dict
 from genft_modules.disk.released import load_peft_hira, load_peft_peanut, load_released, load_released_genft
 from genft_modules.layer.linear import FusedGenLinear
+from genft_modules.layer.shared import SharedGenerators
 from genft_modules.methods import (
     METHODS,
     GeneratorConfig,
@@ -27,7 +28,7 @@ from genft_modules.methods.forms import Generated, InputEdit, LowRank, Slices
 from genft_modules.model.adapt import adapt
 from genft_modules.model.distributed import align_adapters
 from genft_modules.model.slices import PenaltyMixin, grft_penalty, needs_slices, select_slices
-from genft_modules.model.tuner import GenFTModel, SharedGenerators
+from genft_modules.model.tuner import GenFTModel
 
 __all__ = [
     "METHODS",

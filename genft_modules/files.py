@@ -37,6 +37,7 @@ except ImportError:  # Windows
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."  # of every key in a peft checkpoint and every module name in a PeftModel
 FORMER = CONFIG + ".old"  # the previous config while CONFIG and WEIGHTS are being replaced
 PARTIAL = ".partial"
@@ -329,10 +330,22 @@ def check_files(directory: Path, *, weights: bool = True) -> None:
                 return
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: is not a valid safetensors file ({error})") from None
-    if (directory / "adapter_model.bin").exists():
-        raise ValueError(f"{directory}: got adapter_model.bin, a pickle, which genft does not load; expected {WEIGHTS}")
+    if (directory / PICKLE).exists():
+        raise ValueError(f"{directory}: got {PICKLE}, a pickle, which genft does not load; expected {WEIGHTS}")
     if weights:
         raise ValueError(f"{directory}: contains no {WEIGHTS}")
+
+
+def refuse_pickle(directory: Path) -> None:
+    """Raises ValueError if the weights last written to `directory` are a pickle, and removes it."""
+    pickle, weights = directory / PICKLE, directory / WEIGHTS
+    if not pickle.exists() or (weights.exists() and weights.stat().st_mtime_ns >= pickle.stat().st_mtime_ns):
+        return
+    pickle.unlink()
+    raise ValueError(
+        f"safe_serialization: got False, expected True: adapters of genft are saved as {WEIGHTS}, not as a pickle; "
+        f"nothing was saved to {directory}"
+    )
 
 
 def refuse_misfits(

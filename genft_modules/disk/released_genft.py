@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from genft_modules.files import PREFIX
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods.base import module_type
 from genft_modules.methods.genft import GenFTConfig, GenFTFactors
-from genft_modules.model.tuner import SHARED
 
 _INDIVIDUAL = re.compile(r"(?:base_model\.model\.)?(.+)\.genft_individual_weight_([ab])")
 _SHARED = re.compile(r"(?:.+\.)?genft_share_([12])_([ab])\.linear\.(weight|bias)")
@@ -36,8 +35,8 @@ def genft_plan(
     config = _vit_config(released, model, target_modules) if is_vit else _peft_config(released)
 
     def pieces(base: nn.Module, layers: dict[str, FusedGenLinear], adapter_name: str) -> list[Piece]:
-        container: Any = getattr(base, SHARED)
-        shared = container.genft_shared[adapter_name]
+        container = next(iter(layers.values())).containers[adapter_name]
+        shared = cast(nn.ModuleDict, container.genft_shared[adapter_name])
         generators = [module for module in shared.values() if isinstance(module, GenFTFactors)]
         if len(generators) != 1:
             raise ValueError(

@@ -19,7 +19,8 @@ from genft_kernels.plan import BACKENDS
 from genft_kernels.sharded import is_sharded
 from genft_modules.layer.kept import Kept
 from genft_modules.layer.mixed import MixedBatch, mixed_batch
-from genft_modules.layer.sharded import sharded_forward
+from genft_modules.layer.sharded import frozen_view, sharded_forward
+from genft_modules.layer.shared import SharedGenerators
 from genft_modules.methods import Generator, GeneratorConfig
 from genft_modules.methods.base import without_autocast
 from genft_modules.methods.checks import check_choice
@@ -50,9 +51,10 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         TypeError: `base_layer` is any other layer.
     """
 
-    adapter_layer_names = ("genft_generators",)
+    adapter_layer_names = ("genft_generators", "genft_shared")
 
     base_layer: Any  # nn.Linear, Conv1D or a quantised one
+    genft_shared: nn.ModuleDict
     original_weight: Tensor | None
     original_parameter: nn.Parameter  # the base layer's while adapters are merged
     active_adapters: Any  # peft's, untyped
@@ -79,6 +81,10 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         else:
             self.in_features, self.out_features = features_of(base_layer)
         self.genft_generators = nn.ModuleDict()
+        # Adapter → the factors it shares with other layers, and → where these are registered. Not registered here; but
+        # what peft does to a layer's adapter (train, freeze, report), it does to `genft_shared`, too.
+        object.__setattr__(self, "genft_shared", nn.ModuleDict())
+        self.containers: dict[str, SharedGenerators] = {}
         self.merged_adapters: list[str] = []
         self.kept = Kept()
         # W0 while adapters are merged. A buffer, to move with the layer; not saved.
@@ -146,11 +152,19 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         if not self.genft_generators:
             self._active_adapter = adapter_name
         self.genft_generators[adapter_name] = generator.train(self.training)
+        if generator.shared:
+            self.genft_shared[adapter_name] = nn.ModuleList(generator.shared)
         if (dtype := stored(self.base_layer).dtype) in FLOATS:
             for module in generator.modules_with_shared():
                 module.to(dtype)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in peft. The first layer to lose an adapter deletes what its layers share."""
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.containers:
+            self.containers.pop(adapter_name).delete(adapter_name)
 
     def forward(self, x: Tensor, adapter_names: MixedBatch | Sequence[str] | None = None) -> Tensor:
         """y [..., N] from x [..., K], in the dtype of x (under autocast, in the autocast dtype).
@@ -245,6 +259,13 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         weight: Any = _tensor_of(self._modules["base_layer"], "weight")
         if (type(weight) not in _PLAIN_TENSORS or weight.dtype not in FLOATS) and is_quantised(self.base_layer):
             return cast(Tensor, QuantisedWeight(self.base_layer))
+        if weight.dim() != 2:
+            raise ValueError(
+                f"base_layer: its weight has shape {tuple(weight.shape)}, as in a layer that FSDP wraps by itself; "
+                "expected FSDP of whole blocks (auto_wrap_policy), or fully_shard"
+            )
+        if weight.requires_grad and not weight.is_leaf:
+            weight = frozen_view(weight)
         return cast(Tensor, weight.t() if self.transposed else weight)
 
     def _active_generators(self) -> list[Generator]:

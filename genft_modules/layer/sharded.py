@@ -87,6 +87,27 @@ def _on_part(x: Any, weight: Any, bias: Any, whole: Any, generators: Sequence[Ge
     return placed if bias is None else placed + bias
 
 
+def frozen_view(weight: Tensor) -> Tensor:
+    """W0 inside a call of FSDP1, where it is a view of a flat parameter, which requires a gradient if one of its parts
+    does: detached if the layer's own parameter is frozen. Any other tensor is returned as it is.
+
+    Raises:
+        ValueError: FSDP1 was told `use_orig_params=False`, and has no parameter of the layer.
+    """
+    from torch.distributed.fsdp import FlatParameter
+
+    flat: Any = weight._base
+    if not isinstance(flat, FlatParameter):
+        return weight
+    if flat._params is None or flat._tensors is None:
+        raise ValueError(
+            "use_orig_params: got False, expected True: a flat parameter of FSDP is frozen or trained as a whole"
+        )
+    own = zip(flat._tensors, flat._params, strict=True)
+    frozen = any(view is weight and not parameter.requires_grad for view, parameter in own)
+    return weight.detach() if frozen else weight
+
+
 @dataclass(frozen=True)
 class _Sum:
     """A gradient hook that sums over the processes of a mesh."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from genft_kernels.plan import BACKENDS
 from genft_modules.card import write_card
-from genft_modules.files import CONFIG, check_files, local_name
+from genft_modules.files import CONFIG, check_files, local_name, refuse_pickle
 from genft_modules.methods.checks import (
     check_choice,
     check_flag,
@@ -122,7 +122,9 @@ class GeneratorConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in peft, and writes the model card. A base model in a directory of this place is stored with ./ in front,
         so that its name is none of the Hub's. `PeftModel.save_pretrained`, transformers' and the Trainer's checkpoints
-        all call this."""
+        all call this. Raises ValueError if `PeftModel` has written the weights as a pickle."""
+        if "auto_mapping_dict" in kwargs:  # passed by PeftModel, which has just written the weights
+            refuse_pickle(Path(save_directory))
         written = copy.copy(self)
         if self.base_model_name_or_path:
             written.base_model_name_or_path = local_name(self.base_model_name_or_path)

@@ -5,59 +5,46 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
+import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from genft_modules.files import refuse_misfits
+from genft_modules.files import PREFIX, refuse_misfits
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.layer.mixed import BASE, mixed_batch
+from genft_modules.layer.shared import SHARED, InjectedGenerators, SharedGenerators
 from genft_modules.methods import METHODS, Generator, GeneratorConfig
 from genft_modules.methods.checks import one_line
 from genft_modules.methods.patterns import check_matching, fits
 from genft_modules.model.combine import combined
-
-SHARED = "shared_generators"
-
-
-class SharedGenerators(nn.Module, BaseTunerLayer):
-    """Factors shared by layers: adapter → key → module. A child of the adapted model, so that it also exists without a
-    `PeftModel`; a tuner layer, so that peft saves, casts, freezes and deletes its parameters.
-    """
-
-    adapter_layer_names = ("genft_shared",)
-    weight = None  # override peft's properties, which access the base layer
-    bias = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.genft_shared = nn.ModuleDict()
-        self.merged_adapters: list[str] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The identity, because an adapted `nn.Sequential` calls all of its children."""
-        return x
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Record the merged adapters; the layers do the merging."""
-        names = check_adapters_to_merge(self, adapter_names)
-        self.merged_adapters = [*self.merged_adapters, *(name for name in names if name in self.genft_shared)]
-
-    def unmerge(self) -> None:
-        self.merged_adapters = []
+from genft_modules.model.distributed import unwrapped
 
 
 class GenFTModel(BaseTuner):
     """The tuner that `peft.get_peft_model` creates for genft configs: replaces target layers by `FusedGenLinear`."""
 
     prefix = "genft_"
-    tuner_layer_cls = (FusedGenLinear, SharedGenerators)
+    tuner_layer_cls = (FusedGenLinear, InjectedGenerators)
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], *args: Any, **kwargs: Any):
+        # `PeftModel` passes a dict and keeps the tuner; `inject_adapter_in_model` passes a config and keeps the model.
+        self.stays = isinstance(peft_config, dict)
+        configs = getattr(model, "peft_config", {})
+        former = dict(configs)
+        try:
+            super().__init__(model, peft_config, *args, **kwargs)
+        except Exception:
+            configs.clear()
+            configs.update(former)
+            raise
 
     def _create_and_replace(
         self,
@@ -73,30 +60,20 @@ class GenFTModel(BaseTuner):
             layer = target if isinstance(target, FusedGenLinear) else FusedGenLinear(target)
         except TypeError as error:
             raise TypeError(f"target_modules: {current_key}: {error}") from None
-        shared = self._shared(adapter_name)
-        layer.add_adapter(adapter_name, peft_config, name=current_key, shared=shared)
+        home, kind = (self, SharedGenerators) if self.stays else (unwrapped(self.model), InjectedGenerators)
+        container = home._modules.get(SHARED) or kind().train(self.model.training)
+        shared = cast(dict[str, nn.ModuleDict], container.genft_shared._modules).get(adapter_name) or nn.ModuleDict()
+        layer.add_adapter(adapter_name, peft_config, name=_plain(current_key), shared=shared)
         if shared:
-            self._keep(adapter_name, shared)
+            container.genft_shared[adapter_name] = shared
+            setattr(home, SHARED, container)
+            layer.containers[adapter_name] = container
         if isinstance(parent, nn.TransformerEncoderLayer):
             # Disables its fast path in eval mode, which reads the weights directly and would bypass the adapters. The
             # attribute has no other use.
             parent.activation_relu_or_gelu = 0
         if layer is not target:
             self._replace_module(parent, target_name, layer.train(target.training), target)
-
-    def _shared(self, adapter_name: str) -> nn.ModuleDict:
-        """The adapter's shared factors in the model, or an empty dict."""
-        container = getattr(self.model, SHARED, None)
-        if container is None or adapter_name not in container.genft_shared:
-            return nn.ModuleDict()
-        return cast(nn.ModuleDict, container.genft_shared[adapter_name])
-
-    def _keep(self, adapter_name: str, shared: nn.ModuleDict) -> None:
-        container = getattr(self.model, SHARED, None)
-        if container is None:
-            container = SharedGenerators().train(self.model.training)
-            self.model.add_module(SHARED, container)
-        container.genft_shared[adapter_name] = shared
 
     def inject_adapter(
         self,
@@ -107,36 +84,38 @@ class GenFTModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """As in peft, but refuses patterns that could take very long to match, restores the model if injection fails,
-        and warns about patterns in the config that match no adapted layer."""
-        if _adapted(model, adapter_name):
-            raise ValueError(
-                f"adapter_name: {adapter_name!r} already exists in the model, expected a new name; see `unload`"
-            )
+        and warns about patterns in the config that match no adapted layer. An adapter of the same name, which peft lets
+        pass only where the model gets another tuner, is replaced, in all of its layers."""
         check_matching(self.peft_config[adapter_name], (name for name, _ in model.named_modules()))
         _refuse_parameters(model, self.peft_config[adapter_name].target_modules)
-        if state_dict and any(SharedGenerators.adapter_layer_names[0] in key for key in state_dict):
-            state_dict = None  # keys of shared factors do not identify the adapted layers; use the config
+        # Keys of shared factors do not identify the adapted layers: then the config does.
+        shared = state_dict is not None and any(".genft_shared." in f".{key}" for key in state_dict)
+        layers = None if shared else state_dict
+        former = _take(model, adapter_name)
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers)
         except Exception:
-            self._withdraw(model, adapter_name)
+            _take(model, adapter_name)
+            _give_back(former, adapter_name)
             raise
+        finally:
+            self._clear(model)
         adapted = _adapted(model, adapter_name)
+        if state_dict is not None and shared:
+            _compare(state_dict, adapted, adapter_name)
         for field, patterns in self.peft_config[adapter_name].module_patterns().items():
             idle = [pattern for pattern in patterns if not any(fits(pattern, name) for name in adapted)]
             if idle:
                 warnings.warn(f"{field}: {idle} match none of the adapted layers.", RuntimeWarning, stacklevel=2)
 
-    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
-        for name, layer in _adapted(model, adapter_name).items():
-            del layer.genft_generators[adapter_name]
-            if not layer.genft_generators:
+    def _clear(self, model: nn.Module) -> None:
+        """Remove layers without adapters and containers without factors."""
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, FusedGenLinear) and not (layer.genft_generators or layer.merged_adapters):
                 model.set_submodule(name, layer.base_layer)
-        container = getattr(model, SHARED, None)
-        if container is not None and adapter_name in container.genft_shared:
-            del container.genft_shared[adapter_name]
-            if not container.genft_shared:
-                delattr(model, SHARED)
+        for home in (self, unwrapped(model)):
+            if SHARED in home._modules and not home._modules[SHARED].genft_shared:
+                delattr(home, SHARED)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """peft also copies `weight`, which quantised layers and saved heads of several layers do not have; our layers
@@ -145,8 +124,9 @@ class GenFTModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
-        if hasattr(model, SHARED):
-            delattr(model, SHARED)
+        for home in (self, unwrapped(model)):
+            if SHARED in home._modules:
+                delattr(home, SHARED)
         return model
 
     def add_weighted_adapter(
@@ -217,6 +197,15 @@ class GenFTModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As in peft, and what layers share."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        container = self._modules.get(SHARED)
+        if autocast_adapter_dtype and container is not None and adapter_name in container.genft_shared:
+            for parameter in container.genft_shared[adapter_name].parameters():
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    parameter.data = parameter.data.float()
+
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, config: PeftConfig, adapter_name: str, **kwargs: Any) -> Any:
         """As in peft, but raises ValueError if the adapter is not ready."""
@@ -226,10 +215,12 @@ class GenFTModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """peft expects the adapter name near the end of a key; here it follows the container's name."""
-        for container in FusedGenLinear.adapter_layer_names + SharedGenerators.adapter_layer_names:
+        """peft expects the adapter name near the end of a key; here it follows the container's name. In files, what
+        layers share is a child of the model, wherever it is kept, and names are those of the uncompiled model."""
+        for container in FusedGenLinear.adapter_layer_names:
             before, found, after = key.partition(f"{container}.{adapter_name}.")
             if found:
+                before = f"{PREFIX}{SHARED}." if before == f"base_model.{SHARED}." else _plain(before)
                 return f"{before}{container}.{after}"
         return cast(str, super()._remove_adapter_name_from_key(key, adapter_name))
 
@@ -239,11 +230,12 @@ class GenFTModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """As in peft, but raises ValueError for unknown or missing keys, which peft ignores, before the model is
         changed. A state without any of the method's tensors is accepted with a warning."""
+        state_dict = {_plain(key) if ".genft_" in key else key: tensor for key, tensor in state_dict.items()}
         state: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         known = model.state_dict()
         # with bias="all", peft saves biases of modules_to_save twice, the second time under a key not in the model
         state = {key: tensor for key, tensor in state.items() if key in known or ".modules_to_save." not in key}
-        containers = FusedGenLinear.adapter_layer_names + SharedGenerators.adapter_layer_names
+        containers = FusedGenLinear.adapter_layer_names
         own = {k: t for k, t in known.items() if any(f"{name}.{adapter_name}." in k for name in containers)}
         if own and not own.keys() & state.keys():
             message = (
@@ -256,6 +248,22 @@ class GenFTModel(BaseTuner):
         except ValueError as error:  # with keys from a stranger's file
             raise ValueError(one_line(error)) from None
         return state
+
+
+def _compare(state: dict[str, Tensor], adapted: dict[str, FusedGenLinear], adapter_name: str) -> None:
+    """Warn as peft does about layers that only one of the state and the config has. (Layers without tensors of their
+    own do not appear in a state.)"""
+    inside = ".genft_generators."
+    found = {key.partition(inside)[0].removeprefix(PREFIX) for key in state if inside in key}
+    own = {name for name, layer in adapted.items() if list(layer.genft_generators[adapter_name].parameters())}
+    message = "".join(
+        f" The {which} contained these additional target modules: {sorted(names)}."
+        for which, names in (("PEFT config", own - found), ("state_dict", found - own))
+        if names
+    )
+    if message:
+        message = f"The PEFT config and the state_dict differ; the config counts.{message}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _refuse_parameters(model: nn.Module, targets: Any) -> None:
@@ -285,6 +293,52 @@ def _copies(model: nn.Module, kwargs: dict[str, Any]) -> int:
         return next((value for value in found if isinstance(value, int)), 1)
 
     return max(number("num_beams"), number("num_return_sequences"))
+
+
+def _plain(name: str) -> str:
+    """A name without what `torch.compile` adds to it."""
+    return name.replace("_orig_mod.", "")
+
+
+@dataclass
+class _Taken:
+    """An adapter that was taken out of a layer."""
+
+    layer: FusedGenLinear
+    generator: Generator
+    container: SharedGenerators | None
+    factors: nn.Module | None
+
+
+def _take(model: nn.Module, adapter_name: str) -> list[_Taken]:
+    """Take the adapter out of the model's layers, to replace it. Raises ValueError if it is merged."""
+    layers = _adapted(model, adapter_name)
+    if merged := [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]:
+        raise ValueError(
+            f"adapter_name: {adapter_name!r} is merged into {merged[0]}, expected a new name or an unmerged model"
+        )
+    taken = []
+    for layer in layers.values():
+        container = layer.containers.pop(adapter_name, None)
+        factors = None if container is None else container.genft_shared[adapter_name]
+        if adapter_name in layer.genft_shared:
+            del layer.genft_shared[adapter_name]
+        generator = cast(Generator, layer.genft_generators.pop(adapter_name))
+        taken.append(_Taken(layer, generator, container, factors))
+    for one in taken:
+        if one.container is not None:
+            one.container.delete(adapter_name)
+    return taken
+
+
+def _give_back(taken: list[_Taken], adapter_name: str) -> None:
+    for one in taken:
+        one.layer.genft_generators[adapter_name] = one.generator
+        if one.generator.shared:
+            one.layer.genft_shared[adapter_name] = nn.ModuleList(one.generator.shared)
+        if one.container is not None and one.factors is not None:
+            one.layer.containers[adapter_name] = one.container
+            one.container.genft_shared[adapter_name] = one.factors
 
 
 def _adapted(model: nn.Module, adapter_name: str) -> dict[str, FusedGenLinear]:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -37,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
 from genft_modules import METHODS, FusedGenLinear, grft_penalty
@@ -223,6 +226,49 @@ def alone(case: str) -> Run:
 def training_is_that_of_one_process(way: str, case: str) -> None:
     model, rows = WAYS[way](case)
     assert_same(train(model, rows), alone(case))
+
+
+def fsdp1_training_is_that_of_one_process(case: str) -> None:
+    """FSDP1, whose flat parameters cut across tensors: plain descent moves a parameter by its gradient, so what it
+    holds in the end is compared."""
+    policy = ModuleWrapPolicy({LlamaDecoderLayer})
+    results = []
+    for sharded in (False, True):
+        model, rows = adapt(base(), case), share_of_batch() if sharded else BATCH
+        if sharded:
+            options = {"auto_wrap_policy": policy, "use_orig_params": True, "device_id": device()}
+            model = FullyShardedDataParallel(model, **options)
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            model(input_ids=rows.to(device()), labels=rows.to(device())).loss.backward()
+            optimizer.step()
+        with FullyShardedDataParallel.summon_full_params(model) if sharded else nullcontext():
+            parameters = {name.replace("_fsdp_wrapped_module.", ""): full(p) for name, p in trained(model).items()}
+        results.append(([], parameters))
+    assert_same(results[1], results[0])
+
+
+def fsdp1_refuses() -> None:
+    """W0 that was left to train, parts of one flat parameter that are not frozen alike, and W0 in a unit of its own."""
+
+    def layer() -> FusedGenLinear:
+        return FusedGenLinear.from_linear(nn.Linear(K, N, device=device()), CASES["genft"]())
+
+    x = torch.randn(3, K, device=device())
+    for trains, original, message in (
+        (True, True, "weight: requires grad, expected a frozen weight"),
+        (True, False, "use_orig_params: got False, expected True"),
+        (False, False, "uniform `requires_grad`.* `use_orig_params=False`"),  # of torch
+    ):
+        one = layer()
+        one.base_layer.requires_grad_(trains)
+        with pytest.raises(ValueError, match=message):
+            FullyShardedDataParallel(one, use_orig_params=original, device_id=device())(x)
+    one = layer()
+    one.base_layer = FullyShardedDataParallel(one.base_layer, use_orig_params=True, device_id=device())
+    with pytest.raises(ValueError, match="expected FSDP of whole blocks"):
+        one(x)
 
 
 # ---- one layer, with sizes that the processes do not divide
@@ -525,6 +571,8 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
     pairs = [(way, case) for way in every for case in (*METHODS, "genft_gelu")]
     for way, case in pairs + [(way, case) for way in some for case in ("wegeft", "genft_gelu")]:
         yield f"{way}-{case}", partial(training_is_that_of_one_process, way, case)
+    for case in (*METHODS, "genft_gelu") if not several else ():
+        yield f"fsdp1-{case}", partial(fsdp1_training_is_that_of_one_process, case)
     yield "checkpoint", partial(checkpoint_is_for_any_number_of_processes, "genft")
     if several:
         return
@@ -536,6 +584,7 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
     for case in ("wegeft", "genft_gelu"):
         yield f"conv1d-{case}", partial(a_conv1d_of_its_own_group, case)
     yield "fused_rows", fused_rows_are_refused
+    yield "fsdp1_refuses", fsdp1_refuses
     yield "penalty", a_penalty_is_refused
     for way in ("ddp", "fsdp_blocks", "tp_plan"):
         for case in ("wegeft", "lora", "genft"):

@@ -424,7 +424,7 @@ def test_row_blocks_drop_each_its_own_elements():
 def test_a_model_with_fused_qkv(tmp_path):
     config = genft("gelu", "gelu", enable_genft={"c_attn": [True, False, True]}, target_modules=["c_attn", "c_fc"])
     model = randomize(get_peft_model(gpt2(), config))
-    assert set(model.get_base_model().shared_generators.genft_shared["default"]) == {
+    assert set(model.base_model.shared_generators.genft_shared["default"]) == {
         "generator_32x32",  # the thirds of c_attn
         "generator_128x32",
     }
@@ -440,7 +440,7 @@ def test_a_model_with_fused_qkv(tmp_path):
 
 
 def shared(model: PeftModel) -> nn.ModuleDict:
-    return model.get_base_model().shared_generators.genft_shared["default"]
+    return model.base_model.shared_generators.genft_shared["default"]
 
 
 def test_shared_once_per_shape(tmp_path):

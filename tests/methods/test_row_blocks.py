@@ -86,7 +86,7 @@ def test_models(method, base, layer, flags, tmp_path):
 
 def test_wegeft_shares_a_pair_per_part():
     config = WeGeFTConfig(r=4, enable_wegeft={"c_attn": FLAGS}, target_modules=["c_attn", "c_fc"])
-    container = get_peft_model(gpt2(), config).get_base_model().shared_generators.genft_shared["default"]
+    container = get_peft_model(gpt2(), config).base_model.shared_generators.genft_shared["default"]
     assert set(container) == {"c_attn_0", "c_attn_2", "c_fc"}
 
 

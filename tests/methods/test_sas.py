@@ -53,7 +53,7 @@ def adapted(model: PeftModel) -> dict[str, FusedGenLinear]:
 
 def test_one_hypernetwork_one_pair_per_shape_one_embedding_per_layer():
     model = adapt()  # q [32, 32], v [16, 32], up [48, 32] in two layers
-    shared = model.get_base_model().shared_generators.genft_shared["default"]
+    shared = model.base_model.shared_generators.genft_shared["default"]
     assert set(shared) == {"hypernetwork", "pair_32x32", "pair_16x32", "pair_48x32"}
     generators = {name: layer.genft_generators["default"] for name, layer in adapted(model).items()}
     assert len(generators) == 6
@@ -66,7 +66,7 @@ def test_one_hypernetwork_one_pair_per_shape_one_embedding_per_layer():
     counts = 3 * (64 + 48 + 80) + 4 * chunks + 4 * 6 + 5 * (4 + 1) + 2 * 5 * 12
     assert model.get_nb_trainable_parameters()[0] == counts
     model.add_adapter("second", SaSConfig(**SMALL, target_modules=TARGETS))
-    assert model.get_base_model().shared_generators.genft_shared["second"]["hypernetwork"] is not shared["hypernetwork"]
+    assert model.base_model.shared_generators.genft_shared["second"]["hypernetwork"] is not shared["hypernetwork"]
 
 
 def test_layers_of_a_shape_have_one_shared_part_and_each_its_own():
@@ -85,7 +85,7 @@ def test_layers_of_a_shape_have_one_shared_part_and_each_its_own():
 
 def test_every_layer_trains_what_is_shared():
     model = randomize(adapt())
-    shared = model.get_base_model().shared_generators.genft_shared["default"]
+    shared = model.base_model.shared_generators.genft_shared["default"]
     model(input_ids=IDS).logits.square().sum().backward()
     assert all(torch.count_nonzero(parameter.grad) for parameter in model.parameters() if parameter.requires_grad)
     copies = []  # the same model, each layer with a hypernetwork of its own
@@ -120,7 +120,7 @@ def test_what_is_shared_may_be_replaced_and_be_elsewhere():
     reference.load_state_dict(state)
     assert torch.equal(logits(reference), after)
 
-    hypernetwork = model.get_base_model().shared_generators.genft_shared["default"]["hypernetwork"]
+    hypernetwork = model.base_model.shared_generators.genft_shared["default"]["hypernetwork"]
     made = hypernetwork.made(torch.zeros(6 + 3, 4, device="meta"), 32, 16)
     assert [(tensor.shape, tensor.is_meta) for tensor in made] == [((32, 2), True), ((16, 2), True)]
     assert not any(parameter.is_meta for parameter in hypernetwork.parameters())

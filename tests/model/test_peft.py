@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 
 import pytest
@@ -11,17 +12,24 @@ import torch
 from peft import (
     PeftConfig,
     PeftModel,
-    convert_to_lora,
+    PeftType,
+    get_base_model_state_dict,
+    get_layer_status,
+    get_model_status,
     get_peft_model,
     get_peft_model_state_dict,
+    inject_adapter_in_model,
+    save_as_lora,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import inspect_matched_modules
 from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from genft_modules import FusedGenLinear, GIFTConfig, LoRAConfig, SharedGenerators, WeGeFTConfig
+from tests.conftest import DEVICE
 from tests.support.cases import CASES, IDS, KINDS, MODELS, llama, logits, randomize
 
 cases = pytest.mark.parametrize("case", KINDS)
@@ -40,7 +48,12 @@ def adapt(case: str, name: str = "llama", *, start: bool = False, **fields) -> P
 
 
 def layers(model: nn.Module) -> list[FusedGenLinear]:
-    return [module for module in model.modules() if isinstance(module, FusedGenLinear)]
+    return [layer for _, layer in layers_of(model)]
+
+
+def layers_of(model: nn.Module) -> list[tuple[str, FusedGenLinear]]:
+    modules = getattr(model, "get_base_model", lambda: model)().named_modules()
+    return [(name, module) for name, module in modules if isinstance(module, FusedGenLinear)]
 
 
 @by_turns
@@ -305,9 +318,13 @@ def test_a_sequential_model_keeps_working():
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     x = torch.randn(4, 6)
     want = model(x)
-    adapted = get_peft_model(model, WeGeFTConfig(r=2, target_modules=["0", "2"]))
+    config = WeGeFTConfig(r=2, target_modules=["0", "2"])
+    injected = inject_adapter_in_model(config, copy.deepcopy(model))
+    assert isinstance(injected[-1], SharedGenerators)
+    torch.testing.assert_close(injected(x), want)
+    adapted = get_peft_model(model, config)
+    assert len(model) == 3  # a PeftModel keeps what layers share in its tuner
     torch.testing.assert_close(adapted(x), want)
-    assert isinstance(model[-1], SharedGenerators)
     assert len(adapted.merge_and_unload()) == 3
 
 
@@ -330,6 +347,7 @@ def test_targets(fields, adapted):
     assert all(len(layer.genft_generators) == 2 for layer in layers(model))
 
 
+@pytest.mark.filterwarnings("ignore:You are trying", "ignore:Already found")
 def test_a_failure_leaves_the_model_as_it_was():
     model = llama()
     names = list(model.state_dict())
@@ -342,8 +360,13 @@ def test_a_failure_leaves_the_model_as_it_was():
     want = logits(adapted)
     with pytest.raises(ValueError, match="tied_modules"):
         adapted.add_adapter("second", WeGeFTConfig(target_modules="all-linear", tied_modules=[[".*"]]))
-    with pytest.raises(ValueError, match="'default' already exists in the model"):
-        get_peft_model(model, WeGeFTConfig(target_modules=["q_proj"]))
+    for fields, message in (
+        ({"target_modules": ["nope"]}, "nope"),
+        ({"target_modules": "all-linear", "tied_modules": [[".*"]]}, "tied_modules"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(model, WeGeFTConfig(**fields))  # would replace the adapter
+        assert adapted.peft_config["default"].target_modules == {"q_proj"}
     assert torch.equal(logits(adapted), want)
     adapted.add_adapter("second", WeGeFTConfig(target_modules=["q_proj", "k_proj"]))
     assert torch.equal(logits(adapted), want)
@@ -358,9 +381,103 @@ def test_bad_targets_are_refused():
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), WeGeFTConfig())
 
 
-def test_conversion_by_peft():
-    model = adapt("wegeft_own")
-    config, state = convert_to_lora(model, rank=4)
-    lora = get_peft_model(llama(), config)
-    set_peft_model_state_dict(lora, state)
+@pytest.mark.parametrize("case", [case for case in KINDS if case != "genft_gelu"])  # whose ΔW has full rank
+def test_conversion_by_peft(case, tmp_path):
+    """The factors of ΔW, up to rounding."""
+    model = adapt(case)
+    assert model.supports_lora_conversion()
+    rank = max(layer.low_rank_factors()[0].shape[0] for layer in layers(model))
+    save_as_lora(tmp_path, model, rank=rank)
+    lora = PeftModel.from_pretrained(llama(), tmp_path)
+    assert lora.peft_config["default"].peft_type == PeftType.LORA
     torch.testing.assert_close(logits(lora), logits(model), rtol=1e-3, atol=1e-4)
+
+
+@cases
+def test_what_peft_says_of_a_model(case):
+    """Every tuner layer is one that is adapted."""
+    model, adapted = adapt(case), {name for name, _ in layers_of(adapt(case))}
+    status = get_layer_status(model)
+    assert {one.name.removeprefix("model.") for one in status} == adapted
+    assert {(one.module_type, *one.requires_grad.values()) for one in status} == {("FusedGenLinear", True)}
+    whole = get_model_status(model)
+    assert whole.num_adapter_layers == len(adapted)
+    assert whole.requires_grad == {"default": True}
+    assert whole.devices == {"default": [DEVICE]}
+    found = inspect_matched_modules(model.base_model)
+    assert set(found["matched"]) == adapted
+    assert not any("genft_shared" in name for name in found["unmatched"])
+    state = get_base_model_state_dict(model)
+    assert {name: tensor.shape for name, tensor in state.items()} == {
+        name: tensor.shape for name, tensor in llama().state_dict().items()
+    }
+    model.delete_adapter("default")
+    assert not any("genft_" in name for name in model.state_dict())
+
+
+@cases
+def test_a_compiled_model_is_adapted_like_any_other(case, tmp_path):
+    """Factors are shared, counted, named and saved as in the model that is compiled."""
+    plain, compiled = adapt(case), torch.compile(llama(), backend="eager")
+    model = randomize(get_peft_model(compiled, CASES[case](target_modules=TARGETS)))
+    assert model.get_nb_trainable_parameters() == plain.get_nb_trainable_parameters()
+    for one, folder in ((plain, "plain"), (model, "compiled")):
+        one.save_pretrained(tmp_path / folder)
+    want, found = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("plain", "compiled"))
+    assert want.keys() == found.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in want.items())
+    again = PeftModel.from_pretrained(torch.compile(llama(), backend="eager"), tmp_path / "plain")
+    state = get_peft_model_state_dict(again)
+    assert all(torch.equal(state[key], tensor) for key, tensor in want.items())
+    injected = inject_adapter_in_model(CASES[case](target_modules=TARGETS), torch.compile(llama(), backend="eager"))
+    assert not set_peft_model_state_dict(injected, want).unexpected_keys
+    if case == FIRST:
+        torch.testing.assert_close(logits(again), logits(plain))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying", "ignore:Already found")
+@cases
+def test_an_adapter_replaces_one_of_its_name(case, tmp_path):
+    """peft's get_peft_model on a model that has one, and `PeftModel.from_pretrained` on what transformers loaded."""
+    llama().save_pretrained(tmp_path / "base")
+    trained = randomize(
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), CASES[case](target_modules=TARGETS))
+    )
+    trained.save_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(trained))
+    again = PeftModel.from_pretrained(loaded, tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(trained))
+    assert again.state_dict().keys() == trained.state_dict().keys()
+    fresh = get_peft_model(again.get_base_model(), CASES[case](target_modules=["q_proj"]))
+    torch.testing.assert_close(logits(fresh), logits(llama()))
+    assert {name.rpartition(".")[2] for name, _ in layers_of(fresh)} == {"q_proj"}
+    fresh.merge_adapter()
+    with pytest.raises(ValueError, match="'default' is merged into"):
+        get_peft_model(fresh.get_base_model(), CASES[case](target_modules=["q_proj"]))
+
+
+@cases
+def test_no_pickles(case, tmp_path):
+    model = adapt(case)
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="safe_serialization: got False, expected True"):
+        randomize(model, seed=7).save_pretrained(tmp_path, safe_serialization=False)
+    assert not list(tmp_path.glob("*.bin"))
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    (tmp_path / "adapter_model.bin").touch()  # another's
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.bin").exists()
+
+
+@pytest.mark.parametrize("case", ["lora", "genft"])
+def test_a_state_of_other_layers_is_warned_about(case):
+    state = get_peft_model_state_dict(
+        inject_adapter_in_model(CASES[case](target_modules=["q_proj", "k_proj"]), llama())
+    )
+    with pytest.warns(RuntimeWarning) as warned:
+        inject_adapter_in_model(CASES[case](target_modules=["q_proj", "v_proj"]), llama(), state_dict=state)
+    message = str(warned[0].message)
+    assert re.search(r"state_dict contained these additional .*k_proj", message)
+    assert re.search(r"PEFT config contained these additional .*v_proj", message)

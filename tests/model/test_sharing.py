@@ -16,7 +16,7 @@ PAPER = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 
 def groups(model: nn.Module) -> dict[str, set[str]]:
     """Key of the shared factors → the layers that use them."""
-    container = model.get_base_model().shared_generators.genft_shared["default"]
+    container = model.base_model.shared_generators.genft_shared["default"]
     return {
         key: {
             name
