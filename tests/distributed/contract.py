@@ -25,6 +25,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import yaml
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -37,7 +40,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.pytorch_utils import Conv1D
@@ -47,6 +50,7 @@ from genft_modules.disk.adapters import restore_adapter, save_adapter
 from genft_modules.model.distributed import align_adapters, unwrapped
 from tests.support.cases import CASES, randomize
 
+ROOT = Path(__file__).parents[2]
 COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")  # how they are cut
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 STEPS = 3
@@ -458,6 +462,48 @@ def checkpoint_is_for_any_number_of_processes(case: str) -> None:
     assert_same(([], {name: full(p) for name, p in trained(model).items()}), ([], alone(case)[1]))
 
 
+def trainer_resumes_from_its_checkpoint(case: str) -> None:
+    """transformers' Trainer with FSDP2 as `examples/accelerate/fsdp2.yaml` sets it up: the second half of a training
+    again, from the checkpoint in the middle. (Its other state_dict_type keeps the slice of one process.)"""
+    folder = shared_folder()
+    names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}  # as `accelerate launch` passes them
+    settings = yaml.safe_load((ROOT / "examples" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    data = [{"input_ids": row, "labels": row} for row in BATCH.repeat(2, 1)]
+    backend = PartialState._prepare_backend
+    ends = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        for name, value in settings.items():
+            patch.setenv(names.get(name, name.upper()), str(value))
+        if not torch.cuda.is_available():  # accelerate has FSDP for accelerators only
+            patch.setattr(
+                PartialState, "_prepare_backend", lambda *args: (backend(*args)[0], DistributedType.MULTI_GPU)
+            )
+            patch.setattr(PartialState, "set_device", lambda state: setattr(state, "device", device()))
+        for checkpoint in (None, folder / "checkpoint-2"):
+            arguments = TrainingArguments(
+                folder,
+                max_steps=4,
+                save_steps=2,
+                per_device_train_batch_size=1,
+                learning_rate=0.05,
+                report_to=[],
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                use_cpu=not torch.cuda.is_available(),
+            )
+            trainer = Trainer(adapt(base(torch.float32), case), arguments, train_dataset=data)
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            assert trainer.accelerator.distributed_type == DistributedType.FSDP
+            assert any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+            ends.append({name: full(p) for name, p in trained(trainer.model).items()})
+            dist.barrier()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    start = {name: full(p) for name, p in trained(adapt(base(torch.float32), case)).items()}
+    assert_same(([], ends[1]), ([], ends[0]))
+    assert not any(torch.equal(value, start[name]) for name, value in ends[1].items())
+
+
 # ---- communication
 
 
@@ -592,6 +638,8 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
     for way in ("ddp", "fsdp_blocks", "tensor_parallel"):
         for case in (*METHODS, "genft_gelu") if way != "ddp" else ("wegeft", "lora"):
             yield f"communication-{way}-{case}", partial(communication_is_what_the_adapter_needs, way, case)
+    for case in ("wegeft", "genft"):
+        yield f"trainer-{case}", partial(trainer_resumes_from_its_checkpoint, case)
     yield "cut_and_whole", factors_of_cut_and_whole_layers_are_refused
     yield "other_values", other_values_become_those_of_the_first
     yield "another_configuration", another_configuration_is_refused
