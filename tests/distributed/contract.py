@@ -464,7 +464,7 @@ def checkpoint_is_for_any_number_of_processes(case: str) -> None:
 
 def trainer_resumes_from_its_checkpoint(case: str) -> None:
     """transformers' Trainer with FSDP2 as `examples/accelerate/fsdp2.yaml` sets it up: the second half of a training
-    again, from the checkpoint in the middle. (Its other state_dict_type keeps the slice of one process.)"""
+    again, from the checkpoint in the middle."""
     folder = shared_folder()
     names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}  # as `accelerate launch` passes them
     settings = yaml.safe_load((ROOT / "examples" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
