@@ -335,7 +335,9 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
                 merged += delta.t() if self.transposed else delta
             merged = merged.to(original.dtype)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"safe_merge: the weight merged with {names} has non-finite elements")
+            raise ValueError(  # in peft's words
+                f"safe_merge: NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
+            )
         if not self.merged_adapters:
             # A new parameter, because W0 may be tied to another layer, such as the embeddings.
             object.__setattr__(self, "original_parameter", base.weight)
