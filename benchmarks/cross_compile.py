@@ -153,6 +153,17 @@ def low_rank_calls(r: int, dtype: torch.dtype, plan: LaunchPlan, *, rows: int = 
     yield "backward", lambda: run.lowrank_linear_backward(dy, x, weight, p, q, t, 1.5, *drop, needs, plan)
 
 
+def rescale_calls(dtype: torch.dtype, plan: LaunchPlan) -> Calls:
+    """One call for each launcher around the low-rank product of rescaled outputs."""
+    from genft_kernels._triton.kernels.rescale import launch_column_sums, launch_rescale
+
+    z, gain, bias = torch.empty(M, N, dtype=dtype), torch.empty(N), torch.empty(N, dtype=dtype)
+    seed = torch.zeros(1, dtype=torch.int64)
+    yield "rescale", lambda: launch_rescale(z, plan.skinny, gain=gain, bias=bias)
+    yield "drop", lambda: launch_rescale(z, plan.skinny, dropout=0.1, seed=seed)
+    yield "column_sums", lambda: launch_column_sums(z, z, plan.skinny, torch.float32)
+
+
 def edit_calls(r: int, dtype: torch.dtype, plan: LaunchPlan) -> Calls:
     """One call for each launcher of an edit alone, and of the features of a weight with dropout."""
     from genft_kernels._triton import edit, features
@@ -244,6 +255,7 @@ def default_calls(target: str, *, every: bool = True) -> Iterator[tuple[str, Cal
                 yield f"lowrank_{name} {label}", call
             if plan.algorithm == "seeded":
                 yield from ((f"{name} {label}", call) for name, call in edit_calls(r, dtype, plan))
+                yield from ((f"{name} {label}", call) for name, call in rescale_calls(dtype, plan))
             if plan.algorithm == "seeded" and r in (32, 64):
                 for name, call in low_rank_calls(r, dtype, plan, dropout=0.1):
                     yield f"lowrank_{name} {label} dropout=0.1", call

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from genft_cli import data, job, runs
+from genft_cli import data, job, methods, runs
 from genft_cli.arguments import COMMANDS, Options
 from genft_cli.bases import place
 from genft_cli.console import UserError, is_first, one_line, say
-from genft_modules.methods import GeneratorConfig
 
 PROBE_TOKENS = 256  # length of the text on which the reloaded adapter is compared
 
@@ -127,7 +126,7 @@ def _trainer(checked: job.Job, tokenizer: Any) -> Any:
         )
     except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as error:
         raise UserError(one_line(error)) from None
-    if isinstance(checked.peft_config, GeneratorConfig):
+    if options.method.method not in methods.PLAIN:
         # On quantised models TRL rounds them to bf16, in which small updates are lost.
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:

@@ -242,6 +242,7 @@ def train(
     if trainer.eval_dataset is None or resume_from is not None:  # or the evaluation is in the checkpoint's history
         training.eval_on_start = False
     if job.peft_config is not None:
+        methods.apply_fused(trainer.model, options.method.method, options.method.backend)
         if resume_from is None:  # else the selection comes from the checkpoint
             _select(job, trainer)
         distributed.align_adapters(trainer.model)

@@ -39,10 +39,13 @@ METHODS: dict[str, Method] = {
     "sas": Method(lr=5e-4, r=16),
     "peanut": Method(lr=5e-4, r=16),
     "hira": Method(lr=4e-3, r=32),
-    "lora": Method(r=16, alpha_by_r=2),
+    "lora": Method(r=16, alpha_by_r=2),  # peft's, computed by genft's operations
     "peft-lora": Method(r=16, alpha_by_r=2),
     "full": Method(lr=2e-5),
 }
+
+STOCK = ("lora", "peft-lora")  # adapters of peft's own LoraConfig
+PLAIN = ("peft-lora", "full")  # run none of genft's operations
 
 # Small models need larger steps: (parameters below which the factor holds, factor). The first comes from the demo's
 # model, the last but one from Llama-2-7B, and those between lie on a power law through the two.
@@ -64,13 +67,21 @@ def config_class(method: str) -> Any:
     """The class of the method's peft configuration; None for "full"."""
     if method == "full":
         return None
-    if method == "peft-lora":
+    if method in STOCK:
         from peft import LoraConfig
 
         return LoraConfig
     from genft_modules import METHODS as classes
 
     return classes[METHODS[method].variant_of or method]
+
+
+def apply_fused(model: Any, method: str, backend: str = "auto") -> None:
+    """Let an adapted model compute as its method does in training: "lora" by genft's operations."""
+    if method == "lora":
+        from genft_modules import fuse_lora
+
+        fuse_lora(model, backend=backend)
 
 
 def fields(method: str, taken: Collection[str]) -> list[tuple[str, str]]:
@@ -117,7 +128,7 @@ def peft_config(
     """
     if method not in METHODS:
         raise UserError(f"--method {method}: unknown; choose from {', '.join(METHODS)}")
-    if backend != "auto" and method in {"peft-lora", "full"}:
+    if backend != "auto" and method in PLAIN:
         raise UserError(f"--backend {backend}: {method} runs none of genft's operations")
     if r is not None and r < 1:
         raise UserError(f"--r {r}: the rank must be at least 1")

@@ -18,7 +18,7 @@ from genft_kernels.plan import FEW_ROWS, user_tables
 from genft_kernels.tuning import Tuned, operation_of, tune, write_table
 from genft_modules.files import writing
 from genft_modules.layer.linear import FusedGenLinear
-from genft_modules.methods import Generator
+from genft_modules.methods import Generator, LoRAConfig
 from genft_modules.methods.forms import Form, Generated, InputEdit, LowRank
 from genft_modules.methods.genft import GenFTGenerator
 from genft_modules.methods.weights import QuantisedWeight
@@ -57,7 +57,7 @@ def run(
     if not (math.isfinite(minutes) and minutes > 0):
         raise UserError(f"--minutes {minutes:g}: must be above 0")
     config = methods.peft_config(method, r=r, target_modules=target_modules)
-    if method in {"peft-lora", "full"}:
+    if method in methods.PLAIN:
         raise UserError(f"--method {method}: runs none of genft's operations")
     problems = problems_of(_adapted(model, config, method), sorted(set(rows)), DTYPES[dtype].itemsize)
     if not torch.cuda.is_available():
@@ -71,6 +71,8 @@ def _adapted(model: str, config: Any, method: str) -> Any:
 
     base = model_config(model)
     causal = type(base) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if method == "lora":  # the same operation, in a layer that states its form
+        config = LoRAConfig(r=config.r, target_modules=config.target_modules)
     config.task_type = "CAUSAL_LM" if causal else None
     kind = AutoModelForCausalLM if causal else AutoModel
     return adapted_on_meta(base, config, f"--method {method} on {model}", kind)

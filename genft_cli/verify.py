@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from genft_cli import methods
 from genft_cli.console import RunError, quiet, told
 from genft_modules.files import replace_text
 from genft_modules.layer.linear import FusedGenLinear
@@ -61,6 +62,7 @@ def verify(run: Path) -> dict[str, Any]:
     adapters on quantised layers, which cannot be merged)."""
     import transformers
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
     from safetensors.torch import load_file
 
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
@@ -77,10 +79,11 @@ def verify(run: Path) -> dict[str, Any]:
         model = model.to(record["device"])
     if record["adapter"]:
         model = PeftModel.from_pretrained(model, str(run))
+        methods.apply_fused(model, record["method"])
     largest = float(probe["logits"].abs().max())
     loaded = float((_logits(model, inputs) - probe["logits"]).abs().max())
     merged = None
-    layers = [module for module in model.modules() if isinstance(module, FusedGenLinear)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, (FusedGenLinear, LoraLayer))]
     if record["adapter"] and not any(is_quantised(layer.base_layer) for layer in layers):
         model = model.merge_and_unload()
         merged = float((_logits(model, inputs) - probe["logits"]).abs().max())

@@ -13,6 +13,7 @@ from .generated import generated_features, generated_linear
 from .grouped import grouped_lowrank_linear
 from .lowrank import lowrank_linear
 from .plan import ContractPlan, DeviceFacts, LaunchPlan, Problem, ProductPlan, SkinnyPlan, choose_plan, device_facts
+from .rescaled import rescaled_linear, row_squares
 from .rows import RowGroups, group_rows
 from .sliced import sliced_linear, squared_gradient_sums
 
@@ -34,6 +35,8 @@ __all__ = [
     "input_edit",
     "input_edit_linear",
     "lowrank_linear",
+    "rescaled_linear",
+    "row_squares",
     "sliced_linear",
     "squared_gradient_sums",
     "weight_features",

@@ -49,19 +49,42 @@ def threshold(p: float) -> int:
     return min(round(p * 2**32), 2**32 - 1)
 
 
+class Mask:
+    """The mask for the given rows and columns, made a part of the rows at a time."""
+
+    def __init__(self, seed: Tensor, p: float, rows: Tensor | range, columns: Tensor | range) -> None:
+        low = (seed & 0xFFFFFFFF).to(torch.int32)
+        high = (seed >> 32).to(torch.int32) ^ _signed(SEED_HIGH)
+        self.p = p
+        self._keys = _mix_(_mix_(_index(rows, seed) ^ _mix_(low)) ^ _mix_(high))[:, None]
+        self._columns = _index(columns, seed) * _signed(COLUMN)
+
+    def kept(self, part: slice = slice(None)) -> Tensor:
+        """int32 [R, C] for a part of the rows: 1 means kept, 0 dropped."""
+        bits = _mix_(self._keys[part] ^ self._columns)
+        # torch has no unsigned comparison of int32: flip the sign bit on both sides.
+        return bits.bitwise_xor_(_signed(0x80000000)).ge_(threshold(self.p) - 2**31)
+
+    def drop(self, panel: Tensor, part: slice, kept: Tensor | None = None) -> Tensor:
+        """`panel` [R, C], a part of the rows, with dropped elements zero and survivors scaled by 1/(1-p). `kept`: of
+        this part, if it is there already.
+
+        Elements are cleared by their bits, which is four times faster on a CPU than `torch.where`.
+        """
+        whole = _INTEGERS[panel.dtype.itemsize]
+        bits = (self.kept(part) if kept is None else kept).to(whole).neg()
+        return bits.bitwise_and_(panel.view(whole)).view(panel.dtype).mul_(1.0 / (1.0 - self.p))
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _index(values: Tensor | range, like: Tensor) -> Tensor:
+    if isinstance(values, range):
+        values = torch.arange(values.start, values.stop, values.step, device=like.device)
+    return values.to(torch.int32)
+
+
 def keep_mask(seed: Tensor, p: float, rows: Tensor | range, columns: Tensor | range) -> Tensor:
     """The mask for the given rows and columns, bool [len(rows), len(columns)]; True means kept."""
-    device = seed.device
-
-    def index(values: Tensor | range) -> Tensor:
-        if isinstance(values, range):
-            values = torch.arange(values.start, values.stop, values.step, device=device)
-        return values.to(torch.int32)
-
-    low = (seed & 0xFFFFFFFF).to(torch.int32)
-    high = (seed >> 32).to(torch.int32) ^ _signed(SEED_HIGH)
-    key = _mix_(_mix_(index(rows) ^ _mix_(low)) ^ _mix_(high))
-    column = index(columns) * _signed(COLUMN)
-    bits = _mix_(key[:, None] ^ column[None, :])
-    # torch has no unsigned comparison of int32: flip the sign bit on both sides.
-    return bits.bitwise_xor_(_signed(0x80000000)) >= threshold(p) - 2**31
+    return Mask(seed, p, rows, columns).kept().bool()

@@ -84,6 +84,14 @@ def _lowrank(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
     return y
 
 
+def _rescaled(t: Tensors, o: dict[str, Any], seed: Tensor | None) -> Tensor:
+    x, gain = t["x"], t["gain"].to(t["x"].dtype)
+    d = _drop(x, o.get("dropout", 0.0), seed)
+    z = F.linear(d, t["weight"]) + (d @ t["p"].to(x.dtype) * o.get("scale", 1.0)) @ t["q"].to(x.dtype).t()
+    y: Tensor = gain * z + F.linear(x - d, t["weight"], t.get("bias"))
+    return y
+
+
 def _edit(t: Tensors, o: dict[str, Any], seed: Tensor | None = None) -> Tensor:
     x = t["x"]
     edited: Tensor = x + (x @ t["psi"].to(x.dtype).t() * o.get("scale", 1.0)) @ t["phi"].to(x.dtype)
@@ -212,6 +220,15 @@ OPERATIONS = {
             truth=_lowrank,
             options=({"scale": 2.0}, {"scale": 0.5, "dropout": 0.25}),
             form="lowrank",
+        ),
+        Operation(
+            "rescaled_linear",
+            lambda m, n, k, r: {"x": (m, k), "weight": (n, k), "p": (k, r), "q": (n, r), "gain": (n,), "bias": (n,)},
+            trained=("x", "p", "q", "gain", "bias"),
+            activations=("x", "weight"),
+            factors=("p", "q", "gain"),
+            truth=_rescaled,
+            options=({"scale": 2.0}, {"scale": 0.5, "dropout": 0.25}),
         ),
         Operation(
             "input_edit_linear",

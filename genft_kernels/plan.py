@@ -41,6 +41,7 @@ LOW_RANK = (
     "weight_features",
     "sliced_linear",
     "grouped_lowrank_linear",
+    "rescaled_linear",
 )
 GENERATED = ("generated_linear", "generated_features")
 SQUARES = "squared_gradient_sums"
@@ -48,6 +49,7 @@ LIBRARY = ("library", "reference")
 # The algorithms of each operation in addition to the library's.
 ALGORITHMS_OF: dict[str, tuple[str, ...]] = {
     "lowrank_linear": ("seeded", "single", "fused"),
+    "rescaled_linear": ("seeded", "single", "fused"),
     "input_edit_linear": ("seeded", "single", "fused"),
     "input_edit": ("thin",),
     "weight_features": ("thin",),

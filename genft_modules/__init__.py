@@ -27,6 +27,7 @@ from genft_modules.methods import (
 from genft_modules.methods.forms import Generated, InputEdit, LowRank, Slices
 from genft_modules.model.adapt import adapt
 from genft_modules.model.distributed import align_adapters
+from genft_modules.model.fused import FusedLayer, fuse_lora, unfuse_lora
 from genft_modules.model.slices import PenaltyMixin, grft_penalty, needs_slices, select_slices
 from genft_modules.model.tuner import GenFTModel
 
@@ -34,6 +35,7 @@ __all__ = [
     "METHODS",
     "ExportedLayer",
     "FusedGenLinear",
+    "FusedLayer",
     "GIFTConfig",
     "GRFTConfig",
     "GenFTConfig",
@@ -54,6 +56,7 @@ __all__ = [
     "align_adapters",
     "check_adapter",
     "export_lora",
+    "fuse_lora",
     "grft_penalty",
     "load_adapter",
     "load_peft_hira",
@@ -66,4 +69,5 @@ __all__ = [
     "restore_adapter",
     "save_adapter",
     "select_slices",
+    "unfuse_lora",
 ]

@@ -78,7 +78,7 @@ def test_wings_import_downwards(package):
             assert floor(name) <= floor(module), f"{module} imports {name}"
 
 
-@pytest.mark.parametrize("family", ["lowrank", "edit", "features", "generated", "grouped", "sliced"])
+@pytest.mark.parametrize("family", ["lowrank", "rescaled", "edit", "features", "generated", "grouped", "sliced"])
 def test_a_family_has_its_files(family):
     """The door, the reference and the algorithms; and the last two have the same functions."""
     door, reference, triton = (

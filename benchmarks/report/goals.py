@@ -212,6 +212,14 @@ def _p7(records: list[Record]) -> list[Finding]:
     return found
 
 
+# Stock LoRA on our operations: contender, peer, goal P8.
+FUSED = (
+    ("fused-lora", "peft-lora", 0.85),
+    ("fused-lora-dropout", "peft-lora-dropout", 1.0),
+    ("fused-dora", "peft-dora", 0.75),
+)
+
+
 def _p8(records: list[Record]) -> list[Finding]:
     found = []
     shape = {"m": CPU_GOAL.m, "n": list(CPU_GOAL.n), "k": CPU_GOAL.k, "r": 16}
@@ -221,6 +229,9 @@ def _p8(records: list[Record]) -> list[Finding]:
             found.append(Finding(f"{name} against frozen", record["ratio"]["median"], 1.12))
             for value, _ in _against(records, [record], "peft-lora"):
                 found.append(Finding(f"{name} against peft-lora", value, 0.85))
+    for name, peer, limit in FUSED:
+        for value, _ in _against(records, _pick(records, contender=name, **layer), peer):
+            found.append(Finding(f"{name} against {peer}", value, limit))
     for value, _ in _against(records, _pick(records, contender="genft-peanut", **layer), "peft-peanut"):
         found.append(Finding("genft-peanut against peft-peanut", value, 0.5))
     for value, _ in _against(records, _pick(records, contender="genft-hira", **layer), "peft-hira"):
@@ -328,8 +339,10 @@ GOALS = (
     Goal(
         "P8",
         "2 CPU cores, fp32, M = 2048, N = K = 1024, r = 16, forward + backward",
-        "WeGeFT, LoRA ≤ 1.12 of frozen and ≤ 0.85 of peft LoRA; PEANuT ≤ 0.5 and HiRA ≤ 0.7 of peft's; "
-        "GenFT gelu/gelu ≤ 1.75 of frozen and ≤ 0.6 of the released formulation (x ΔWᵀ apart)",
+        "WeGeFT, LoRA ≤ 1.12 of frozen and ≤ 0.85 of peft LoRA; fused peft LoRA ≤ 0.85 (with dropout ≤ 1), DoRA ≤ 0.75 "
+        "WeGeFT, LoRA ≤ 1.12 of frozen and ≤ 0.85 of peft LoRA; fused peft LoRA ≤ 0.85 (with dropout ≤ 1), DoRA ≤ 0.75 "
+        "of peft's; PEANuT ≤ 0.5 and HiRA ≤ 0.7 of peft's; GenFT gelu/gelu ≤ 1.75 of frozen and ≤ 0.6 of the released "
+        "formulation (x ΔWᵀ apart)",
         ("cpu",),
         f"{CPU} --threads 2 --parts ceilings,p8",
         _p8,

@@ -6,6 +6,7 @@ place in the suites, the goals and the whole model follow from it. To add a peer
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ import genft_modules
 from benchmarks.measure.shapes import Case
 from benchmarks.subjects import naive
 from benchmarks.subjects.operations import forced
+from genft_kernels.dropout import keep_mask
 from genft_kernels.plan import (
     ALGORITHMS_OF,
     LIBRARY,
@@ -359,10 +361,10 @@ def _frozen(linear: nn.Linear, case: Case) -> nn.Module:
 
 def _trainable(linear: nn.Linear, case: Case) -> nn.Module:
     """The weight is trained, a bias is not: what an update of full rank cannot do without."""
-    copy = nn.Linear(linear.in_features, linear.out_features, bias=False, device=case.device, dtype=case.dtype)
-    copy.weight = nn.Parameter(linear.weight.detach().clone())
-    copy.bias = linear.bias
-    return copy
+    own = nn.Linear(linear.in_features, linear.out_features, bias=False, device=case.device, dtype=case.dtype)
+    own.weight = nn.Parameter(linear.weight.detach().clone())
+    own.bias = linear.bias
+    return own
 
 
 def _peft(config: Callable[[int], Any]) -> Build:
@@ -380,24 +382,76 @@ def _lora(r: int, **more: Any) -> Any:
     return peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=["layer"], **more)
 
 
+class Reseeded(nn.Module):
+    """A layer with dropout that draws the same mask in every call, so that the gate can compare calls."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        y: Tensor = self.layer(x)
+        return y
+
+
+class SeededDropout(nn.Module):
+    """Dropout with the mask that our operations draw."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = keep_mask(genft_kernels.draw_seed(x.device), self.p, range(x.shape[0]), range(x.shape[1]))
+        return torch.where(keep, x / (1.0 - self.p), 0.0)
+
+
+def _dropping(build: Build) -> Build:
+    return lambda linear, case: Reseeded(build(linear, case))
+
+
+def _fused(config: Callable[[int], Any]) -> Build:
+    """peft's layer, computed by our operation."""
+    build = _peft(config)
+
+    def fused(linear: nn.Linear, case: Case) -> nn.Module:
+        layer = build(linear, case)
+        genft_modules.fuse_lora(layer)
+        return layer
+
+    return fused
+
+
+def _unfused(layer: nn.Module, linear: nn.Linear, case: Case) -> nn.Module:
+    """The same layer as peft computes it, with the masks of our operation."""
+    twin = copy.deepcopy(layer)
+    genft_modules.unfuse_lora(twin)
+    for module in twin.modules():
+        for name, part in module.named_children():
+            if isinstance(part, nn.Dropout):
+                setattr(module, name, SeededDropout(part.p))
+    return twin
+
+
 def _loralib(linear: nn.Linear, case: Case) -> nn.Module:
     import loralib
 
-    copy = loralib.Linear(linear.in_features, linear.out_features, r=case.r, lora_alpha=2 * case.r, merge_weights=False)
-    copy.weight, copy.bias = linear.weight, linear.bias
-    return copy.to(case.device, case.dtype)
+    own = loralib.Linear(linear.in_features, linear.out_features, r=case.r, lora_alpha=2 * case.r, merge_weights=False)
+    own.weight, own.bias = linear.weight, linear.bias
+    return own.to(case.device, case.dtype)
 
 
 def _torchtune(linear: nn.Linear, case: Case) -> nn.Module:
     from torchtune.modules.peft import LoRALinear
 
     bias = linear.bias is not None
-    copy = LoRALinear(linear.in_features, linear.out_features, rank=case.r, alpha=2 * case.r, use_bias=bias)
-    copy = copy.to(case.device, case.dtype)
-    copy.weight = linear.weight
+    own = LoRALinear(linear.in_features, linear.out_features, rank=case.r, alpha=2 * case.r, use_bias=bias)
+    own = own.to(case.device, case.dtype)
+    own.weight = linear.weight
     if bias:
-        copy.bias = linear.bias
-    return copy
+        own.bias = linear.bias
+    return own
 
 
 PEERS = (
@@ -405,7 +459,27 @@ PEERS = (
     Contender("trainable", "floor", "full", "trainable", _trainable),
     Contender("peft-lora", "peer", "lora", "lowrank", _peft(_lora)),
     Contender("peft-lora-compiled", "peer", "lora", "lowrank", _peft(_lora), compiled=True),
-    Contender("peft-dora", "peer", "dora", "lowrank", _peft(lambda r: _lora(r, use_dora=True))),
+    Contender("peft-dora", "peer", "dora", "lowrank", _peft(partial(_lora, use_dora=True))),
+    Contender("peft-lora-dropout", "peer", "lora", "lowrank", _dropping(_peft(partial(_lora, lora_dropout=0.1)))),
+    Contender("fused-lora", "genft", "lora", "lowrank", _fused(_lora), _unfused, operation="lowrank_linear"),
+    Contender(
+        "fused-lora-dropout",
+        "genft",
+        "lora",
+        "lowrank",
+        _dropping(_fused(partial(_lora, lora_dropout=0.1))),
+        _unfused,
+        operation="lowrank_linear",
+    ),
+    Contender(
+        "fused-dora",
+        "genft",
+        "dora",
+        "lowrank",
+        _fused(partial(_lora, use_dora=True)),
+        _unfused,
+        operation="rescaled_linear",
+    ),
     Contender("peft-vera", "peer", "vera", "lowrank", _peft(lambda r: peft.VeraConfig(r=r, target_modules=["layer"]))),
     Contender(
         "peft-peanut", "peer", "peanut", "lowrank", _peft(lambda r: peft.PeanutConfig(r=r, target_modules=["layer"]))

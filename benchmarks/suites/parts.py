@@ -117,7 +117,8 @@ def ceiling(run: Run) -> None:
 def p1(run: Run) -> None:
     """Low rank over the frozen layer and peft LoRA (P1, P5, the eager half of P2): the headline shape with every
     algorithm, the others with the methods that the goal names."""
-    everyone, named = ["peft-lora", *_everyone(run, "genft", form="lowrank")], ["peft-lora", *P1_METHODS]
+    peers = ["peft-lora", "peft-lora-dropout", "peft-dora"]
+    everyone, named = [*peers, *_everyone(run, "genft", form="lowrank")], ["peft-lora", *P1_METHODS]
     if run.tiny:
         _compare(run, shapes.TINY[0], 4, everyone)
         return _compare(run, Shape(24, (32, 16, 16), 32), 4, named)
@@ -239,7 +240,10 @@ def n1(run: Run) -> None:
     """How much of a small update bf16 outputs answer to, beside peft LoRA (N1)."""
     shape = Shape(2048, (4096,), 4096) if _gpu(run) else shapes.TINY[0] if run.tiny else Shape(1024, (1024,), 1024)
     case = Case(shape, 4 if run.tiny else 16, torch.bfloat16, run.device)
-    show(answers.answers(case, ["peft-lora", *_everyone(run, "genft", form="lowrank")], run))
+    ours = [
+        name for name in _everyone(run, "genft", form="lowrank") if name not in ("fused-dora", "fused-lora-dropout")
+    ]
+    show(answers.answers(case, ["peft-lora", *ours], run))
 
 
 def p10(run: Run) -> None:

@@ -143,6 +143,7 @@ def time_steps(demo: Any, base: Path, text: Path, result: Path) -> None:
     for method in demo.methods:
         config = methods.peft_config(method, target_modules=None if method == "full" else demo.target_modules)
         models[method] = adapted(base, config).to(device)
+        methods.apply_fused(models[method], method)
     times = step_seconds(
         models, {"input_ids": ids, "labels": ids}, rounds=demo.timing_rounds, title="time per step, in turns"
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..dropout import keep_mask
+from ..dropout import Mask
 
 PANEL_ELEMENTS = 1 << 16  # a panel and its mask fit in a core's L2 cache
 GPU_PANEL_ELEMENTS = 1 << 23  # enough to fill a GPU
@@ -30,10 +30,9 @@ def parts(source: Tensor) -> Iterator[slice]:
     return panels(rows, columns, PANEL_ELEMENTS if source.device.type == "cpu" else GPU_PANEL_ELEMENTS)
 
 
-def dropped(panel: Tensor, rows: slice, dropout: float, seed: Tensor) -> Tensor:
-    """`panel`, rows of a larger matrix, with dropped elements zero and survivors scaled by 1/(1-p)."""
-    keep = keep_mask(seed, dropout, range(rows.start, rows.stop), range(panel.shape[1]))
-    return torch.where(keep, panel / (1.0 - dropout), 0.0)
+def mask_of(source: Tensor, dropout: float, seed: Tensor) -> Mask:
+    """The mask of a matrix."""
+    return Mask(seed, dropout, range(source.shape[0]), range(source.shape[1]))
 
 
 def total(like: Tensor, *shape: int) -> Tensor:
@@ -56,8 +55,9 @@ def project(source: Tensor, factor: Tensor, dropout: float = 0.0, seed: Tensor |
     if seed is None:
         return source @ factor
     out = source.new_empty(source.shape[0], factor.shape[1])
+    mask = mask_of(source, dropout, seed)
     for rows in parts(source):
-        torch.mm(dropped(source[rows], rows, dropout, seed), factor, out=out[rows])
+        torch.mm(mask.drop(source[rows], rows), factor, out=out[rows])
     return out
 
 
@@ -66,8 +66,9 @@ def outer(left: Tensor, source: Tensor, dropout: float = 0.0, seed: Tensor | Non
     if seed is None:
         return left.t() @ source
     out = total(source, left.shape[1], source.shape[1])
+    mask = mask_of(source, dropout, seed)
     for rows in parts(source):
-        add_product_(out, left[rows].t(), dropped(source[rows], rows, dropout, seed))
+        add_product_(out, left[rows].t(), mask.drop(source[rows], rows))
     return out
 
 
@@ -81,24 +82,32 @@ def add_update(
     scale: float = 1.0,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    each: Callable[[Mask, slice, Tensor], None] | None = None,
 ) -> Tensor:
     """source @ weightᵀ + scale · drop(left @ factor) + bias: [M,K], [N,K], [M,r] and [r,N] -> [M,N].
 
     In 16 bits the update is written first (`add_base_`); else it is added last, because it is the cheaper product.
+    With dropout, `each` gets the mask, each part of the rows, and what is kept of it: the mask is not made twice.
     """
-    if narrow(source):
+    first = narrow(source)
+    if seed is None and not first:
+        return F.linear(source, weight, bias).addmm_(left, factor, alpha=scale)
+    if first:
         out = source.new_empty(source.shape[0], factor.shape[1])
         out.addmm_(left, factor, beta=0, alpha=scale)
-        if seed is not None:
-            for rows in parts(out):
-                out[rows] = dropped(out[rows], rows, dropout, seed)
-        return add_base_(out, source, weight.t(), bias)
-    out = F.linear(source, weight, bias)
-    if seed is None:
-        return out.addmm_(left, factor, alpha=scale)
-    for rows in parts(out):
-        out[rows].add_(dropped(left[rows] @ factor, rows, dropout, seed), alpha=scale)
-    return out
+    else:
+        out = F.linear(source, weight, bias)
+    if seed is not None:
+        mask = mask_of(out, dropout, seed)
+        for rows in parts(out):
+            kept = mask.kept(rows)
+            if first:
+                out[rows] = mask.drop(out[rows], rows, kept)
+            else:
+                out[rows].add_(mask.drop(left[rows] @ factor, rows, kept), alpha=scale)
+            if each is not None:
+                each(mask, rows, kept)
+    return add_base_(out, source, weight.t(), bias) if first else out
 
 
 def add_base_(update: Tensor, source: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

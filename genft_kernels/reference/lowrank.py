@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .common import add_update, cast, outer, project, scaled
+from ..dropout import Mask
+from .common import add_product_, add_update, cast, outer, project, scaled, total
 
 
 def lowrank_linear_forward(
@@ -42,8 +43,17 @@ def lowrank_linear_backward(
         dq = scaled(outer(t, dy).t(), q.dtype, scale)
     if need_x or need_p:
         u = dy @ scaled(q, dy.dtype, scale)
+        p_t = cast(p, dy.dtype).t()
+        if need_p and need_x and seed is not None:  # one mask for both
+            sums = total(x, *p_t.shape)
+
+            def add(mask: Mask, rows: slice, kept: Tensor) -> None:
+                add_product_(sums, u[rows].t(), mask.drop(x[rows], rows, kept))
+
+            dx = add_update(dy, weight.t(), u, p_t, dropout=dropout, seed=seed, each=add)
+            return dx, cast(sums.t(), p.dtype), dq
         if need_p:
             dp = cast(outer(u, x, dropout, seed).t(), p.dtype)
         if need_x:
-            dx = add_update(dy, weight.t(), u, cast(p, dy.dtype).t(), dropout=dropout, seed=seed)
+            dx = add_update(dy, weight.t(), u, p_t, dropout=dropout, seed=seed)
     return dx, dp, dq

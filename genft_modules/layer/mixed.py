@@ -92,15 +92,16 @@ class MixedBatch:
         low_rank = {name: form for name, form in forms.items() if isinstance(form, LowRank)}
         others = {name: form for name, form in forms.items() if name not in edits and name not in low_rank}
         made = Made(
-            self._stacked({name: LowRank(form.psi.t(), form.phi.t(), form.scale) for name, form in edits.items()}),
-            self._stacked(low_rank),
+            self.stacked({name: LowRank(form.psi.t(), form.phi.t(), form.scale) for name, form in edits.items()}),
+            self.stacked(low_rank),
             others,
         )
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._made[id(layer)] = made
         return made
 
-    def _stacked(self, forms: Mapping[str, LowRank]) -> Stack | None:
+    def stacked(self, forms: Mapping[str, LowRank]) -> Stack | None:
+        """The updates by adapter in one stack; None if there are none."""
         if not forms:
             return None
         sources = [tensor for form in forms.values() for tensor in (form.p, form.q)]

@@ -28,7 +28,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -45,9 +45,10 @@ from transformers.distributed import DistributedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
-from genft_modules import METHODS, FusedGenLinear, grft_penalty
+from genft_modules import METHODS, FusedGenLinear, fuse_lora, grft_penalty, unfuse_lora
 from genft_modules.disk.adapters import restore_adapter, save_adapter
 from genft_modules.model.distributed import align_adapters, unwrapped
+from genft_modules.model.fused import FusedForward
 from tests.support.cases import CASES, randomize
 
 ROOT = Path(__file__).parents[2]
@@ -81,10 +82,17 @@ def base(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(device(), dtype)
 
 
+STOCK: dict[str, dict[str, Any]] = {"stock_lora": {}, "stock_dora": {"use_dora": True}}  # peft's own, fused
+
+
 def adapt(model: nn.Module, case: str) -> PeftModel:
     """The model with an adapter whose ΔW is not zero, the same on every process."""
     torch.manual_seed(3)
-    return randomize(get_peft_model(model, CASES[case](target_modules=TARGETS)))
+    if case not in STOCK:
+        return randomize(get_peft_model(model, CASES[case](target_modules=TARGETS)))
+    found = randomize(get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS, **STOCK[case])))
+    fuse_lora(found)
+    return found
 
 
 def layers(model: nn.Module) -> dict[str, FusedGenLinear]:
@@ -223,7 +231,9 @@ _alone: dict[str, Run] = {}
 def alone(case: str) -> Run:
     """The training of one process on all rows."""
     if case not in _alone:
-        _alone[case] = train(adapt(base(), case), BATCH)
+        model = adapt(base(), case)
+        unfuse_lora(model)  # stock LoRA is peft's
+        _alone[case] = train(model, BATCH)
     return _alone[case]
 
 
@@ -273,6 +283,16 @@ def fsdp1_refuses() -> None:
     one.base_layer = FullyShardedDataParallel(one.base_layer, use_orig_params=True, device_id=device())
     with pytest.raises(ValueError, match="expected FSDP of whole blocks"):
         one(x)
+
+
+def stock_lora_is_computed_by_us(way: str, case: str) -> None:
+    served = []
+    compute = FusedForward._active
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FusedForward, "_active", lambda *a: served.append(y := compute(*a)) or y)
+        training_is_that_of_one_process(way, case)
+    assert served
+    assert not any(y is None for y in served)
 
 
 # ---- one layer, with sizes that the processes do not divide
@@ -617,8 +637,12 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
     pairs = [(way, case) for way in every for case in (*METHODS, "genft_gelu")]
     for way, case in pairs + [(way, case) for way in some for case in ("wegeft", "genft_gelu")]:
         yield f"{way}-{case}", partial(training_is_that_of_one_process, way, case)
-    for case in (*METHODS, "genft_gelu") if not several else ():
-        yield f"fsdp1-{case}", partial(fsdp1_training_is_that_of_one_process, case)
+    if not several:
+        for case in (*METHODS, "genft_gelu", *STOCK):
+            yield f"fsdp1-{case}", partial(fsdp1_training_is_that_of_one_process, case)
+        for case in STOCK:
+            for way in ("ddp", "fsdp_blocks"):
+                yield f"{way}-{case}", partial(stock_lora_is_computed_by_us, way, case)
     yield "checkpoint", partial(checkpoint_is_for_any_number_of_processes, "genft")
     if several:
         return

@@ -36,6 +36,8 @@ def test_every_plan_compiles_within_limits(target):
         "_reduce",
         "_update",
         "_sum",
+        "_rescale",
+        "_column_sums",
         "_single_few",
         "_product",
         "_grouped",

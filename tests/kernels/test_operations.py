@@ -248,10 +248,13 @@ def test_opcheck(algorithm, device):
     seed = gk.draw_seed(device)
     x, weight, p, q, bias = _tensors(device, grads={"x", "p", "q", "bias"}).values()
     psi, phi = p.detach().t().contiguous().requires_grad_(), torch.randn(3, 10, device=device, requires_grad=True)
+    gain = torch.randn(9, device=device, requires_grad=True)
     t, dy = torch.randn(12, 3, device=device), torch.randn(12, 9, device=device)
     samples = [
         (torch.ops.genft.lowrank_linear.default, (x, weight, p, q, bias, 0.5, 0.2, seed, plan)),
         (torch.ops.genft.lowrank_linear.default, (x, weight, p, q, None, 0.5, 0.0, None, plan)),
+        (torch.ops.genft.rescaled_linear.default, (x, weight, p, q, gain, bias, 0.5, 0.2, seed, True, plan)),
+        (torch.ops.genft.rescaled_linear.default, (x, weight, p, q, gain.detach(), None, 0.5, 0.0, None, False, plan)),
         (torch.ops.genft.input_edit_linear.default, (x, weight, psi, phi, bias, 0.5, plan)),
         (
             torch.ops.genft.input_edit_linear.default,
@@ -271,6 +274,10 @@ def test_opcheck(algorithm, device):
             (
                 torch.ops.genft.lowrank_linear_backward.default,
                 (dy, x, weight, p, q, t, 0.5, 0.2, seed, [True, True, False, True], plan),
+            ),
+            (
+                torch.ops.genft.rescaled_linear_backward.default,
+                (dy, x, weight, p, q, gain.detach(), t, dy, 0.5, 0.2, seed, [True, True, False, True, True], plan),
             ),
             (
                 torch.ops.genft.input_edit_linear_backward.default,
@@ -312,8 +319,8 @@ def test_nothing_of_n_by_k_is_allocated(name, algorithm, device):
 
 @pytest.mark.parametrize(("name", "algorithm"), [pair for pair in PAIRS if not pair[0].endswith("features")])
 def test_saved_for_backward_is_t_at_most(name, algorithm, device):
-    """P5: beyond x and the parameters, t [M,r]; of an edit the features of W0 [N,r] too; nothing for the generated form
-    and for slices."""
+    """P5: beyond x and the parameters, t [M,r]; of an edit the features of W0 [N,r] too, of rescaled outputs z [M,N],
+    which the gradient of their factor needs; nothing for the generated form and for slices."""
     m, n, r = 50, 64, 4
     case = make_case(name, m, n, 48, r, torch.float16, device)
     groups = case.options.get("rows", ())  # which the whole batch shares
@@ -330,7 +337,7 @@ def test_saved_for_backward_is_t_at_most(name, algorithm, device):
         y = case.operation(*case.tensors.values(), **case.options, plan=PLANS[algorithm])
     assert y.requires_grad
     rows = 0 if name.startswith(("generated", "sliced")) else m + n if name == "input_edit_linear" else m
-    assert sum(saved.values()) == rows * r * 2
+    assert sum(saved.values()) == rows * r * 2 + (m * n * 2 if name == "rescaled_linear" else 0)
 
 
 def test_features_keep_neither_their_factor_nor_a_copy_of_the_weight(device):
@@ -345,6 +352,17 @@ def test_features_keep_neither_their_factor_nor_a_copy_of_the_weight(device):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         gk.weight_features(weight, a)
     assert kept == [weight.data_ptr()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=short)
+def test_squares_of_rows(dtype, device):
+    n, k = 100, 1500
+    weight = torch.randn(k, n, device=device).to(dtype).t()
+    with Allocations(weight) as seen:
+        squares = gk.row_squares(weight)
+    assert squares.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(squares.double(), weight.double().square().sum(1), rtol=1e-5, atol=0)
+    assert seen.largest < weight.nbytes
 
 
 # ---- around the operation

@@ -17,6 +17,7 @@ from tests.support.truth import ALGORITHMS, Case, make_case
 
 NAMES = (
     "lowrank_linear",
+    "rescaled_linear",
     "input_edit_linear",
     "input_edit",
     "grouped_lowrank_linear",
@@ -27,6 +28,7 @@ NAMES = (
 # The factor that ΔW is proportional to.
 FACTOR = {
     "lowrank_linear": "q",
+    "rescaled_linear": "q",
     "grouped_lowrank_linear": "q",
     "input_edit_linear": "phi",
     "input_edit": "phi",
@@ -96,6 +98,19 @@ def test_no_kernel_loses_anything(name, algorithm, device):
     plan = LaunchPlan(algorithm, WIDE, ProductPlan(128, 128, 128, programs=4))
     for what, gain in gains(case, 1e-3, plan=plan).items():
         assert abs(gain - 1) <= TOLERANCE, (what, gain)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS["rescaled_linear"])
+def test_a_factor_near_one_is_not_lost(algorithm, device):
+    """A change of 10⁻³ is less than half a unit in the last place of any 16-bit output."""
+    torch.manual_seed(0)
+    x, weight = (torch.randn(512, 512, device=device).bfloat16() for _ in range(2))
+    p, q = torch.randn(512, 1, device=device), torch.zeros(512, 1, device=device)
+    change = 1e-3 * torch.randn(512, device=device)
+    plan = LaunchPlan(algorithm, WIDE)
+    changed, base = (gk.rescaled_linear(x, weight, p, q, 1 + c, plan=plan).double() for c in (change, 0 * change))
+    true = x.double() @ weight.double().t() * change
+    assert abs(float(((changed - base) * true).sum() / true.square().sum()) - 1) <= TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -33,6 +33,13 @@ def lowrank_linear(x, weight, p, q, bias=None, *, scale=1.0, dropout=0.0, seed=N
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def rescaled_linear(x, weight, p, q, gain, bias=None, *, scale=1.0, dropout=0.0, seed=None):
+    flat = x.reshape(-1, x.shape[-1])
+    d = dropped(flat, dropout, seed)
+    y = F.linear(flat, weight, bias) + F.linear(d, gain[:, None] * (weight + scale * q @ p.t()) - weight)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
 def input_edit_linear(x, weight, psi, phi, bias=None, *, scale=1.0):
     return F.linear(x, weight + scale * (weight @ phi.t()) @ psi, bias)
 
@@ -145,6 +152,11 @@ def make_case(
         q = tensor(n, r, kind=factor_dtype)
         tensors = {"x": x, "weight": weight, "p": p, "q": q, "bias": b}
         return Case(gk.lowrank_linear, lowrank_linear, tensors, {"scale": scale, **drop})
+    if name == "rescaled_linear":
+        p = tensor(k, r, kind=factor_dtype, size=k**-0.5)
+        q, gain = tensor(n, r, kind=factor_dtype), tensor(n, kind=factor_dtype)
+        tensors = {"x": x, "weight": weight, "p": p, "q": q, "gain": gain, "bias": b}
+        return Case(gk.rescaled_linear, rescaled_linear, tensors, {"scale": scale, **drop})
     if name.startswith("sliced_linear"):
         columns = name == "sliced_linear_column"
         size = k if columns else n
@@ -207,6 +219,7 @@ ALGORITHMS = {
     name: ("reference", *ALGORITHMS_OF[called(name)])
     for name in (
         "lowrank_linear",
+        "rescaled_linear",
         "input_edit_linear",
         "input_edit",
         "weight_features",
@@ -220,10 +233,12 @@ ALGORITHMS = {
 }
 # Its panels are also those of its dropout on x.
 ALGORITHMS["generated_linear_multiply"] = ("reference", "fused")
+ALGORITHMS["rescaled_linear"] = ("reference", "seeded")  # the others differ in the launches of lowrank_linear alone
 OPERATIONS = tuple(ALGORITHMS)
 GROUPS = 4  # updates in a case of the grouped operation
 WITH_DROPOUT = (
     "lowrank_linear",
+    "rescaled_linear",
     "weight_features",
     "generated_linear",
     "generated_linear_multiply",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from genft_kernels import edit, features, generated, grouped, lowrank, sliced
+from genft_kernels import edit, features, generated, grouped, lowrank, rescaled, sliced
 from genft_kernels.operation import Operation
 
 
@@ -19,7 +19,7 @@ class Inside(TorchDispatchMode):
 
     BODIES: ClassVar = {
         overload: body
-        for module in (lowrank, edit, features, generated, grouped, sliced)
+        for module in (lowrank, rescaled, edit, features, generated, grouped, sliced)
         for value in vars(module).values()
         if isinstance(value, Operation)
         for overload, body in value.operators.items()

@@ -185,7 +185,7 @@ def launch_project(
             s, a, vector(bias, s), sums, unit(seed, s),
             rows, columns, r,
             *s.stride(), *a.stride(), *sums.stride(),
-            scale, threshold(dropout), 1.0 / (1.0 - dropout), _per_part(columns, plan.columns, parts),
+            scale, threshold(dropout), 1.0 / (1.0 - dropout), per_part(columns, plan.columns, parts),
             BIAS=bias is not None, DROPOUT=seed is not None,
             BM=plan.rows, BC=plan.columns, BR=rank_block(r), PRECISION=precision(s.dtype), INTERPRET=INTERPRETING,
             num_warps=plan.warps, num_stages=plan.stages,
@@ -215,7 +215,7 @@ def launch_reduce(
         s, left, sums, unit(seed, s),
         rows, columns, r,
         *s.stride(), *left.stride(), *sums.stride(),
-        scale, threshold(dropout), 1.0 / (1.0 - dropout), _per_part(rows, plan.rows, parts),
+        scale, threshold(dropout), 1.0 / (1.0 - dropout), per_part(rows, plan.rows, parts),
         DROPOUT=seed is not None,
         BM=plan.rows, BC=plan.columns, BR=rank_block(r), PRECISION=precision(s.dtype), INTERPRET=INTERPRETING,
         num_warps=plan.warps, num_stages=plan.stages,
@@ -255,6 +255,6 @@ def launch_update(
     return out
 
 
-def _per_part(size: int, block: int, parts: int) -> int:
+def per_part(size: int, block: int, parts: int) -> int:
     """The length of a part of a contraction, a multiple of the block size."""
     return block * triton.cdiv(triton.cdiv(size, block), parts)
