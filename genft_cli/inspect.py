@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 from genft_cli.bases import genft_config, load, method_of, path_of, recorded_base
 from genft_cli.console import UserError, check_writable, table
 from genft_modules.files import PREFIX, WEIGHTS, some
+from genft_modules.layer.adapted import AdaptedLayer
+from genft_modules.layer.experts import FusedGenExperts
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.layer.shared import SHARED
-from genft_modules.methods import GeneratorConfig
+from genft_modules.methods import Generator, GeneratorConfig
 from genft_modules.model.tuner import GenFTModel
 from genft_modules.progress import bar
 
@@ -138,26 +141,38 @@ def _measure(model: Any) -> list[_Layer]:
     base = model.get_base_model()
     shared = getattr(model.base_model, SHARED, None)
     groups = {} if shared is None else {id(g): name for name, g in shared.genft_shared["default"].items()}
-    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, FusedGenLinear)}
+    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, AdaptedLayer)}
     found = []
     with bar(len(layers), "measuring", unit="layer", leave=False) as progress:
-        for name, layer in layers.items():
-            generator: Any = layer.genft_generators["default"]
-            factors = layer.low_rank_factors()
-            norm = float(torch.linalg.matrix_norm(layer.get_delta_weight()))
-            weight = float(torch.linalg.matrix_norm(layer.frozen_weight().float()))
-            found.append(
-                _Layer(
-                    name,
-                    None if factors is None else factors[0].shape[0],
-                    sum(parameter.numel() for parameter in generator.parameters()),
-                    tuple(groups[id(factor)] for factor in generator.shared),
-                    norm,
-                    norm / weight if weight else 0.0,
+        for layer_name, layer in layers.items():
+            for name, generator, factors, matrices in _adapted(layer_name, layer):
+                squares = [(delta.square().sum(), weight.float().square().sum()) for delta, weight in matrices]
+                norm, weight = (math.sqrt(sum(map(float, each))) for each in zip(*squares, strict=True))
+                found.append(
+                    _Layer(
+                        name,
+                        None if factors is None else factors[0].shape[0],
+                        sum(parameter.numel() for parameter in generator.parameters()),
+                        tuple(groups[id(factor)] for factor in generator.shared),
+                        norm,
+                        norm / weight if weight else 0.0,
+                    )
                 )
-            )
             progress.update()
     return found
+
+
+def _adapted(name: str, layer: AdaptedLayer) -> Iterator[tuple[str, Generator, Any, Iterable[tuple[Tensor, Tensor]]]]:
+    """Each matrix or stack of matrices of a layer: its name, generator, factors (of one expert), and ΔW and W0 of
+    each."""
+    generator: Any = layer.genft_generators["default"]
+    if isinstance(layer, FusedGenExperts):
+        for projection, part in generator.parts().items():
+            key = ("default", projection)
+            each = ((layer.get_delta_weight(*key, e), layer.frozen_weight(projection, e)) for e in range(layer.experts))
+            yield f"{name}.{projection}", part, layer.low_rank_factors(*key, 0), each
+    elif isinstance(layer, FusedGenLinear):
+        yield name, generator, layer.low_rank_factors(), [(layer.get_delta_weight(), layer.frozen_weight())]
 
 
 def _layers(layers: Sequence[_Layer]) -> str:

@@ -26,6 +26,7 @@ from genft_cli.training import End, Keeper, Progress, Trained, TrainerMixin, fla
 from genft_modules.disk.adapters import save_adapter
 from genft_modules.files import added_files, writing
 from genft_modules.model import distributed
+from genft_modules.model.targets import target_names
 
 
 @dataclass
@@ -171,7 +172,7 @@ def _check_targets(model: torch.nn.Module, peft_config: Any) -> None:
     targets = getattr(peft_config, "target_modules", None)
     if targets is None or targets == "all-linear":
         return
-    names = [name for name, _ in model.named_modules()]
+    names = target_names(model)
     wanted = [targets] if isinstance(targets, str) else sorted(targets)
     for target in wanted:
         if isinstance(targets, str):

@@ -10,6 +10,8 @@ independent, sums over many rows with few distinct elements are noisier.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,27 @@ def rounding(dtype: torch.dtype) -> tuple[int, float, float, float]:
     if dtype == torch.bfloat16:
         return 16, 0.0, torch.finfo(dtype).max, 2.0**128 - 2.0**119
     return 13, 2.0**-14, torch.finfo(dtype).max, 65520.0
+
+
+def dithered_sum(source: Tensor, update: Tensor) -> Tensor:
+    """source + update [..., C] in the dtype of source, dithered if it has 16 bits. Differentiable in both."""
+    if source.dtype not in (torch.bfloat16, torch.float16):
+        return source + update.to(source.dtype)
+    found: Tensor = _DitheredSum.apply(source, update)
+    return found
+
+
+class _DitheredSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, update: Tensor) -> Tensor:
+        ctx.dtype = update.dtype
+        columns = source.shape[-1]
+        rows = source.reshape(-1, columns)
+        return add_dithered(rows, update.reshape(-1, columns), range(columns), torch.empty_like(rows)).view_as(source)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.to(ctx.dtype)
 
 
 def add_dithered(source: Tensor, update: Tensor, columns: range, out: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ value it got and what it expects.
 from genft_modules.disk.adapters import check_adapter, load_adapter, restore_adapter, save_adapter
 from genft_modules.disk.export import ExportedLayer, export_lora, lora_config, lora_state_dict
 from genft_modules.disk.released import load_peft_hira, load_peft_peanut, load_released, load_released_genft
+from genft_modules.layer.experts import FusedGenExperts
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.layer.shared import SharedGenerators
 from genft_modules.methods import (
@@ -34,6 +35,7 @@ from genft_modules.model.tuner import GenFTModel
 __all__ = [
     "METHODS",
     "ExportedLayer",
+    "FusedGenExperts",
     "FusedGenLinear",
     "FusedLayer",
     "GIFTConfig",

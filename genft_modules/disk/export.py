@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from genft_modules.card import note_of_export, write_card
 from genft_modules.files import PREFIX, WEIGHTS, new_directory, some
+from genft_modules.layer.adapted import AdaptedLayer
+from genft_modules.layer.experts import FusedGenExperts
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods.checks import check_number, check_rank, is_finite
 from genft_modules.methods.weights import stored
@@ -46,6 +49,9 @@ def export_lora(
 ) -> list[ExportedLayer]:
     """Save an adapter as a peft LoRA adapter, which `PeftModel.from_pretrained` loads without genft.
 
+    Stacked experts are saved for peft's `target_parameters`, with factors for each expert; with one pair for all
+    experts of a layer, A is the same for all of them.
+
     If ΔW has low rank (WeGeFT, GIFT, LoRA, GenFT with a linear outer activation), A and B are its exact factors, with
     the adapter's rank. A generated ΔW (GenFT with a nonlinear outer activation) has full rank: it is truncated per
     layer to `rank` singular values, or to as many as `max_error` requires. Scales are folded into B, with lora_alpha =
@@ -55,7 +61,7 @@ def export_lora(
 
     Args:
         model: a model with the adapter: a `PeftModel`, a transformers model with adapters, or any model with
-            `FusedGenLinear` layers. It is not changed; the adapter may be merged.
+            `FusedGenLinear` or `FusedGenExperts` layers. It is not changed; the adapter may be merged.
         directory: a new directory for adapter_config.json, adapter_model.safetensors and a README.md that names the
             base model and the errors, created atomically.
         adapter_name: name of the adapter.
@@ -80,22 +86,22 @@ def export_lora(
         check_number("max_error", max_error)
         if not 0 < max_error < 1:
             raise ValueError(f"max_error: got {max_error}, expected 0 < max_error < 1")
-    layers = _layers(model, adapter_name)
+    updates = _updates(model, adapter_name)
     with new_directory(directory) as partial:
         exported, tensors = [], {}
-        with bar(len(layers), "exporting", unit="layer", leave=False, show=progressbar) as progress:
-            for name, layer in layers.items():
-                a, b, exact, error = _factors(layer, adapter_name, name, max_error, rank)
-                exported.append(ExportedLayer(name, a.shape[0], exact, error))
-                tensors[f"{PREFIX}{name}.lora_A.weight"] = _copy(a)
-                tensors[f"{PREFIX}{name}.lora_B.weight"] = _copy(b)
+        with bar(len(updates), "exporting", unit="layer", leave=False, show=progressbar) as progress:
+            for update in updates:
+                a, b, exact, error = update.factors(max_error, rank)
+                exported.append(ExportedLayer(update.name, update.rank_of(a), exact, error))
+                tensors[f"{update.key}.lora_A.weight"] = _copy(a)
+                tensors[f"{update.key}.lora_B.weight"] = _copy(b)
                 progress.update()
         tensors |= {key: _copy(tensor) for key, tensor in _other_tensors(model, adapter_name).items()}
         if broken := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
             raise ValueError(f"adapter_name: {adapter_name!r} has non-finite elements in {some(broken)}")
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         ranks = {layer.name: layer.rank for layer in exported}
-        _config(model, adapter_name, layers, ranks, inference_mode=True).save_pretrained(str(partial))
+        _config(model, adapter_name, updates, ranks, inference_mode=True).save_pretrained(str(partial))
         method = getattr(getattr(model, "peft_config", {}).get(adapter_name), "method", None)
         write_card(partial, note=note_of_export(method, [layer.error for layer in exported if not layer.exact]))
     return exported
@@ -121,16 +127,16 @@ def lora_state_dict(
         dtype: of the new tensors; None for that of the factors, float32 or wider. Not together with `out`.
 
     Returns:
-        `base_model.model.<layer>.lora_A.weight` [r, K] and `.lora_B.weight` [N, r] on each layer's device, and the
-        trained biases and full modules, in peft's layout. No tensor shares memory with the model.
+        `base_model.model.<layer>.lora_A.weight` [r, K] and `.lora_B.weight` [N, r] on each layer's device, stacked for
+        experts, and the trained biases and full modules, in peft's layout. No tensor shares memory with the model.
 
     Raises:
         ValueError: invalid arguments or model, or ΔW has full rank in a layer.
     """
     if out is not None and dtype is not None:
         raise ValueError(f"dtype: got {dtype}, expected None because out has dtypes of its own")
-    layers, others = _layers(model, adapter_name), _other_tensors(model, adapter_name)
-    keys = [*others, *(f"{PREFIX}{name}.lora_{side}.weight" for name in layers for side in "AB")]
+    updates, others = _updates(model, adapter_name), _other_tensors(model, adapter_name)
+    keys = [*others, *(f"{update.key}.lora_{side}.weight" for update in updates for side in "AB")]
     if out is not None and (not isinstance(out, dict) or out.keys() != set(keys)):
         raise ValueError(f"out: got {type(out).__name__} with other keys, expected the result of an earlier call")
     tensors: dict[str, Tensor] = {} if out is None else out
@@ -143,9 +149,9 @@ def lora_state_dict(
         else:
             out[key].copy_(tensor)
 
-    for name, layer in layers.items():
-        for side, factor in zip("AB", _low_rank(layer, adapter_name, name), strict=True):
-            put(f"{PREFIX}{name}.lora_{side}.weight", factor)
+    for update in updates:
+        for side, factor in zip("AB", update.exact_factors(), strict=True):
+            put(f"{update.key}.lora_{side}.weight", factor)
     for key, tensor in others.items():
         put(key, tensor)
     return tensors
@@ -154,18 +160,81 @@ def lora_state_dict(
 def lora_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
     """The `peft.LoraConfig` of `lora_state_dict`: it targets exactly the adapted layers, with their ranks, and its
     scale is 1 everywhere. Arguments and errors as there."""
-    layers = _layers(model, adapter_name)
+    updates = _updates(model, adapter_name)
     with torch.no_grad():
-        ranks = {name: _low_rank(layer, adapter_name, name)[0].shape[0] for name, layer in layers.items()}
-    return _config(model, adapter_name, layers, ranks, inference_mode=False)
+        ranks = {update.name: update.rank_of(update.exact_factors()[0]) for update in updates}
+    return _config(model, adapter_name, updates, ranks, inference_mode=False)
 
 
-def _layers(model: nn.Module, adapter_name: str) -> dict[str, FusedGenLinear]:
-    """The layers with the adapter, by their names in the base model. Raises ValueError if they cannot be exported."""
+@dataclass(frozen=True)
+class _Update:
+    """What one LoRA layer of peft stands for. key: of its tensors; name: of the layer in the base model."""
+
+    key: str
+    name: str
+    layer: FusedGenLinear
+    adapter_name: str
+
+    def exact_factors(self) -> tuple[Tensor, Tensor]:
+        factors = self.layer.low_rank_factors(self.adapter_name)
+        if factors is None:
+            raise ValueError(
+                f"adapter_name: ΔW of {self.adapter_name!r} has full rank in {self.name}, expected a low-rank method; "
+                "export_lora approximates it"
+            )
+        return factors
+
+    def factors(self, max_error: float | None, rank: int | None) -> tuple[Tensor, Tensor, bool, float]:
+        """(A [r, K], B [N, r], whether they are exact, relative error)."""
+        return _factors(self.layer, self.adapter_name, self.name, max_error, rank)
+
+    def rank_of(self, a: Tensor) -> int:
+        return a.shape[0]
+
+
+@dataclass(frozen=True)
+class _StackedUpdate:
+    """The same for a projection of stacked experts, A [experts · r, K] and B [N, r · experts] in the order of peft's
+    LoRA for `target_parameters`. name: of the parameter."""
+
+    key: str
+    name: str
+    layer: FusedGenExperts
+    adapter_name: str
+    projection: str
+
+    def exact_factors(self) -> tuple[Tensor, Tensor]:
+        # peft takes a parameter without `is_transposed` for W_e, also where it is W_eᵀ.
+        swapped = self.layer.transposed != bool(getattr(self.layer.base_layer, "is_transposed", False))
+        each = (self._of(expert) for expert in range(self.layer.experts))
+        factors = [(b.t(), a.t()) if swapped else (a, b) for a, b in each]
+        return torch.cat([a for a, _ in factors]), torch.stack([b for _, b in factors], dim=-1).flatten(1)
+
+    @torch.no_grad()
+    def factors(self, max_error: float | None, rank: int | None) -> tuple[Tensor, Tensor, bool, float]:
+        error = size = 0.0
+        for expert in range(self.layer.experts):
+            delta = self.layer.get_delta_weight(self.adapter_name, self.projection, expert)
+            if not is_finite(delta):
+                raise ValueError(f"adapter_name: ΔW of {self.adapter_name!r} has non-finite elements in {self.name}")
+            a, b = self._of(expert)
+            error += float(torch.addmm(delta, b, a, beta=-1).square().sum())
+            size += float(delta.square().sum())
+        return *self.exact_factors(), True, (error / size) ** 0.5 if size else 0.0
+
+    def rank_of(self, a: Tensor) -> int:
+        return a.shape[0] // self.layer.experts
+
+    def _of(self, expert: int) -> tuple[Tensor, Tensor]:
+        return self.layer.low_rank_factors(self.adapter_name, self.projection, expert)
+
+
+def _updates(model: nn.Module, adapter_name: str) -> list[_Update | _StackedUpdate]:
+    """All updates of the adapter. Raises ValueError if they cannot be exported."""
     layers = {
         name.removeprefix(PREFIX): layer
         for name, layer in model.named_modules()
-        if isinstance(layer, FusedGenLinear) and adapter_name in layer.genft_generators
+        if isinstance(layer, AdaptedLayer) and adapter_name in layer.genft_generators
     }
     if not layers:
         raise ValueError(f"adapter_name: got {adapter_name!r}, but no layer has a genft adapter of that name")
@@ -173,17 +242,17 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, FusedGenLinear]:
         raise ValueError("model: got a single layer, expected a model, because LoRA identifies layers by name")
     if meta := [name for name, layer in layers.items() if stored(layer.base_layer).is_meta]:
         raise ValueError(f"model: the weight of {meta[0]} is on the meta device, expected a loaded weight")
-    return layers
-
-
-def _low_rank(layer: FusedGenLinear, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
-    factors = layer.low_rank_factors(adapter_name)
-    if factors is None:
-        raise ValueError(
-            f"adapter_name: ΔW of {adapter_name!r} has full rank in {name}, expected a low-rank method; export_lora "
-            "approximates it"
-        )
-    return factors
+    found: list[_Update | _StackedUpdate] = []
+    for name, layer in layers.items():
+        if isinstance(layer, FusedGenLinear):
+            found.append(_Update(PREFIX + name, name, layer, adapter_name))
+        elif isinstance(layer, FusedGenExperts):
+            adapted = [one for one in layer.projections if one in layer.adapted(adapter_name)]
+            for at, one in enumerate(adapted):
+                # peft wraps the module once for each parameter, the first one innermost.
+                key = f"{PREFIX}{name}" + ".base_layer" * (len(adapted) - 1 - at)
+                found.append(_StackedUpdate(key, f"{name}.{one}", layer, adapter_name, one))
+    return found
 
 
 @torch.no_grad()
@@ -242,11 +311,16 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _config(
-    model: nn.Module, adapter_name: str, layers: dict[str, FusedGenLinear], ranks: dict[str, int], inference_mode: bool
+    model: nn.Module,
+    adapter_name: str,
+    updates: Sequence[_Update | _StackedUpdate],
+    ranks: dict[str, int],
+    inference_mode: bool,
 ) -> LoraConfig:
     """A config that targets exactly the adapted layers. r is the most frequent rank; others are in the patterns."""
     ours: Any = getattr(model, "peft_config", {}).get(adapter_name)
     bias = getattr(ours, "bias", "none")
+    linear = {update.name: update.layer for update in updates if isinstance(update, _Update)}
     common = Counter(ranks.values()).most_common(1)[0][0]
     # peft matches the end of names; ^ prevents a match with a longer name
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common}
@@ -255,8 +329,9 @@ def _config(
         lora_alpha=common,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=targets_of(layers, layer_names(model)),
-        fan_in_fan_out=all(layer.transposed for layer in layers.values()),
+        target_modules=targets_of(linear, layer_names(model)) if linear else [],
+        target_parameters=[update.name for update in updates if update.name not in linear] or None,
+        fan_in_fan_out=bool(linear) and all(layer.transposed for layer in linear.values()),
         bias=bias if bias in ("none", "all") else "lora_only",
         modules_to_save=getattr(ours, "modules_to_save", None),
         task_type=getattr(ours, "task_type", None),

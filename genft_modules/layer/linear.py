@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -15,23 +14,20 @@ from transformers.pytorch_utils import Conv1D
 from genft_kernels import grouped_lowrank_linear
 from genft_kernels.checks import FLOATS, check_tensor
 from genft_kernels.operation import eager
-from genft_kernels.plan import BACKENDS
 from genft_kernels.sharded import is_sharded
+from genft_modules.layer.adapted import PLAIN_TENSORS, AdaptedLayer, refuse_quantised, with_updates
 from genft_modules.layer.kept import Kept
 from genft_modules.layer.mixed import MixedBatch, mixed_batch
 from genft_modules.layer.sharded import frozen_view, sharded_forward
-from genft_modules.layer.shared import SharedGenerators
 from genft_modules.methods import Generator, GeneratorConfig
 from genft_modules.methods.base import without_autocast
-from genft_modules.methods.checks import check_choice
 from genft_modules.methods.forms import Form, InputEdit, apply, apply_around, side_by_side
 from genft_modules.methods.weights import QuantisedWeight, can_be_base, features_of, is_quantised, stored
 
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
-_PLAIN_TENSORS = (nn.Parameter, Tensor)  # neither quantised nor distributed
 
 
-class FusedGenLinear(nn.Module, BaseTunerLayer):
+class FusedGenLinear(AdaptedLayer):
     """y = x (W0 + ΔW)ᵀ + b [..., N] for x [..., K]: `base_layer` with the updates of its active adapters.
 
     The forward pass is one operation of `genft_kernels` for any number of active adapters (plus one for each additional
@@ -51,17 +47,11 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         TypeError: `base_layer` is any other layer.
     """
 
-    adapter_layer_names = ("genft_generators", "genft_shared")
-
     base_layer: Any  # nn.Linear, Conv1D or a quantised one
-    genft_shared: nn.ModuleDict
     original_weight: Tensor | None
     original_parameter: nn.Parameter  # the base layer's while adapters are merged
-    active_adapters: Any  # peft's, untyped
-    set_adapter: Any
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
         if isinstance(base_layer, BaseTunerLayer) or not (
             isinstance(base_layer, (nn.Linear, Conv1D)) or can_be_base(base_layer)
         ):
@@ -73,24 +63,16 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
                 "base_layer: got the out_proj of an nn.MultiheadAttention, which is never called, so an adapter would "
                 'have no effect; use exclude_modules=["out_proj"]'
             )
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.plain_forward = type(base_layer).forward in _PLAIN_FORWARDS
         self.transposed = isinstance(base_layer, Conv1D)  # Conv1D stores W0ᵀ [K, N]
         if isinstance(base_layer, Conv1D):
             self.in_features, self.out_features = base_layer.nx, base_layer.nf
         else:
             self.in_features, self.out_features = features_of(base_layer)
-        self.genft_generators = nn.ModuleDict()
-        # Adapter → the factors it shares with other layers, and → where these are registered. Not registered here; but
-        # what peft does to a layer's adapter (train, freeze, report), it does to `genft_shared`, too.
-        object.__setattr__(self, "genft_shared", nn.ModuleDict())
-        self.containers: dict[str, SharedGenerators] = {}
-        self.merged_adapters: list[str] = []
         self.kept = Kept()
         # W0 while adapters are merged. A buffer, to move with the layer; not saved.
         self.register_buffer("original_weight", None, persistent=False)
-        self.register_state_dict_post_hook(_save_unmerged)
-        self.register_load_state_dict_pre_hook(_refuse_if_merged)
 
     @classmethod
     def from_linear(
@@ -116,12 +98,10 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         """
         layer = cls(linear)
         layer.add_adapter(adapter_name, config, name=name, backend=backend)
-        linear.requires_grad_(False)
+        layer._on_its_own(adapter_name)
         if config.bias != "none" and layer.bias is not None:
             layer.bias.requires_grad_(True)
-        generator = layer.genft_generators[adapter_name]
-        generator.to(torch.promote_types(next(generator.parameters()).dtype, torch.float32))
-        return layer.train(linear.training)
+        return layer
 
     def add_adapter(
         self,
@@ -141,30 +121,9 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             shared: the adapter's shared factors in the model; None if the layer owns its parameters.
             backend: as in `from_linear`.
         """
-        if not isinstance(config, GeneratorConfig):
-            raise TypeError(f"config: got {type(config).__name__}, expected a config of genft_modules.METHODS")
-        if adapter_name in self.genft_generators:
-            raise ValueError(f"adapter_name: {adapter_name!r} already exists, expected a new name")
-        if backend is not None:
-            check_choice("backend", backend, BACKENDS)
+        self._check_new(adapter_name, config, backend)
         generator = config.build(name, self.in_features, self.out_features, shared)
-        generator.backend = backend or config.backend
-        if not self.genft_generators:
-            self._active_adapter = adapter_name
-        self.genft_generators[adapter_name] = generator.train(self.training)
-        if generator.shared:
-            self.genft_shared[adapter_name] = nn.ModuleList(generator.shared)
-        if (dtype := stored(self.base_layer).dtype) in FLOATS:
-            for module in generator.modules_with_shared():
-                module.to(dtype)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """As in peft. The first layer to lose an adapter deletes what its layers share."""
-        super().delete_adapter(adapter_name)
-        if adapter_name in self.containers:
-            self.containers.pop(adapter_name).delete(adapter_name)
+        self._add(adapter_name, generator, config, backend)
 
     def forward(self, x: Tensor, adapter_names: MixedBatch | Sequence[str] | None = None) -> Tensor:
         """y [..., N] from x [..., K], in the dtype of x (under autocast, in the autocast dtype).
@@ -227,10 +186,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         base = self.base_layer
         check_tensor("x", x)
         batch.names_of(x.shape[0])
-        if self.merged_adapters:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
+        self._refuse_mixed_merged()
         present = [name for name in batch.names if name in self.genft_generators]
         if self._disable_adapters or not present:
             return cast(Tensor, base(x))
@@ -257,7 +213,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
     def _weight(self) -> Tensor:
         """The current W0 [N, K] of the base layer; a `QuantisedWeight` if it is quantised."""
         weight: Any = _tensor_of(self._modules["base_layer"], "weight")
-        if (type(weight) not in _PLAIN_TENSORS or weight.dtype not in FLOATS) and is_quantised(self.base_layer):
+        if (type(weight) not in PLAIN_TENSORS or weight.dtype not in FLOATS) and is_quantised(self.base_layer):
             return cast(Tensor, QuantisedWeight(self.base_layer))
         if weight.dim() != 2:
             raise ValueError(
@@ -268,13 +224,9 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             weight = frozen_view(weight)
         return cast(Tensor, weight.t() if self.transposed else weight)
 
-    def _active_generators(self) -> list[Generator]:
-        # Direct access to _modules, here and below, because this runs in every call of every layer.
-        generators = cast(nn.Module, self._modules["genft_generators"])._modules
-        return [cast(Generator, generators[name]) for name in self.active_adapters if name in generators]
-
     def _is_plain(self, weight: Tensor) -> bool:
         """Whether the base layer only computes y = x W0ᵀ + b: no hooks, custom forward, or special weight."""
+        # Direct access to _modules because this runs in every call of every layer.
         base = cast(Any, self._modules["base_layer"])
         hooked = (
             base._forward_hooks
@@ -283,11 +235,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
             or base._backward_pre_hooks
             or "forward" in base.__dict__
         )
-        return self.plain_forward and type(weight) in _PLAIN_TENSORS and not hooked
-
-    def adapter_parameters(self, adapter_name: str = "default") -> dict[str, nn.Parameter]:
-        """The parameters of the adapter's ΔW by their released names, including those shared with other layers."""
-        return self._generator(adapter_name).adapter_parameters()
+        return self.plain_forward and type(weight) in PLAIN_TENSORS and not hooked
 
     def get_delta_weight(self, adapter_name: str = "default") -> Tensor:
         """ΔW [N, K], in the orientation of `nn.Linear` also for a `Conv1D`; without dropout, in float32 or wider.
@@ -321,19 +269,12 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         if not names:
             return
         base = self.base_layer
-        if type(weight := stored(base)) not in _PLAIN_TENSORS or weight.dtype not in FLOATS:
-            raise TypeError(
-                f"merge: {type(base).__name__} has a {type(weight).__name__} of {weight.dtype}, expected a plain "
-                "floating-point weight: merge into the same model loaded without quantisation"
-            )
+        refuse_quantised(base, stored(base))
         original: Tensor = base.weight.data if self.original_weight is None else self.original_weight
         names = [*self.merged_adapters, *names]
         with torch.no_grad():
-            merged = original.to(torch.promote_types(original.dtype, torch.float32), copy=True)
-            for name in names:
-                delta = self.get_delta_weight(name)
-                merged += delta.t() if self.transposed else delta
-            merged = merged.to(original.dtype)
+            deltas = (self.get_delta_weight(name) for name in names)
+            merged = with_updates(original, (delta.t() if self.transposed else delta for delta in deltas))
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(  # in peft's words
                 f"safe_merge: NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
@@ -349,8 +290,7 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Restore W0 exactly."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        if self._warn_if_unmerged():
             return
         parameter: Any = self.original_parameter
         del self.original_parameter
@@ -359,17 +299,15 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         self.original_weight = None
         self.merged_adapters = []
 
+    def originals(self) -> dict[str, Tensor]:
+        return {} if self.original_weight is None else {"weight": self.original_weight}
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `peft.convert_to_lora` supports the layer: not for Conv1D, where it expects ΔW transposed."""
         return not self.transposed
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, active={self.active_adapters}"
-
-    def _generator(self, adapter_name: str) -> Generator:
-        if adapter_name not in self.genft_generators:
-            raise ValueError(f"adapter_name: got {adapter_name!r}, expected one of {list(self.genft_generators)}")
-        return cast(Generator, self.genft_generators[adapter_name])
 
     def frozen_weight(self) -> Tensor:
         """W0 [N, K] in floating point, even while adapters are merged."""
@@ -379,33 +317,6 @@ class FusedGenLinear(nn.Module, BaseTunerLayer):
         if is_sharded(weight):
             weight = weight.full_tensor()
         return cast(Tensor, weight.dequantised() if isinstance(weight, QuantisedWeight) else weight)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As in peft, for own and shared factors, but without the cast to the base layer's dtype: peft also calls this
-        after loading with low_cpu_mem_usage, where a cast would round a float32 adapter to half precision."""
-        if adapter_name not in self.genft_generators:
-            return
-        for module in self._generator(adapter_name).modules_with_shared():
-            target = device or stored(self.base_layer).device
-            if target.type == "meta" or not any(parameter.is_meta for parameter in module.parameters()):
-                module.to(target)
-
-
-def _save_unmerged(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """W0 is what a state_dict contains also while adapters are merged: it contains the adapters, too, and where it is
-    loaded they are added to W0 once."""
-    key, original = f"{prefix}base_layer.weight", cast(FusedGenLinear, layer).original_weight
-    if original is not None and key in state:
-        state[key] = original
-
-
-def _refuse_if_merged(layer: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    """A merged layer would go on without the ΔW of its adapters, or with W0 of before."""
-    if cast(FusedGenLinear, layer).merged_adapters and f"{prefix}base_layer.weight" in state:
-        raise ValueError(
-            f"load_state_dict: {layer.merged_adapters} are merged into {prefix.rstrip('.') or 'the layer'}, expected "
-            "an unmerged model: call unmerge_adapter() first"
-        )
 
 
 def _tensor_of(layer: Any, name: str) -> Any:

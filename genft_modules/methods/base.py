@@ -157,6 +157,23 @@ class GeneratorConfig(PeftConfig):
         """
         raise NotImplementedError
 
+    def refuses_experts(self) -> str:
+        """Why stacked experts cannot be adapted with this configuration, as the rest of "cannot adapt experts, "; "" if
+        they can, by `build_experts`."""
+        return f"because {self.method} does not edit the input"
+
+    def build_experts(self, name: str, in_features: int, experts: int, shared: nn.ModuleDict | None) -> Generator:
+        """Create the generator of one projection of stacked experts, whose form is an `InputEdit`; only if
+        `refuses_experts` returns "".
+
+        Args:
+            name: the name of the stacked parameter in the model, such as "model.layers.0.mlp.experts.down_proj".
+            in_features: K, what an expert's projection takes.
+            experts: the number of experts.
+            shared: as in `build`.
+        """
+        raise NotImplementedError
+
     def module_patterns(self) -> dict[str, list[str]]:
         """Field → its patterns of layer names. The tuner warns about patterns that match no adapted layer."""
         return {}

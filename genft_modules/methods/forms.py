@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genft_kernels import (
+    RowGroups,
     draw_seed,
     generated_linear,
+    grouped_lowrank_linear,
     input_edit,
     input_edit_linear,
     lowrank_linear,
@@ -23,6 +25,8 @@ from genft_kernels import (
 )
 from genft_kernels.activations import activation as activation_named
 from genft_kernels.checks import as_rows, autocast, like_rows
+from genft_kernels.dither import dithered_sum
+from genft_kernels.operation import eager
 from genft_modules.methods.weights import by_rows, weight_features
 
 
@@ -70,7 +74,10 @@ class LowRank:
 
 @dataclass(frozen=True)
 class InputEdit:
-    """ΔW = scale·(W0 φᵀ) ψ with psi = ψ [r, K] and phi = φ [r, K], applied as an edit of x without reading W0."""
+    """ΔW = scale·(W0 φᵀ) ψ with psi = ψ [r, K] and phi = φ [r, K], applied as an edit of x without reading W0.
+
+    For stacked experts with a pair each, psi and phi are [experts, r, K]: see `of` and `grouped_edit`.
+    """
 
     psi: Tensor
     phi: Tensor
@@ -83,6 +90,22 @@ class InputEdit:
     def edit(self, x: Tensor, backend: str) -> Tensor:
         """x' [..., K] with base(x') = x (W0 + ΔW)ᵀ + b, for a base layer that computes its own product."""
         return input_edit(x, self.psi, self.phi, scale=self.scale, backend=backend)
+
+    def of(self, expert: int) -> InputEdit:
+        """The edit for one expert."""
+        return self if self.psi.dim() == 2 else InputEdit(self.psi[expert], self.phi[expert], self.scale)
+
+    def grouped_edit(self, to: Tensor, x: Tensor, rows: RowGroups, backend: str) -> Tensor:
+        """to [S, ..., K] plus the edit of x [S, ..., K] with the pair of each sample's expert, which `rows` gives. All
+        samples have one, and they are sorted by it."""
+        if x.device.type == "cpu" and backend != "triton" and eager(x):
+            # The reference gathers the factors of every sample; on a CPU nobody waits for the bounds.
+            psi, phi = self.psi.to(x.dtype), self.phi.to(x.dtype) * self.scale
+            samples = x.split(rows.bounds.diff().tolist())
+            update = torch.cat([part @ a.t() @ b for part, a, b in zip(samples, psi, phi, strict=True)])
+        else:
+            update = grouped_lowrank_linear(x, None, self.psi.mT, self.phi.mT * self.scale, rows, backend=backend)
+        return dithered_sum(to, update)
 
     def low_rank(self, weight: Tensor, backend: str) -> LowRank:
         """The same update as LowRank: P = ψᵀ, Q = W0 φᵀ."""

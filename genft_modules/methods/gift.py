@@ -14,6 +14,7 @@ from genft_modules.methods.base import Factors, Generator, GeneratorConfig, besi
 from genft_modules.methods.checks import check_flag, check_rank, check_row_blocks
 from genft_modules.methods.forms import Form, InputEdit, LowRank
 from genft_modules.methods.gift_blocks import Blocks, check_block
+from genft_modules.methods.patterns import fits
 from genft_modules.methods.weights import weight_features
 
 
@@ -33,8 +34,10 @@ class GIFTConfig(GeneratorConfig):
         enable_gift: for fused weights: layer name or regular expression → one flag per row block.
             {"qkv": [True, False, True]} adapts q and v of a fused qkv weight, each with its own pair.
         in_projection_bias, out_projection_bias: whether to use biases: ΔW = h(W0 φᵀ + 1 bᵢₙᵀ) ψᵀ + 1 bₒᵤₜᵀ.
+        tied_experts: for stacked experts, which need the identity block without biases: whether the experts of a layer
+            share a pair. False: one pair per expert.
 
-    Source: arXiv 2312.00700 v2 to v4 and its released code.
+    Source: arXiv 2312.00700 v2 to v4 and its released code; tied_experts is ours.
     """
 
     method: ClassVar[str] = "gift"
@@ -46,14 +49,21 @@ class GIFTConfig(GeneratorConfig):
     enable_gift: dict[str, list[bool]] = field(default_factory=dict)
     in_projection_bias: bool = False
     out_projection_bias: bool = False
+    tied_experts: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rank("r", self.r)
         check_block(self.block, self.block_kwargs, self.r)
         check_row_blocks("enable_gift", self.enable_gift)
-        for name in ("share_projections", "in_projection_bias", "out_projection_bias"):
+        for name in ("share_projections", "in_projection_bias", "out_projection_bias", "tied_experts"):
             check_flag(name, getattr(self, name))
+
+    @property
+    def edits_input(self) -> bool:
+        """Whether ΔW = W0 (φᵀ ψᵀ): h is the identity and there are no biases."""
+        identity = self.block == "simple_block" and self.block_kwargs.get("act_layer", "identity") == "identity"
+        return identity and not (self.in_projection_bias or self.out_projection_bias)
 
     def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> GIFTGenerator:
         flags = row_blocks("enable_gift", self.enable_gift, name, out_features)
@@ -62,12 +72,25 @@ class GIFTConfig(GeneratorConfig):
         if self.block == "mlp_mixer":
             sizes["tokens"] = out_features // len(flags)
         for index in (index for index, flag in enumerate(flags) if flag):
-            generator.add(index, self._factors(name, index, len(flags), sizes, shared), own=shared is None)
+            key = module_type(name) if len(flags) == 1 else f"{module_type(name)}_{index}"
+            generator.add(index, self._factors(name, key, sizes, shared), own=shared is None)
         return generator
 
-    def _factors(
-        self, name: str, index: int, blocks: int, sizes: dict[str, int], shared: nn.ModuleDict | None
-    ) -> GIFTFactors:
+    def refuses_experts(self) -> str:
+        if not self.edits_input:
+            return 'expected block = "simple_block" with act_layer "identity" and no biases, which edits the input'
+        return ""
+
+    def build_experts(self, name: str, in_features: int, experts: int, shared: nn.ModuleDict | None) -> GIFTGenerator:
+        if any(fits(pattern, name) for pattern in self.enable_gift):
+            raise ValueError(f"enable_gift: got flags for {name}, expected none: the rows of experts share an edit")
+        generator = GIFTGenerator(1)
+        sizes = {"in_features": in_features, **({} if self.tied_experts else {"experts": experts})}
+        key = f"{module_type(name)}_experts"  # not the pair of dense layers of that name
+        generator.add(0, self._factors(name, key, sizes, shared), own=shared is None)
+        return generator
+
+    def _factors(self, name: str, key: str, sizes: dict[str, int], shared: nn.ModuleDict | None) -> GIFTFactors:
         def make() -> GIFTFactors:
             return GIFTFactors(self, **sizes)
 
@@ -75,7 +98,6 @@ class GIFTConfig(GeneratorConfig):
             return make()
         if self.share_projections:
             return share(shared, "all", name, make, sizes, told_by="share_projections")
-        key = module_type(name) if blocks == 1 else f"{module_type(name)}_{index}"
         return share(shared, key, name, make, sizes)
 
     def module_patterns(self) -> dict[str, list[str]]:
@@ -83,30 +105,32 @@ class GIFTConfig(GeneratorConfig):
 
 
 class GIFTFactors(Factors):
-    """φ [r, K] initialised like nn.Linear, ψ [K, r] zero, the block, and the optional biases [r] and [K]."""
+    """φ [r, K] initialised like nn.Linear, ψ [K, r] zero, the block, and the optional biases [r] and [K]. For a pair
+    per expert φ [experts, r, K] and ψ [experts, K, r]."""
 
     phi_bias: nn.Parameter | None
     psi_bias: nn.Parameter | None
 
-    def __init__(self, config: GIFTConfig, in_features: int, tokens: int = 0) -> None:
-        super().__init__(in_features=in_features, **({"tokens": tokens} if tokens else {}))
-        self.phi = nn.Parameter(torch.empty(config.r, in_features))
-        nn.init.kaiming_uniform_(self.phi, a=math.sqrt(5))
+    def __init__(self, config: GIFTConfig, in_features: int, **more: int) -> None:
+        super().__init__(in_features=in_features, **more)  # tokens, experts
+        several = (more["experts"],) if "experts" in more else ()
+        self.phi = nn.Parameter(torch.empty(*several, config.r, in_features))
+        for phi in self.phi.detach().reshape(-1, config.r, in_features):
+            nn.init.kaiming_uniform_(phi, a=math.sqrt(5))
         self.register_parameter("phi_bias", None)
         if config.in_projection_bias:
             self.phi_bias = nn.Parameter(torch.empty(config.r))
             nn.init.uniform_(self.phi_bias, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
-        self.psi = nn.Parameter(torch.zeros(in_features, config.r))
+        self.psi = nn.Parameter(torch.zeros(*several, in_features, config.r))
         self.register_parameter("psi_bias", None)
         if config.out_projection_bias:
             self.psi_bias = nn.Parameter(torch.zeros(in_features))
-        self.block = Blocks(config.block, config.r, tokens, **config.block_kwargs)
-        identity = config.block == "simple_block" and config.block_kwargs.get("act_layer", "identity") == "identity"
-        self.is_edit = identity and not (config.in_projection_bias or config.out_projection_bias)  # ΔW = W0 (φᵀ ψᵀ)
+        self.block = Blocks(config.block, config.r, more.get("tokens", 0), **config.block_kwargs)
+        self.is_edit = config.edits_input
 
     def edit(self, weight: Tensor) -> InputEdit:
         phi, psi = beside(weight, self.phi, self.psi)
-        return InputEdit(psi.t(), phi)
+        return InputEdit(psi.mT, phi)
 
     def low_rank(self, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         """P [K, r'] and Q [N, r'] with ΔW = Q Pᵀ; r' = r, or r + 1 with a bias of the out-projection."""
@@ -161,4 +185,4 @@ class GIFTGenerator(Generator):
     def extra_repr(self) -> str:
         first = next(iter(self._factors().values()))
         adapted = f", row_blocks={sorted(self.adapted)} of {self.blocks}" if self.blocks > 1 else ""
-        return f"r={first.phi.shape[0]}{adapted}, shared={bool(self.shared)}"
+        return f"r={first.phi.shape[-2]}{adapted}, shared={bool(self.shared)}"

@@ -13,6 +13,7 @@ from genft_kernels import draw_seed
 from genft_modules.methods.base import Factors, Generator, GeneratorConfig, beside, module_type, row_blocks, share
 from genft_modules.methods.checks import (
     check_dropout,
+    check_flag,
     check_number,
     check_patterns,
     check_rank,
@@ -45,9 +46,10 @@ class WeGeFTConfig(GeneratorConfig):
             {"qkv": [True, False, True]} adapts q and v of a fused qkv weight, each with its own pair (shared with the
             same block of other layers in the group). The update is then applied in its low-rank form, at the cost of
             one pass over the adapted rows of W0 per call.
+        tied_experts: for stacked experts: whether the experts of a layer share a pair. False: one pair per expert.
         rank_pattern, alpha_pattern: layer name or regular expression → r or α of these layers.
 
-    Source: arXiv 2312.00700 v5 (ICML 2025) and its released code; enable_wegeft is ours.
+    Source: arXiv 2312.00700 v5 (ICML 2025) and its released code; enable_wegeft and tied_experts are ours.
     """
 
     method: ClassVar[str] = "wegeft"
@@ -57,6 +59,7 @@ class WeGeFTConfig(GeneratorConfig):
     wegeft_dropout: float = 0.0
     tied_modules: list[list[str]] | str | None = BY_TYPE
     enable_wegeft: dict[str, list[bool]] = field(default_factory=dict)
+    tied_experts: bool = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
@@ -66,6 +69,7 @@ class WeGeFTConfig(GeneratorConfig):
         check_number("wegeft_alpha", self.wegeft_alpha)
         check_dropout("wegeft_dropout", self.wegeft_dropout)
         check_row_blocks("enable_wegeft", self.enable_wegeft)
+        check_flag("tied_experts", self.tied_experts)
         check_patterns("rank_pattern", self.rank_pattern, check_rank)
         check_patterns("alpha_pattern", self.alpha_pattern, check_number)
         check_expressions(self, "tied_modules")
@@ -82,10 +86,30 @@ class WeGeFTConfig(GeneratorConfig):
         parts = {i: self._generator(name, in_features, shared, f"_{i}") for i, flag in enumerate(flags) if flag}
         return RowBlocks(len(flags), parts)
 
-    def _generator(self, name: str, in_features: int, shared: nn.ModuleDict | None, block: str = "") -> WeGeFTGenerator:
+    def refuses_experts(self) -> str:
+        if self.wegeft_dropout:
+            return (
+                f"expected wegeft_dropout = 0, got {self.wegeft_dropout:g}: a mask of W0 makes it no edit of the input"
+            )
+        return ""
+
+    def build_experts(self, name: str, in_features: int, experts: int, shared: nn.ModuleDict | None) -> Generator:
+        if any(fits(pattern, name) for pattern in self.enable_wegeft):
+            raise ValueError(f"enable_wegeft: got flags for {name}, expected none: the rows of experts share an edit")
+        block = "_experts" if self.tied_modules == BY_TYPE else ""  # not the pair of dense layers of that name
+        return self._generator(name, in_features, shared, block, {} if self.tied_experts else {"experts": experts})
+
+    def _generator(
+        self,
+        name: str,
+        in_features: int,
+        shared: nn.ModuleDict | None,
+        block: str = "",
+        experts: dict[str, int] | None = None,
+    ) -> WeGeFTGenerator:
         r = pattern_value(self.rank_pattern, name, self.r)
         scale = pattern_value(self.alpha_pattern, name, self.wegeft_alpha) / r
-        sizes = {"in_features": in_features, "r": r}
+        sizes = {"in_features": in_features, "r": r, **(experts or {})}
 
         def make() -> WeGeFTPair:
             return WeGeFTPair(**sizes)
@@ -114,13 +138,16 @@ class WeGeFTConfig(GeneratorConfig):
 
 
 class WeGeFTPair(Factors):
-    """φ and ψ [r, K], initialised to zero and Kaiming-uniform(√5), so that ΔW = 0."""
+    """φ and ψ [r, K], initialised to zero and Kaiming-uniform(√5), so that ΔW = 0; [experts, r, K] for a pair per
+    expert."""
 
-    def __init__(self, in_features: int, r: int) -> None:
-        super().__init__(in_features=in_features, r=r)
-        self.phi = nn.Parameter(torch.zeros(r, in_features))
-        self.psi = nn.Parameter(torch.empty(r, in_features))
-        nn.init.kaiming_uniform_(self.psi, a=math.sqrt(5))
+    def __init__(self, in_features: int, r: int, experts: int | None = None) -> None:
+        super().__init__(in_features=in_features, r=r, **({} if experts is None else {"experts": experts}))
+        shape = (r, in_features) if experts is None else (experts, r, in_features)
+        self.phi = nn.Parameter(torch.zeros(shape))
+        self.psi = nn.Parameter(torch.empty(shape))
+        for psi in self.psi.detach().reshape(-1, r, in_features):
+            nn.init.kaiming_uniform_(psi, a=math.sqrt(5))
 
 
 class WeGeFTGenerator(Generator):

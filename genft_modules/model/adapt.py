@@ -12,7 +12,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from genft_modules.layer.linear import FusedGenLinear
-from genft_modules.model.targets import targets_of
+from genft_modules.model.targets import target_names, targets_of
 
 
 def adapt(model: nn.Module, config: PeftConfig, adapter_name: str = "default") -> PeftModel:
@@ -79,7 +79,7 @@ def linear_targets(model: nn.Module, saved: Any = ()) -> list[str] | str:
             f"model: {type(model).__name__} {found}, expected some before the output layer; name layers in "
             "target_modules, or adapt a single one with FusedGenLinear.from_linear"
         )
-    return targets_of(targets, names)
+    return targets_of(targets, target_names(model))
 
 
 def output_layers(model: nn.Module) -> set[nn.Module]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genft_modules.layer.adapted import AdaptedLayer
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.methods import LoRAConfig
 from genft_modules.methods.checks import check_number, check_rank
@@ -46,11 +47,12 @@ def combined(
             raise ValueError(
                 f"adapters: {name!r} also trains full modules or biases (modules_to_save, bias), which cannot be added"
             )
-    layers = {
-        key: layer
-        for key, layer in tuner.model.named_modules()
-        if isinstance(layer, FusedGenLinear) and not layer.genft_generators.keys().isdisjoint(adapters)
-    }
+    layers = {}
+    for key, layer in tuner.model.named_modules():
+        if isinstance(layer, AdaptedLayer) and not layer.genft_generators.keys().isdisjoint(adapters):
+            if not isinstance(layer, FusedGenLinear):
+                raise ValueError(f"adapters: got adapters of stacked experts ({key}), expected of linear layers only")
+            layers[key] = layer
     factors = {}
     for key, layer in layers.items():
         parts = []

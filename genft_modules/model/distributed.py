@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from genft_kernels.sharded import is_sharded
 from genft_modules.files import PREFIX
-from genft_modules.layer.linear import FusedGenLinear
+from genft_modules.layer.adapted import AdaptedLayer
 from genft_modules.methods.weights import stored
 
 T = TypeVar("T")
@@ -187,5 +187,5 @@ def _check_sharing(model: nn.Module) -> None:
                     )
 
 
-def _layers(model: nn.Module) -> Iterable[tuple[str, FusedGenLinear]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, FusedGenLinear))
+def _layers(model: nn.Module) -> Iterable[tuple[str, AdaptedLayer]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLayer))

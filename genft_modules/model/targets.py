@@ -10,6 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from genft_modules.files import PREFIX
+from genft_modules.layer.experts import FusedGenExperts, projections
 from genft_modules.methods.base import module_type
 
 
@@ -24,6 +25,20 @@ def layer_names(model: nn.Module) -> list[str]:
             inside = (*inside, f"{name}.")
         names.append(name.removeprefix(PREFIX))
     return names
+
+
+def projections_of(module: nn.Module) -> tuple[str, ...]:
+    """The stacked projections of a module of experts, adapted or not."""
+    return module.projections if isinstance(module, FusedGenExperts) else projections(module)
+
+
+def target_names(model: nn.Module) -> list[str]:
+    """What target_modules and other patterns are matched with: the names of modules and of stacked projections."""
+    return [
+        target
+        for name, module in model.named_modules()
+        for target in (name, *(f"{name}.{one}" for one in projections_of(module)))
+    ]
 
 
 def targets_of(adapted: Iterable[str], names: Iterable[str]) -> list[str] | str:

@@ -12,11 +12,19 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
 from genft_modules.files import PREFIX, refuse_misfits
+from genft_modules.layer.adapted import AdaptedLayer
+from genft_modules.layer.experts import FusedGenExperts, projections
 from genft_modules.layer.linear import FusedGenLinear
 from genft_modules.layer.mixed import BASE, mixed_batch
 from genft_modules.layer.shared import SHARED, InjectedGenerators, SharedGenerators
@@ -25,13 +33,15 @@ from genft_modules.methods.checks import one_line
 from genft_modules.methods.patterns import check_matching, fits
 from genft_modules.model.combine import combined
 from genft_modules.model.distributed import unwrapped
+from genft_modules.model.targets import projections_of, target_names
 
 
 class GenFTModel(BaseTuner):
-    """The tuner that `peft.get_peft_model` creates for genft configs: replaces target layers by `FusedGenLinear`."""
+    """The tuner that `peft.get_peft_model` creates for genft configs: replaces target layers by `FusedGenLinear`, and
+    modules of stacked experts whose parameters are targets by `FusedGenExperts`."""
 
     prefix = "genft_"
-    tuner_layer_cls = (FusedGenLinear, InjectedGenerators)
+    tuner_layer_cls = (AdaptedLayer, InjectedGenerators)
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], *args: Any, **kwargs: Any):
@@ -56,14 +66,24 @@ class GenFTModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        try:
-            layer = target if isinstance(target, FusedGenLinear) else FusedGenLinear(target)
-        except TypeError as error:
-            raise TypeError(f"target_modules: {current_key}: {error}") from None
         home, kind = (self, SharedGenerators) if self.stays else (unwrapped(self.model), InjectedGenerators)
         container = home._modules.get(SHARED) or kind().train(self.model.training)
         shared = cast(dict[str, nn.ModuleDict], container.genft_shared._modules).get(adapter_name) or nn.ModuleDict()
-        layer.add_adapter(adapter_name, peft_config, name=_plain(current_key), shared=shared)
+        try:
+            layer = target if isinstance(target, AdaptedLayer) else _layer(target)
+            if isinstance(layer, FusedGenExperts):
+                targets = _targeted(peft_config, current_key, layer)
+                if not targets:
+                    raise TypeError(
+                        f"got {type(layer.base_layer).__name__}, expected the name of a parameter of it, "
+                        f"{' or '.join(f'{target_name}.{one}' for one in layer.projections)}"
+                    )
+                name = _plain(current_key)
+                layer.add_adapter(adapter_name, peft_config, targets=targets, name=name, shared=shared)
+        except TypeError as error:
+            raise TypeError(f"target_modules: {current_key}: {error}") from None
+        if isinstance(layer, FusedGenLinear):
+            layer.add_adapter(adapter_name, peft_config, name=_plain(current_key), shared=shared)
         if shared:
             container.genft_shared[adapter_name] = shared
             setattr(home, SHARED, container)
@@ -74,6 +94,18 @@ class GenFTModel(BaseTuner):
             parent.activation_relu_or_gelu = 0
         if layer is not target:
             self._replace_module(parent, target_name, layer.train(target.training), target)
+
+    def _check_target_module_exists(self, peft_config: GeneratorConfig, key: str) -> Any:
+        """As in peft; also whether a module holds stacked experts of which a parameter is a target."""
+        found = super()._check_target_module_exists(peft_config, key)
+        if found or isinstance(found, _ExcludedModule):
+            return found
+        try:
+            module = self.model.get_submodule(key)
+        except AttributeError:  # a part of experts that have been wrapped
+            return found
+        results = [check_target_module_exists(peft_config, f"{key}.{one}") for one in projections_of(module)]
+        return next((one for one in sorted(results, key=bool, reverse=True)), found)
 
     def inject_adapter(
         self,
@@ -86,14 +118,18 @@ class GenFTModel(BaseTuner):
         """As in peft, but refuses patterns that could take very long to match, restores the model if injection fails,
         and warns about patterns in the config that match no adapted layer. An adapter of the same name, which peft lets
         pass only where the model gets another tuner, is replaced, in all of its layers."""
-        check_matching(self.peft_config[adapter_name], (name for name, _ in model.named_modules()))
-        _refuse_parameters(model, self.peft_config[adapter_name].target_modules)
+        check_matching(self.peft_config[adapter_name], target_names(model))
+        _refuse_parameters(model, self.peft_config[adapter_name])
+        _include_experts(model, self.peft_config[adapter_name])
         # Keys of shared factors do not identify the adapted layers: then the config does.
         shared = state_dict is not None and any(".genft_shared." in f".{key}" for key in state_dict)
         layers = None if shared else state_dict
         former = _take(model, adapter_name)
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers)
+            with warnings.catch_warnings():
+                # peft compares them with modules; below they are compared with stacked parameters, too.
+                warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, layers)
         except Exception:
             _take(model, adapter_name)
             _give_back(former, adapter_name)
@@ -103,15 +139,18 @@ class GenFTModel(BaseTuner):
         adapted = _adapted(model, adapter_name)
         if state_dict is not None and shared:
             _compare(state_dict, adapted, adapter_name)
-        for field, patterns in self.peft_config[adapter_name].module_patterns().items():
-            idle = [pattern for pattern in patterns if not any(fits(pattern, name) for name in adapted)]
+        names = [one for name, layer in adapted.items() for one in layer.names_of_targets(name, adapter_name)]
+        config = self.peft_config[adapter_name]
+        ranks = {field: list(getattr(config, field, ())) for field in ("rank_pattern", "alpha_pattern")}
+        for field, patterns in {**config.module_patterns(), **ranks}.items():
+            idle = [pattern for pattern in patterns if not any(fits(pattern, name) for name in names)]
             if idle:
                 warnings.warn(f"{field}: {idle} match none of the adapted layers.", RuntimeWarning, stacklevel=2)
 
     def _clear(self, model: nn.Module) -> None:
         """Remove layers without adapters and containers without factors."""
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, FusedGenLinear) and not (layer.genft_generators or layer.merged_adapters):
+            if isinstance(layer, AdaptedLayer) and not (layer.genft_generators or layer.merged_adapters):
                 model.set_submodule(name, layer.base_layer)
         for home in (self, unwrapped(model)):
             if SHARED in home._modules and not home._modules[SHARED].genft_shared:
@@ -180,14 +219,14 @@ class GenFTModel(BaseTuner):
         batch = mixed_batch(adapter_names, _copies(self.model, kwargs))
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [module for module in self.modules() if isinstance(module, (FusedGenLinear, AuxiliaryTrainingWrapper))]
-        known = {name for layer in layers if isinstance(layer, FusedGenLinear) for name in layer.genft_generators}
+        layers = [module for module in self.modules() if isinstance(module, (AdaptedLayer, AuxiliaryTrainingWrapper))]
+        known = {name for layer in layers if isinstance(layer, AdaptedLayer) for name in layer.genft_generators}
         if unknown := set(batch.names) - known - {BASE}:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
 
         def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             # Modules of modules_to_save are peft's and take a list.
-            names = batch if isinstance(module, FusedGenLinear) else batch.names_of(len(args[0]))
+            names = batch if isinstance(module, AdaptedLayer) else batch.names_of(len(args[0]))
             return args, {**kwargs, "adapter_names": names}
 
         handles = [layer.register_forward_pre_hook(give, with_kwargs=True) for layer in layers]
@@ -217,7 +256,7 @@ class GenFTModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """peft expects the adapter name near the end of a key; here it follows the container's name. In files, what
         layers share is a child of the model, wherever it is kept, and names are those of the uncompiled model."""
-        for container in FusedGenLinear.adapter_layer_names:
+        for container in AdaptedLayer.adapter_layer_names:
             before, found, after = key.partition(f"{container}.{adapter_name}.")
             if found:
                 before = f"{PREFIX}{SHARED}." if before == f"base_model.{SHARED}." else _plain(before)
@@ -235,7 +274,7 @@ class GenFTModel(BaseTuner):
         known = model.state_dict()
         # with bias="all", peft saves biases of modules_to_save twice, the second time under a key not in the model
         state = {key: tensor for key, tensor in state.items() if key in known or ".modules_to_save." not in key}
-        containers = FusedGenLinear.adapter_layer_names
+        containers = AdaptedLayer.adapter_layer_names
         own = {k: t for k, t in known.items() if any(f"{name}.{adapter_name}." in k for name in containers)}
         if own and not own.keys() & state.keys():
             message = (
@@ -250,7 +289,7 @@ class GenFTModel(BaseTuner):
         return state
 
 
-def _compare(state: dict[str, Tensor], adapted: dict[str, FusedGenLinear], adapter_name: str) -> None:
+def _compare(state: dict[str, Tensor], adapted: dict[str, AdaptedLayer], adapter_name: str) -> None:
     """Warn as peft does about layers that only one of the state and the config has. (Layers without tensors of their
     own do not appear in a state.)"""
     inside = ".genft_generators."
@@ -266,9 +305,46 @@ def _compare(state: dict[str, Tensor], adapted: dict[str, FusedGenLinear], adapt
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def _refuse_parameters(model: nn.Module, targets: Any) -> None:
-    """Raise TypeError if a target is a parameter, such as the fused experts of a layer; peft would ignore it if other
-    targets match."""
+def _layer(module: nn.Module) -> FusedGenLinear | FusedGenExperts:
+    return FusedGenExperts(module) if projections(module) else FusedGenLinear(module)
+
+
+def _targeted(config: GeneratorConfig, name: str, module: nn.Module) -> list[str]:
+    """The stacked projections of a module that are targets, matched as peft matches names of modules."""
+    if isinstance(check_target_module_exists(config, name), _ExcludedModule):
+        return []
+    return [one for one in projections_of(module) if check_target_module_exists(config, f"{name}.{one}")]
+
+
+def _include_experts(model: nn.Module, config: GeneratorConfig) -> None:
+    """Make "all-linear" the names of the linear layers, as peft does, and those of stacked experts."""
+    if str(config.target_modules).lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND or config.refuses_experts():
+        return
+    stacked = {
+        name: module
+        for name, module in model.named_modules()
+        if projections_of(module) and not name.endswith(".base_layer")
+    }
+    if not stacked:
+        return
+    _maybe_include_all_linear_layers(config, model)
+    every = {f"{name}.{one}" for name, module in stacked.items() for one in projections_of(module)}
+    targets: Any = {*cast(set[str], config.target_modules), *every}
+    config.target_modules = targets
+    experts = [f"{name}.{one}" for name, module in stacked.items() for one in _targeted(config, name, module)]
+    if not experts:
+        return
+    warnings.warn(
+        f'target_modules: "all-linear" includes {len(experts)} parameters of stacked experts, such as {experts[0]}; '
+        'exclude_modules=["experts.gate_up_proj", "experts.down_proj"] leaves them out.',
+        stacklevel=3,
+    )
+
+
+def _refuse_parameters(model: nn.Module, config: GeneratorConfig) -> None:
+    """Raise TypeError if a target is a parameter that the method cannot adapt; peft would ignore it if other targets
+    match."""
+    targets: Any = config.target_modules
     if not isinstance(targets, (set, list, tuple)):
         return
     names = [name for name, _ in model.named_modules()]
@@ -276,11 +352,18 @@ def _refuse_parameters(model: nn.Module, targets: Any) -> None:
         if any(name == target or name.endswith(f".{target}") for name in names):
             continue
         for name, parameter in model.named_parameters():
-            if name == target or name.endswith(f".{target}"):
-                owner = name.rpartition(".")[0]
+            if name != target and not name.endswith(f".{target}"):
+                continue
+            owner, _, short = name.rpartition(".")
+            module = model.get_submodule(owner)
+            came = f"{target!r}, a parameter {list(parameter.shape)} of {owner} ({type(module).__name__})"
+            if short not in projections_of(module):
+                raise TypeError(f"target_modules: got {came}, expected a layer")
+            if reason := config.refuses_experts():
                 raise TypeError(
-                    f"target_modules: got {target!r}, a parameter {list(parameter.shape)} of {owner} "
-                    f"({type(model.get_submodule(owner)).__name__}), expected a layer"
+                    f"target_modules: got {came}, but {type(config).__name__} cannot adapt experts, {reason}; expected "
+                    "a layer, WeGeFTConfig or GIFTConfig with their default options, or peft's "
+                    "LoraConfig(target_parameters=...)"
                 )
 
 
@@ -304,7 +387,7 @@ def _plain(name: str) -> str:
 class _Taken:
     """An adapter that was taken out of a layer."""
 
-    layer: FusedGenLinear
+    layer: AdaptedLayer
     generator: Generator
     container: SharedGenerators | None
     factors: nn.Module | None
@@ -341,12 +424,12 @@ def _give_back(taken: list[_Taken], adapter_name: str) -> None:
             one.container.genft_shared[adapter_name] = one.factors
 
 
-def _adapted(model: nn.Module, adapter_name: str) -> dict[str, FusedGenLinear]:
+def _adapted(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
     """The layers with the adapter, by name."""
     return {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, FusedGenLinear) and adapter_name in layer.genft_generators
+        if isinstance(layer, AdaptedLayer) and adapter_name in layer.genft_generators
     }
 
 

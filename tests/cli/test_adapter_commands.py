@@ -29,6 +29,8 @@ from genft_cli.plotting import update_norms
 from genft_modules import GenFTConfig, GIFTConfig, WeGeFTConfig, save_adapter
 from tests.cli.conftest import Genft, Result
 from tests.support.disks import small_files
+from tests.support.experts import TARGETS as EXPERTS
+from tests.support.experts import adapted, moe, stacks
 
 IDS = torch.arange(12).reshape(2, 6)
 PROJECTIONS = ["q_proj", "v_proj"]
@@ -187,6 +189,27 @@ def test_inspect_with_and_without_the_base(genft: Genft, adapter: Adapter, llama
     assert "use --model" in done.out
     assert "‖ΔW‖ " not in done.out
     refused(genft("inspect", "wegeft", "--plot", "norms.png"), "--plot", "--model")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_inspect_and_merge_experts(genft: Genft, tmp_path: Path, tied: bool) -> None:
+    moe("mixtral").save_pretrained("moe")
+    config = WeGeFTConfig(r=3, tied_experts=tied, target_modules=EXPERTS, task_type="CAUSAL_LM")
+    model = adapted(AutoModelForCausalLM.from_pretrained("moe"), config)
+    save_adapter(model, "adapter")
+    done = genft("inspect", "adapter", "--model", "moe")
+    assert done.code == 0, done.err
+    assert ("phi 3×16, psi 3×16" if tied else "phi 4×3×16, psi 4×3×16") in done.out
+    (layer,) = stacks(model).values()
+    deltas = torch.stack([layer.get_delta_weight("default", "down_proj", expert) for expert in range(4)])
+    row = next(line for line in done.out.splitlines() if "layers.0.mlp.experts.down_proj" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:4] == ["3", "0", "down_proj_experts"]
+    assert float(cells[4]) == pytest.approx(float(deltas.detach().norm()), rel=5e-3)
+    assert genft("merge", "adapter", "--model", "moe", "--output", "merged").code == 0
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained("merged")), logits(model), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_inspect_own_tensors_and_modules_saved_whole(genft: Genft, adapter: Adapter) -> None:

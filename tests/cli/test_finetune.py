@@ -14,9 +14,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from genft_cli import finetune, job, runs, training
 from genft_cli.arguments import parse
+from genft_cli.demo.bytes import byte_tokenizer
 from genft_cli.verify import verify
 from tests.cli.conftest import Genft
 from tests.support.disks import small_files
@@ -380,6 +382,24 @@ def test_options_of_others_are_no_run(genft: Genft, llama: Path, prose: Path) ->
     done = genft("finetune", "--model", llama, "--dataset", prose, "--output", "out", "--overwrite")
     assert (done.code, "exists and is not empty" in done.err) == (2, True)
     assert Path("out/options.yaml").read_text() == "max_steps: 3\n"
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "experts.down_proj"])
+def test_stacked_experts(genft: Genft, prose: Path, targets: str) -> None:
+    config = MixtralConfig(
+        vocab_size=259, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained("moe")
+    byte_tokenizer().save_pretrained("moe")
+    run = ("--model", "moe", "--dataset", prose, "--method", "wegeft", "--max_steps", 2, "--max_length", 32)
+    done = genft("finetune", *run, "--target_modules", targets, "--output", "run")
+    assert done.code == 0, done.err
+    adapted = [name for name in tensors("run") if name.endswith("_experts.phi")]
+    assert len(adapted) == (2 if targets == "all-linear" else 1)
+    done = genft("finetune", *run, "--target_modules", "experts.up_proj", "--output", "other")
+    assert done.code == 2
+    assert "--target_modules experts.up_proj: no such module" in done.err
 
 
 # --- options -----------------------------------------------------------------------------------------------------

@@ -42,14 +42,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
+from transformers.distributed.expert_parallel import apply_expert_parallelism
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.pytorch_utils import Conv1D
 
-from genft_modules import METHODS, FusedGenLinear, fuse_lora, grft_penalty, unfuse_lora
+from genft_modules import METHODS, FusedGenLinear, WeGeFTConfig, fuse_lora, grft_penalty, unfuse_lora
 from genft_modules.disk.adapters import restore_adapter, save_adapter
 from genft_modules.model.distributed import align_adapters, unwrapped
 from genft_modules.model.fused import FusedForward
 from tests.support.cases import CASES, randomize
+from tests.support.experts import TARGETS as EXPERTS
+from tests.support.experts import adapted, moe
 
 ROOT = Path(__file__).parents[2]
 COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")  # how they are cut
@@ -349,6 +352,39 @@ def a_conv1d_of_its_own_group(case: str) -> None:
         y.square().sum().backward()
         results.append([y, x.grad, *(full(parameter.grad) for parameter in trained(layer).values())])
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def experts_in_sharded_blocks(tied: bool) -> None:
+    """fully_shard of the model and of its blocks, with one pair for all experts; or of its experts, with one each."""
+
+    def model() -> PeftModel:
+        config = WeGeFTConfig(r=3, tied_experts=tied, target_modules=["q_proj", *EXPERTS])
+        return adapted(moe("mixtral", "batched_mm", torch.float64), config, std=0.1).to(device())
+
+    sharded = model()
+    for block in sharded.get_base_model().model.layers:
+        fully_shard(block if tied else block.mlp.experts.base_layer, mesh=mesh())
+    assert_same(train(fully_shard(sharded, mesh=mesh()), share_of_batch()), train(model(), BATCH))
+
+
+def experts_spread_over_processes() -> None:
+    """transformers' expert parallelism: the pair of gate_up_proj trains as in one process; down_proj only infers."""
+    name = "model.layers.0.mlp.experts"
+    plan = {**{f"{name}.{one}_proj": "grouped_gemm" for one in ("gate_up", "down")}, name: "ep_dispatch_experts"}
+
+    def model(targets: list[str], *, spread: bool) -> PeftModel:
+        plain = moe("mixtral").to(device())
+        if spread:
+            apply_expert_parallelism(plain, mesh(), mesh(), plan, "all_reduce")
+        return adapted(plain, WeGeFTConfig(r=3, target_modules=targets), std=0.1)
+
+    assert_same(train(model(EXPERTS[:1], spread=True), BATCH), train(model(EXPERTS[:1], spread=False), BATCH))
+    both, rows = model(EXPERTS, spread=True), BATCH.to(device())
+    with torch.no_grad():
+        want = model(EXPERTS, spread=False)(input_ids=rows).logits
+        torch.testing.assert_close(both(input_ids=rows).logits, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="got down_proj of experts that are spread over processes"):
+        both(input_ids=rows)
 
 
 def a_penalty_is_refused() -> None:
@@ -653,6 +689,9 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"one_layer-{style}-several", partial(one_layer, style, "wegeft", "genft_gelu", "lora")
     for case in ("wegeft", "genft_gelu"):
         yield f"conv1d-{case}", partial(a_conv1d_of_its_own_group, case)
+    for tied in (True, False):
+        yield f"experts-{'tied' if tied else 'each'}", partial(experts_in_sharded_blocks, tied)
+    yield "experts-spread", experts_spread_over_processes
     yield "fused_rows", fused_rows_are_refused
     yield "fsdp1_refuses", fsdp1_refuses
     yield "penalty", a_penalty_is_refused

@@ -13,10 +13,10 @@ from peft import (
 )
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM
 
-from genft_modules import FusedGenLinear, GIFTConfig, LoRAConfig, WeGeFTConfig
-from tests.support.architectures import ARCHITECTURES, SMALL
+from genft_modules import FusedGenLinear, LoRAConfig, WeGeFTConfig
+from tests.support.architectures import ARCHITECTURES
 from tests.support.cases import CASES, DEVICE, KINDS, llama, logits, randomize
 
 
@@ -109,34 +109,6 @@ def test_experts_that_are_layers(case):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in trained)
     torch.testing.assert_close(model.merge_and_unload()(x), found, rtol=1e-4, atol=1e-5)
-
-
-def mixtral() -> nn.Module:
-    return MixtralForCausalLM(MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4)).eval()
-
-
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [
-        (["experts"], r"target_modules: model\.layers\.0\.mlp\.experts: base_layer: got MixtralExperts"),
-        (
-            ["gate_up_proj"],
-            r"target_modules: got 'gate_up_proj', a parameter \[4, 96, 32\] of model\.layers\.0\.mlp\.exp",
-        ),
-        (
-            ["q_proj", "experts.down_proj"],
-            r"'experts\.down_proj', a parameter .* of .*MixtralExperts.*, expected a layer",
-        ),
-        (["gate"], r"target_modules: model\.layers\.0\.mlp\.gate: base_layer: got MixtralTopKRouter"),
-    ],
-)
-def test_fused_experts_are_refused_by_name(targets, message):
-    model = mixtral()
-    names = list(model.state_dict())
-    with pytest.raises(TypeError, match=message):
-        get_peft_model(model, WeGeFTConfig(r=2, target_modules=targets))
-    assert list(model.state_dict()) == names
-    assert len(layers(get_peft_model(model, GIFTConfig(r=2, target_modules="all-linear")))) == 8  # the attention
 
 
 @pytest.mark.parametrize(
