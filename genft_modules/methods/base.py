@@ -7,7 +7,6 @@ returns the form of the layer's update. Injection, saving and merging are common
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from genft_kernels.plan import BACKENDS
 from genft_modules.card import write_card
-from genft_modules.files import CONFIG, check_files, local_name, refuse_pickle
+from genft_modules.files import CONFIG, check_files, refuse_pickle
 from genft_modules.methods.checks import (
     check_choice,
     check_flag,
@@ -120,15 +119,11 @@ class GeneratorConfig(PeftConfig):
         return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As in peft, and writes the model card. A base model in a directory of this place is stored with ./ in front,
-        so that its name is none of the Hub's. `PeftModel.save_pretrained`, transformers' and the Trainer's checkpoints
-        all call this. Raises ValueError if `PeftModel` has written the weights as a pickle."""
+        """As in peft, and writes the model card. `PeftModel.save_pretrained`, transformers' and the Trainer's
+        checkpoints all call this. Raises ValueError if `PeftModel` has written the weights as a pickle."""
         if "auto_mapping_dict" in kwargs:  # passed by PeftModel, which has just written the weights
             refuse_pickle(Path(save_directory))
-        written = copy.copy(self)
-        if self.base_model_name_or_path:
-            written.base_model_name_or_path = local_name(self.base_model_name_or_path)
-        super(GeneratorConfig, written).save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)
         write_card(Path(save_directory))
 
     @classmethod

@@ -191,24 +191,6 @@ def test_the_files_name_the_import_for_those_who_meet_peft_without_it(tmp_path, 
     assert f"peft says `KeyError: {raised.value}`" in (tmp_path / CARD).read_text()
 
 
-def test_a_base_model_in_a_directory_is_stored_as_a_path(tmp_path, monkeypatch):
-    """`base` could be a model on the hub, `./base` is none."""
-    (tmp_path / "here" / "base").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "here")
-    absolute = str(tmp_path / "here" / "base")
-    for given, stored in (
-        ("base", "./base"),
-        ("./base", "./base"),
-        ("../here/base", "../here/base"),
-        (absolute, absolute),
-        (BASE, BASE),
-    ):
-        config = WeGeFTConfig(base_model_name_or_path=given)
-        config.save_pretrained(str(tmp_path / "adapter"))
-        assert WeGeFTConfig.from_pretrained(str(tmp_path / "adapter")).base_model_name_or_path == stored
-        assert config.base_model_name_or_path == given
-
-
 def test_an_adapter_of_peft_itself_needs_no_import(tmp_path):
     (tmp_path / CARD).write_text("Mine.\n")
     save_adapter(get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path)

@@ -666,15 +666,17 @@ COMMUNICATION: dict[str, dict[str, dict[str, list[int]]]] = {}
 
 
 def checks() -> Iterator[tuple[str, Callable[[], None]]]:
-    """By name. Every method goes through every kind of engine; what differs by the way alone, with one of each form."""
+    """By name. Every method goes through every kind of engine; what differs by the way alone, and two kinds of engine
+    at once, with one of each form."""
     several = dist.get_world_size() > 2
     every = ("fsdp_and_tensor_parallel",) if several else ("ddp", "fsdp_leaves", "tensor_parallel")
     some = ("tensor_parallel", "fsdp_blocks") if several else ("fsdp_blocks", "tensor_parallel_before", "tp_plan")
-    pairs = [(way, case) for way in every for case in (*METHODS, "genft_gelu")]
+    forms = ("wegeft", "lora", "genft_gelu", "grft", "hira")
+    pairs = [(way, case) for way in every for case in (forms if several else (*METHODS, "genft_gelu"))]
     for way, case in pairs + [(way, case) for way in some for case in ("wegeft", "genft_gelu")]:
         yield f"{way}-{case}", partial(training_is_that_of_one_process, way, case)
     if not several:
-        for case in (*METHODS, "genft_gelu", *STOCK):
+        for case in (*forms, *STOCK):
             yield f"fsdp1-{case}", partial(fsdp1_training_is_that_of_one_process, case)
         for case in STOCK:
             for way in ("ddp", "fsdp_blocks"):

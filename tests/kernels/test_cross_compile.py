@@ -1,6 +1,7 @@
 """Every kernel of every plan compiles for GPUs that are not here: no spills, shared memory that fits, wgmma on Hopper.
 
-At the largest rank that a plan serves; at every rank with GENFT_ALL_RANKS=1, as in `make test-all`.
+On sm_90 at the largest rank that a plan serves, elsewhere each call of an algorithm once; everything with
+GENFT_ALL_RANKS=1, as in `make test-all`.
 
 In a process of its own, for there the kernels must not be interpreted.
 """

@@ -94,7 +94,7 @@ def test_the_reference_loses_nothing(name, size):
     ],
 )
 def test_no_kernel_loses_anything(name, algorithm, device):
-    case = _case(name, 512, device, bias=1.0)
+    case = _case(name, 256, device, bias=1.0)
     plan = LaunchPlan(algorithm, WIDE, ProductPlan(128, 128, 128, programs=4))
     for what, gain in gains(case, 1e-3, plan=plan).items():
         assert abs(gain - 1) <= TOLERANCE, (what, gain)
