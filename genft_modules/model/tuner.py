@@ -296,12 +296,16 @@ def _compare(state: dict[str, Tensor], adapted: dict[str, AdaptedLayer], adapter
     found = {key.partition(inside)[0].removeprefix(PREFIX) for key in state if inside in key}
     own = {name for name, layer in adapted.items() if list(layer.genft_generators[adapter_name].parameters())}
     message = "".join(
-        f" The {which} contained these additional target modules: {sorted(names)}."
+        f"The {which} contained these additional target modules: {sorted(names)}. "
         for which, names in (("PEFT config", own - found), ("state_dict", found - own))
         if names
     )
     if message:
-        message = f"The PEFT config and the state_dict differ; the config counts.{message}"
+        message = (
+            "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
+            "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
+            f"{message}The config counts, because layers share factors."
+        )
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
