@@ -368,6 +368,36 @@ def test_what_peft_does_afterwards(adapter, tmp_path):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layers_of_bitsandbytes(bits, served):
+    """The update is computed around the product of the quantised layer."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48)
+    if bits == 4:
+        base = bnb.nn.Linear4bit(64, 48, compute_dtype=torch.float32)
+    else:
+        base = bnb.nn.Linear8bitLt(64, 48, has_fp16_weights=False)
+    base.load_state_dict(linear.state_dict())
+    model = nn.ModuleDict({"one": base.to(DEVICE)})
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits == 4, bits == 8  # as transformers says it
+    adapted = _woken(get_peft_model(model, LoraConfig(r=3, target_modules=["one"])))
+    (layer,) = layers(adapted)
+    assert type(layer).__module__ == "peft.tuners.lora.bnb"
+    x = torch.randn(5, 64, device=DEVICE, requires_grad=True)
+    factors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+
+    def gradients() -> tuple[Tensor, ...]:
+        y = layer(x)
+        return (y.detach(), *torch.autograd.grad(y.square().sum(), [x, *factors]))
+
+    gradients()  # bitsandbytes sets itself up in its first call
+    expected = gradients()
+    assert fuse_lora(adapted)[0].fused
+    torch.testing.assert_close(gradients(), expected)
+    assert served == [True]
+
+
 def test_swapping_into_a_compiled_model_compiles_nothing(tmp_path):
     """Padded ranks and scales as tensors, which is how peft prepares a model for it."""
     torch.compiler.reset()
