@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plan import ContractPlan, LaunchPlan, stretches
+from ..plan import LaunchPlan, stretches
 from ..reference.generated import GeneratedMatrix, seeds
 from .kernels.generated import launch_contract, launch_fold, launch_generated_product, launch_panel
+from .kernels.rescale import launch_rescale
 
 
 def generated_linear_forward(
@@ -28,7 +29,7 @@ def generated_linear_forward(
     seed, seed_x = seeds(combine, seed)
     made = GeneratedMatrix(h, b, row, column, activation, dropout, seed)
     if seed_x is not None:
-        x = _dropped(x, dropout, seed_x, plan.contract)
+        x = launch_rescale(x, plan.skinny, dropout=dropout, seed=seed_x)
     if plan.algorithm == "fused":
         return (launch_generated_product(x, weight, made, scale, plan.product, combine, bias=bias),)
     y = x.new_empty(x.shape[0], weight.shape[0])
@@ -65,20 +66,13 @@ def generated_linear_backward(
     made = GeneratedMatrix(h, b, row, column, activation, dropout, seed)
     dx = _input_gradient(dy, weight, made, combine, scale, plan) if needs[0] else None
     if dx is not None and seed_x is not None:
-        dx = _dropped(dx, dropout, seed_x, plan.contract)
+        dx = launch_rescale(dx, plan.skinny, dropout=dropout, seed=seed_x)
     factors: tuple[Tensor | None, ...] = (None,) * 4
     if any(needs[1:]):
         if seed_x is not None:
-            x = _dropped(x, dropout, seed_x, plan.contract)
+            x = launch_rescale(x, plan.skinny, dropout=dropout, seed=seed_x)
         factors = _factor_gradients(dy, x, None if combine == "add" else weight, made, scale, plan)
     return dx, *(gradient if need else None for gradient, need in zip(factors, needs[1:], strict=True))
-
-
-def _dropped(x: Tensor, dropout: float, seed: Tensor, plan: ContractPlan) -> Tensor:
-    """drop(x), as the elementwise product of x with drop(1)."""
-    one = x.new_ones(())
-    ones = GeneratedMatrix(one.expand(x.shape[0], 1), one.expand(x.shape[1], 1), None, None, "none", dropout, seed)
-    return launch_panel(x, ones, 1.0, plan, "multiply", torch.empty_like(x))
 
 
 def _input_gradient(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from genft_kernels.checks import FLOATS
 from genft_kernels.plan import BACKENDS
@@ -17,6 +18,7 @@ from genft_modules.methods import Generator, GeneratorConfig
 from genft_modules.methods.checks import check_choice
 from genft_modules.methods.weights import stored
 
+PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 PLAIN_TENSORS = (nn.Parameter, Tensor)  # neither quantised nor distributed
 
 LayerT = TypeVar("LayerT", bound="AdaptedLayer")
@@ -121,6 +123,23 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             target = device or stored(self.base_layer).device
             if target.type == "meta" or not any(parameter.is_meta for parameter in module.parameters()):
                 module.to(target)
+
+
+def tensor_of(layer: Any, name: str) -> Any:
+    """A layer's attribute or None; parameters bypass `nn.Module.__getattr__`, which takes half a microsecond."""
+    parameters = layer._parameters
+    return parameters[name] if name in parameters else getattr(layer, name, None)
+
+
+def is_hooked(module: Any) -> bool:
+    """Whether a call of the module does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def refuse_quantised(layer: nn.Module, weight: Tensor) -> None:

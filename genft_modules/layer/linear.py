@@ -15,7 +15,15 @@ from genft_kernels import grouped_lowrank_linear
 from genft_kernels.checks import FLOATS, check_tensor
 from genft_kernels.operation import eager
 from genft_kernels.sharded import is_sharded
-from genft_modules.layer.adapted import PLAIN_TENSORS, AdaptedLayer, refuse_quantised, with_updates
+from genft_modules.layer.adapted import (
+    PLAIN_FORWARDS,
+    PLAIN_TENSORS,
+    AdaptedLayer,
+    is_hooked,
+    refuse_quantised,
+    tensor_of,
+    with_updates,
+)
 from genft_modules.layer.kept import Kept
 from genft_modules.layer.mixed import MixedBatch, mixed_batch
 from genft_modules.layer.sharded import frozen_view, sharded_forward
@@ -23,8 +31,6 @@ from genft_modules.methods import Generator, GeneratorConfig
 from genft_modules.methods.base import without_autocast
 from genft_modules.methods.forms import Form, InputEdit, apply, apply_around, side_by_side
 from genft_modules.methods.weights import QuantisedWeight, can_be_base, features_of, is_quantised, stored
-
-_PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
 
 class FusedGenLinear(AdaptedLayer):
@@ -64,7 +70,7 @@ class FusedGenLinear(AdaptedLayer):
                 'have no effect; use exclude_modules=["out_proj"]'
             )
         super().__init__(base_layer)
-        self.plain_forward = type(base_layer).forward in _PLAIN_FORWARDS
+        self.plain_forward = type(base_layer).forward in PLAIN_FORWARDS
         self.transposed = isinstance(base_layer, Conv1D)  # Conv1D stores W0ᵀ [K, N]
         if isinstance(base_layer, Conv1D):
             self.in_features, self.out_features = base_layer.nx, base_layer.nf
@@ -149,7 +155,7 @@ class FusedGenLinear(AdaptedLayer):
         backend, plain = generators[0].backend, self._is_plain(weight)
         forms = self._forms(generators, weight, plain)
         if plain:
-            return apply(forms, x, weight, _tensor_of(base, "bias"), backend)
+            return apply(forms, x, weight, tensor_of(base, "bias"), backend)
         check_tensor("x", x)
         return apply_around(base, forms, x, weight, backend)
 
@@ -212,7 +218,7 @@ class FusedGenLinear(AdaptedLayer):
 
     def _weight(self) -> Tensor:
         """The current W0 [N, K] of the base layer; a `QuantisedWeight` if it is quantised."""
-        weight: Any = _tensor_of(self._modules["base_layer"], "weight")
+        weight: Any = tensor_of(self._modules["base_layer"], "weight")
         if (type(weight) not in PLAIN_TENSORS or weight.dtype not in FLOATS) and is_quantised(self.base_layer):
             return cast(Tensor, QuantisedWeight(self.base_layer))
         if weight.dim() != 2:
@@ -228,14 +234,7 @@ class FusedGenLinear(AdaptedLayer):
         """Whether the base layer only computes y = x W0ᵀ + b: no hooks, custom forward, or special weight."""
         # Direct access to _modules because this runs in every call of every layer.
         base = cast(Any, self._modules["base_layer"])
-        hooked = (
-            base._forward_hooks
-            or base._forward_pre_hooks
-            or base._backward_hooks
-            or base._backward_pre_hooks
-            or "forward" in base.__dict__
-        )
-        return self.plain_forward and type(weight) in PLAIN_TENSORS and not hooked
+        return self.plain_forward and type(weight) in PLAIN_TENSORS and not is_hooked(base)
 
     def get_delta_weight(self, adapter_name: str = "default") -> Tensor:
         """ΔW [N, K], in the orientation of `nn.Linear` also for a `Conv1D`; without dropout, in float32 or wider.
@@ -317,9 +316,3 @@ class FusedGenLinear(AdaptedLayer):
         if is_sharded(weight):
             weight = weight.full_tensor()
         return cast(Tensor, weight.dequantised() if isinstance(weight, QuantisedWeight) else weight)
-
-
-def _tensor_of(layer: Any, name: str) -> Any:
-    """A layer's attribute or None; parameters bypass `nn.Module.__getattr__`, which takes half a microsecond."""
-    parameters = layer._parameters
-    return parameters[name] if name in parameters else getattr(layer, name, None)

@@ -25,14 +25,13 @@ from genft_kernels import draw_seed, grouped_lowrank_linear, rescaled_linear, ro
 from genft_kernels.checks import FLOATS, autocasting
 from genft_kernels.operation import eager
 from genft_kernels.plan import BACKENDS
+from genft_modules.layer.adapted import PLAIN_FORWARDS, PLAIN_TENSORS, is_hooked, tensor_of
 from genft_modules.layer.mixed import BASE, Stack, mixed_batch
 from genft_modules.methods.base import without_autocast
 from genft_modules.methods.checks import check_choice
 from genft_modules.methods.forms import LowRank, apply, apply_around, side_by_side
 from genft_modules.methods.weights import weight_features
 
-_BASE_FORWARDS = (nn.Linear.forward, Conv1D.forward)
-_PLAIN_TENSORS = (nn.Parameter, Tensor)  # neither quantised nor distributed
 # Where peft's layers of quantised bases are, whose forward pass is that of LoRA on a linear layer.
 _QUANTISED = {
     "peft.tuners.lora.bnb": ("Linear8bitLt", "Linear4bit"),
@@ -195,7 +194,7 @@ class FusedForward:
             y = apply_around(base, forms, x, x, self.backend)  # low rank reads no W0
             return y + torch.stack(biases).sum(0).to(y.dtype) if biases else y
         forms = side_by_side([adapter.form() for adapter in found], weight, self.backend)
-        bias = _tensor_of(base, "bias")
+        bias = tensor_of(base, "bias")
         if biases:
             total = torch.stack(biases).sum(0)
             bias = (total if bias is None else bias + total).to(weight.dtype)
@@ -204,7 +203,7 @@ class FusedForward:
     def _rescaled(self, layer: Any, name: str, adapter: _Adapter, x: Tensor, weight: Tensor | None) -> Tensor | None:
         """y with one DoRA adapter; None if peft has to compute it."""
         magnitude = layer.lora_magnitude_vector._modules.get(name)
-        if weight is None or adapter.bias is not None or type(magnitude) is not DoraLinearLayer or _hooked(magnitude):
+        if weight is None or adapter.bias is not None or type(magnitude) is not DoraLinearLayer or is_hooked(magnitude):
             return None
         if magnitude._dora_cache or (dora.ENABLE_DORA_CACHING and not magnitude.training):
             return None  # the user wants peft's cache of norms, which only peft fills and clears
@@ -218,7 +217,7 @@ class FusedForward:
             adapter.a.t(),
             adapter.b,
             gain,
-            _tensor_of(layer.base_layer, "bias"),
+            tensor_of(layer.base_layer, "bias"),
             scale=adapter.scale,
             dropout=adapter.dropout,
             seed=draw_seed(x.device) if adapter.dropout else None,
@@ -237,7 +236,7 @@ class FusedForward:
 
     def _row_squares(self, layer: Any, weight: Tensor) -> Tensor:
         """‖W0‖² of each row, kept until W0 changes."""
-        stored = _tensor_of(layer.base_layer, "weight")
+        stored = tensor_of(layer.base_layer, "weight")
         if not eager(weight) or stored.is_inference():  # inference tensors have no version counter
             return row_squares(weight)
         key = (stored._version, stored.data_ptr())
@@ -261,7 +260,7 @@ class FusedForward:
         if weight is None:
             return cast(Tensor, base(x)) + batch.updates(stack, x, self.backend)
         rows = batch.rows(stack.adapters, x)
-        return grouped_lowrank_linear(x, weight, stack.p, stack.q, rows, _tensor_of(base, "bias"), backend=self.backend)
+        return grouped_lowrank_linear(x, weight, stack.p, stack.q, rows, tensor_of(base, "bias"), backend=self.backend)
 
 
 class _Adapter(NamedTuple):
@@ -283,19 +282,19 @@ class _Adapter(NamedTuple):
             or type(a) is not nn.Linear
             or type(b) is not nn.Linear
             or type(drop) not in (nn.Identity, nn.Dropout)
-            or _hooked(a)
-            or _hooked(b)
-            or _hooked(drop)
+            or is_hooked(a)
+            or is_hooked(b)
+            or is_hooked(drop)
         ):
             return None
-        factors = _tensor_of(a, "weight"), _tensor_of(b, "weight")
+        factors = tensor_of(a, "weight"), tensor_of(b, "weight")
         for factor in factors:
-            if type(factor) not in _PLAIN_TENSORS or not _fits(factor, x):
+            if type(factor) not in PLAIN_TENSORS or not _fits(factor, x):
                 return None
         dropout = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
         if dropout >= 1.0:
             return None
-        bias, scale = _tensor_of(b, "bias"), layer.scaling[name]
+        bias, scale = tensor_of(b, "bias"), layer.scaling[name]
         if isinstance(scale, Tensor):  # of a model prepared for hot-swapping: read on the device, never compiled in
             factors = (factors[0], factors[1] * scale.to(factors[1]))
             return cls(*factors, bias if bias is None else bias * scale.to(bias), 1.0, dropout)
@@ -310,16 +309,16 @@ def _fits(factor: Tensor, x: Tensor) -> bool:
 
 
 def _is_plain(x: Any) -> bool:
-    return type(x) in _PLAIN_TENSORS and x.dtype in FLOATS and x.layout is torch.strided and not x.is_nested
+    return type(x) in PLAIN_TENSORS and x.dtype in FLOATS and x.layout is torch.strided and not x.is_nested
 
 
 def _weight(base: Any, x: Tensor) -> Tensor | None:
     """W0 [N, K] if the base layer only computes y = x W0ᵀ + b with a frozen W0: no hooks, custom forward, or special
     weight; else None."""
-    if type(base).forward not in _BASE_FORWARDS or _hooked(base):
+    if type(base).forward not in PLAIN_FORWARDS or is_hooked(base):
         return None
-    weight: Any = _tensor_of(base, "weight")
-    if type(weight) not in _PLAIN_TENSORS or weight.device != x.device:
+    weight: Any = tensor_of(base, "weight")
+    if type(weight) not in PLAIN_TENSORS or weight.device != x.device:
         return None
     if weight.requires_grad:
         if torch.is_grad_enabled():
@@ -328,20 +327,3 @@ def _weight(base: Any, x: Tensor) -> Tensor | None:
     if weight.dtype != x.dtype and not (autocasting(x) and weight.dtype in FLOATS):
         return None
     return cast(Tensor, weight.t() if isinstance(base, Conv1D) else weight)
-
-
-def _hooked(module: Any) -> bool:
-    """Whether a call of the module does more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _tensor_of(module: Any, name: str) -> Any:
-    """A module's parameter, or attribute, or None."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name, None)
