@@ -187,8 +187,8 @@ class FusedGenLinear(AdaptedLayer):
         return self
 
     def _mixed_forward(self, x: Tensor, batch: MixedBatch) -> Tensor:
-        """The input edits of all adapters are one grouped operation, the low-rank updates another; full-rank updates
-        are applied per adapter to its samples."""
+        """The input edits of all adapters are one grouped operation, the low-rank updates another; updates of full rank
+        or with dropout on x are applied per adapter to its samples."""
         base = self.base_layer
         check_tensor("x", x)
         batch.names_of(x.shape[0])
@@ -213,7 +213,9 @@ class FusedGenLinear(AdaptedLayer):
             y = base(x) + batch.updates(made.low_rank, x, backend)
         for name, form in made.others.items():
             places = batch.samples(name, x)
-            y = y.index_add(0, places, form.update(x.index_select(0, places), weight, backend).to(y.dtype))
+            with batch.dropout_of(name, self, x.device, draw=1):
+                update = form.update(x.index_select(0, places), weight, backend)
+            y = y.index_add(0, places, update.to(y.dtype))
         return cast(Tensor, y)
 
     def _weight(self) -> Tensor:

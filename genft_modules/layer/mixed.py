@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,8 +28,8 @@ class Stack(NamedTuple):
 
 @dataclass
 class Made:
-    """The updates of one layer for a batch: input edits, low-rank updates of the output, and full-rank updates, which
-    are applied per adapter to its samples."""
+    """The updates of one layer for a batch: input edits, low-rank updates of the output, and others (of full rank, or
+    with dropout on x), which are applied per adapter to its samples."""
 
     edits: Stack | None
     low_rank: Stack | None
@@ -45,10 +46,13 @@ class MixedBatch:
     Args:
         names: adapter names, one per sample, "__base__" for none.
         copies: how often samples may be repeated consecutively, as in beam search.
+        seeds: adapter → the seed of its dropout in this call; missing ones are drawn from torch's generator.
     """
 
     names: tuple[str, ...]
     copies: int = 1
+    seeds: dict[str, int] = field(default_factory=dict)
+    _numbers: dict[str, dict[int, int]] = field(default_factory=dict, repr=False)  # the layers of each adapter
     _rows: dict[Any, RowGroups] = field(default_factory=dict, repr=False)
     _made: dict[int, Made] = field(default_factory=dict, repr=False)
     _stacks: dict[Any, tuple[list[Tensor], Stack]] = field(default_factory=dict, repr=False)
@@ -77,19 +81,47 @@ class MixedBatch:
         places = [place for place, name in enumerate(self.names_of(x.shape[0])) if name == adapter]
         return torch.tensor(places, dtype=torch.int64, device=x.device)
 
+    def draw_seeds(self) -> None:
+        """Draw the seeds of dropout that are not given."""
+        for name in dict.fromkeys(self.names):
+            if name not in self.seeds:
+                self.seeds[name] = int(torch.randint(2**62, ()))
+
+    @contextmanager
+    def dropout_of(self, adapter: str, layer: Any, device: torch.device, draw: int = 0) -> Iterator[None]:
+        """In training, what is drawn inside depends only on the adapter's seed, the layer and the number `draw`: not on
+        other adapters in the batch, and it is the same when gradient checkpointing computes the layer again."""
+        if not layer.training or torch.compiler.is_compiling():
+            yield
+            return
+        self.draw_seeds()
+        numbers = self._numbers.setdefault(adapter, {})
+        number = numbers.setdefault(id(layer), len(numbers))
+        # The generator that torch draws from by default. `torch.random.fork_rng` would seed those of other devices.
+        if device.type == "cpu":
+            generator = torch.default_generator
+        else:
+            generators = torch.get_device_module(device).default_generators
+            generator = generators[device.index or 0]
+        state = generator.get_state()
+        generator.manual_seed((self.seeds[adapter] + (2 * number + draw + 1) * 0x9E3779B97F4A7C15) % 2**63)
+        try:
+            yield
+        finally:
+            generator.set_state(state)
+
     def made(self, layer: Any, weight: Tensor) -> Made:
-        """The updates of `layer` with W0 `weight`, without dropout."""
+        """The updates of `layer` with W0 `weight`, with dropout in training."""
         if id(layer) in self._made:
             return self._made[id(layer)]
-        generators = layer.genft_generators
-        forms = {
-            name: generators[name].form(weight, dropout=False)
-            for name in dict.fromkeys(self.names)
-            if name in generators
-        }
+        forms = {}
+        for name in dict.fromkeys(self.names):
+            if name in layer.genft_generators:
+                with self.dropout_of(name, layer, weight.device):
+                    forms[name] = layer.genft_generators[name].form(weight, dropout=layer.training)
         forms = {name: form.low_rank() if isinstance(form, Slices) else form for name, form in forms.items()}
         edits = {name: form for name, form in forms.items() if isinstance(form, InputEdit)}
-        low_rank = {name: form for name, form in forms.items() if isinstance(form, LowRank)}
+        low_rank = {name: form for name, form in forms.items() if isinstance(form, LowRank) and not form.dropout}
         others = {name: form for name, form in forms.items() if name not in edits and name not in low_rank}
         made = Made(
             self.stacked({name: LowRank(form.psi.t(), form.phi.t(), form.scale) for name, form in edits.items()}),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from genft_modules.files import PREFIX, refuse_misfits
 from genft_modules.layer.adapted import AdaptedLayer
 from genft_modules.layer.experts import FusedGenExperts, projections
 from genft_modules.layer.linear import FusedGenLinear
-from genft_modules.layer.mixed import BASE, mixed_batch
+from genft_modules.layer.mixed import BASE, MixedBatch, mixed_batch
 from genft_modules.layer.shared import SHARED, InjectedGenerators, SharedGenerators
 from genft_modules.methods import METHODS, Generator, GeneratorConfig
 from genft_modules.methods.checks import one_line
@@ -212,29 +213,19 @@ class GenFTModel(BaseTuner):
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Iterator[None]:
         """Entered by peft around the forward pass and `generate`. `adapter_names` has one adapter per sample
-        ("__base__": none) and is passed to the layers by hooks."""
+        ("__base__": none) and is passed to the layers by hooks. Unlike peft's, it may be passed in training, too."""
         if adapter_names is None:
             yield
             return
         batch = mixed_batch(adapter_names, _copies(self.model, kwargs))
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [module for module in self.modules() if isinstance(module, (AdaptedLayer, AuxiliaryTrainingWrapper))]
-        known = {name for layer in layers if isinstance(layer, AdaptedLayer) for name in layer.genft_generators}
+        layers = [module for module in self.modules() if isinstance(module, AdaptedLayer)]
+        known = {name for layer in layers for name in layer.genft_generators}
         if unknown := set(batch.names) - known - {BASE}:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-
-        def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            # Modules of modules_to_save are peft's and take a list.
-            names = batch if isinstance(module, AdaptedLayer) else batch.names_of(len(args[0]))
-            return args, {**kwargs, "adapter_names": names}
-
-        handles = [layer.register_forward_pre_hook(give, with_kwargs=True) for layer in layers]
-        try:
+        if self.training:
+            batch.draw_seeds()  # now: what is drawn in a checkpointed block would not be drawn again
+        with _giving(batch, self), _giving_again(batch, self):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As in peft, and what layers share."""
@@ -395,6 +386,48 @@ class _Taken:
     generator: Generator
     container: SharedGenerators | None
     factors: nn.Module | None
+
+
+@contextmanager
+def _giving(batch: MixedBatch, module: nn.Module) -> Iterator[None]:
+    """Pass the adapters of the samples to the adapted layers in `module`."""
+
+    def give(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        # Modules of modules_to_save are peft's and take a list.
+        names = batch if isinstance(layer, AdaptedLayer) else batch.names_of(len(args[0]))
+        return args, {**kwargs, "adapter_names": names}
+
+    layers = [layer for layer in module.modules() if isinstance(layer, (AdaptedLayer, AuxiliaryTrainingWrapper))]
+    handles = [layer.register_forward_pre_hook(give, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _giving_again(batch: MixedBatch, module: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing computes a block again in the backward pass, after the call: with the same adapters."""
+    blocks = [block for block in module.modules() if block.training and getattr(block, "gradient_checkpointing", False)]
+    checkpoints = [cast(Any, block)._gradient_checkpointing_func for block in blocks]
+    ended = False
+
+    def checkpointed(block: nn.Module, checkpoint: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        def again(*args: Any, **kwargs: Any) -> Any:
+            with _giving(batch, block) if ended else nullcontext():
+                return function(*args, **kwargs)
+
+        return checkpoint(again, *args, **kwargs)
+
+    for block, checkpoint in zip(blocks, checkpoints, strict=True):
+        cast(Any, block)._gradient_checkpointing_func = partial(checkpointed, block, checkpoint)
+    try:
+        yield
+    finally:
+        ended = True
+        for block, checkpoint in zip(blocks, checkpoints, strict=True):
+            cast(Any, block)._gradient_checkpointing_func = checkpoint
 
 
 def _take(model: nn.Module, adapter_name: str) -> list[_Taken]:

@@ -13,7 +13,7 @@ from genft_modules import METHODS, FusedGenLinear
 from genft_modules.layer import linear, mixed
 from genft_modules.methods import Generator
 from tests.support.architectures import ARCHITECTURES
-from tests.support.cases import CASES, DEVICE, KINDS, randomize
+from tests.support.cases import CASES, DEVICE, KINDS, llama, randomize
 from tests.support.truth import EPSILON, error
 from tests.support.watchers import Int8Linear
 
@@ -199,6 +199,63 @@ def test_a_layer_alone_with_gradients():
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+DROPOUT = {"wegeft": "wegeft_dropout", "lora": "lora_dropout", "hira": "hira_dropout", "genft_gelu": "drop"}
+
+
+def gradients(model: PeftModel, ids: torch.Tensor, names: list[str], adapter: str) -> dict[str, torch.Tensor]:
+    """Of the adapter's parameters, from a loss over its samples alone, in training."""
+    model.zero_grad()
+    logits = model(input_ids=ids, adapter_names=mixed.MixedBatch(tuple(names), seeds=SEEDS)).logits
+    mine = [place for place, name in enumerate(names) if name == adapter]
+    logits[mine].square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+SEEDS = {"default": 5, "second": 6, "third": 7}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("case", dict.fromkeys((*METHODS, *KINDS)))
+def test_training_in_a_mixed_batch_is_training_alone(case, checkpointing):
+    """In float64, with dropout: what an adapter's samples give depends on no other sample, whichever there are."""
+    dropout = {DROPOUT[case]: 0.3} if case in DROPOUT else {}
+    model = adapt(case, **dropout).double().train()
+    model.set_requires_grad(["default", "second", "third"], True)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    for adapter in ("second", "third"):
+        mine = [place for place, name in enumerate(NAMES) if name == adapter]
+        found = gradients(model, IDS, NAMES, adapter)
+        alone = gradients(model, IDS[mine], [adapter] * len(mine), adapter)
+        for name, gradient in found.items():
+            if f".{adapter}." in name:
+                assert gradient.abs().max() > 0
+                torch.testing.assert_close(gradient, alone[name], rtol=1e-9, atol=1e-12, msg=name)
+            else:
+                assert not gradient.any(), name
+        if dropout:
+            model.eval()
+            whole = gradients(model, IDS, NAMES, adapter)
+            model.train()
+            assert any(not torch.allclose(whole[name], found[name]) for name in alone)
+
+
+def test_checkpointing_draws_what_the_forward_pass_drew():
+    """Also the model's own dropout, next to seeds that are drawn in the call."""
+    model = get_peft_model(llama(attention_dropout=0.3), CASES["lora"](target_modules=["v_proj"], lora_dropout=0.3))
+    randomize(model).train()
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        torch.manual_seed(11)
+        model(input_ids=IDS, adapter_names=["default"] * 5).logits.square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    want = gradient()
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(gradient(), want)
+
+
 class Doubling(nn.Linear):
     """A base layer that makes its own product, as a quantised one."""
 
@@ -294,9 +351,7 @@ def test_refusals():
     call(["default", "fourth", "__base__", "fith", "default"], ValueError, r"non-existing adapter\(s\): fith, fourth")
     call("default", TypeError, "adapter_names: got 'default', expected a list with one adapter name per sample")
     call([1, 2, 3, 4, 5], TypeError, "adapter_names: got ")
-    model.train()
-    call(NAMES, ValueError, "Cannot pass `adapter_names` when the model is in training mode")
-    model.eval().merge_adapter()
+    model.merge_adapter()
     call(NAMES, ValueError, "Cannot pass `adapter_names` when there are merged adapters")
     model.unmerge_adapter()
     with pytest.raises(ValueError, match="got 5 and 15 respectively"):  # only generate repeats samples
