@@ -7,6 +7,8 @@ Invalid arguments and fields raise ValueError or TypeError before any work is do
 value it got and what it expects.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from genft_modules.disk.adapters import check_adapter, load_adapter, restore_adapter, save_adapter
 from genft_modules.disk.export import ExportedLayer, export_lora, lora_config, lora_state_dict
 from genft_modules.disk.released import load_peft_hira, load_peft_peanut, load_released, load_released_genft
@@ -32,8 +34,14 @@ from genft_modules.model.fused import FusedLayer, fuse_lora, unfuse_lora
 from genft_modules.model.slices import PenaltyMixin, grft_penalty, needs_slices, select_slices
 from genft_modules.model.tuner import GenFTModel
 
+if TYPE_CHECKING:
+    from genft_modules.training.group import AdapterGroupTrainer
+    from genft_modules.training.runs import AdapterRun
+
 __all__ = [
     "METHODS",
+    "AdapterGroupTrainer",
+    "AdapterRun",
     "ExportedLayer",
     "FusedGenExperts",
     "FusedGenLinear",
@@ -73,3 +81,16 @@ __all__ = [
     "select_slices",
     "unfuse_lora",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer is imported when it is used: transformers' Trainer takes seconds to import."""
+    if name == "AdapterRun":
+        from genft_modules.training.runs import AdapterRun
+
+        return AdapterRun
+    if name == "AdapterGroupTrainer":
+        from genft_modules.training.group import AdapterGroupTrainer
+
+        return AdapterGroupTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,17 +7,9 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from tests.support.cases import CASES, IDS, llama, randomize
+from tests.support.cases import CASES, DROPS, IDS, llama, randomize
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
-# the methods that drop something, by the field that says how much
-DROPS = {
-    "wegeft": "wegeft_dropout",
-    "lora": "lora_dropout",
-    "hira": "hira_dropout",
-    "genft": "drop",
-    "genft_gelu": "drop",
-}
 
 
 def gradients(case: str, dropout: float, reentrant: bool | None) -> dict[str, torch.Tensor]:

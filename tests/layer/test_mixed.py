@@ -13,7 +13,7 @@ from genft_modules import METHODS, FusedGenLinear
 from genft_modules.layer import linear, mixed
 from genft_modules.methods import Generator
 from tests.support.architectures import ARCHITECTURES
-from tests.support.cases import CASES, DEVICE, KINDS, llama, randomize
+from tests.support.cases import CASES, DEVICE, DROPS, KINDS, llama, randomize
 from tests.support.truth import EPSILON, error
 from tests.support.watchers import Int8Linear
 
@@ -199,9 +199,6 @@ def test_a_layer_alone_with_gradients():
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-DROPOUT = {"wegeft": "wegeft_dropout", "lora": "lora_dropout", "hira": "hira_dropout", "genft_gelu": "drop"}
-
-
 def gradients(model: PeftModel, ids: torch.Tensor, names: list[str], adapter: str) -> dict[str, torch.Tensor]:
     """Of the adapter's parameters, from a loss over its samples alone, in training."""
     model.zero_grad()
@@ -218,7 +215,7 @@ SEEDS = {"default": 5, "second": 6, "third": 7}
 @pytest.mark.parametrize("case", dict.fromkeys((*METHODS, *KINDS)))
 def test_training_in_a_mixed_batch_is_training_alone(case, checkpointing):
     """In float64, with dropout: what an adapter's samples give depends on no other sample, whichever there are."""
-    dropout = {DROPOUT[case]: 0.3} if case in DROPOUT else {}
+    dropout = {DROPS[case]: 0.3} if case in DROPS else {}
     model = adapt(case, **dropout).double().train()
     model.set_requires_grad(["default", "second", "third"], True)
     if checkpointing:

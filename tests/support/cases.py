@@ -75,6 +75,15 @@ CASES: dict[str, Callable[..., GeneratorConfig]] = {
 KINDS = ("wegeft", "wegeft_own", "gift_mlp", "lora", "genft", "genft_gelu", "peanut", "sas", "grft")
 REPRESENTATIVES = tuple(dict.fromkeys((*METHODS, *KINDS)))  # and every method: for tests too dear to run with all cases
 
+# the methods that drop something, by the field that says how much
+DROPS = {
+    "wegeft": "wegeft_dropout",
+    "lora": "lora_dropout",
+    "hira": "hira_dropout",
+    "genft": "drop",
+    "genft_gelu": "drop",
+}
+
 LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
     "Linear": nn.Linear,
     "Linear_no_bias": lambda k, n: nn.Linear(k, n, bias=False),
