@@ -77,6 +77,16 @@ class RunArguments:
     checkpoint_minutes: float = field(
         default=10.0, metadata={"help": "save a checkpoint at least this often, beside --save_steps; 0: never"}
     )
+    learning_rates: list[float] | None = field(
+        default=None, metadata={"help": "train an adapter with each of these, all in the same batches (finetune)"}
+    )
+    runs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "several adapters in the same batches (finetune), in a --config file: names of the adapters, each "
+            "with the options in which it differs"
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "stop after this many evaluations without a better held-out loss"}
     )
@@ -152,20 +162,25 @@ def parse(command: str, arguments: Sequence[str], extra: type | None = None) -> 
     Raises:
         UserError: an option is unknown, or its value does not fit.
     """
-    import trl
-
     words = _normal(arguments)
     config, words = _config(words)
+    return parsed(command, config, words, extra)
+
+
+def parsed(command: str, config: Mapping[str, Any], words: Sequence[str] = (), extra: type | None = None) -> Options:
+    """The options of `config`, overridden by the words of a command line. Raises UserError as `parse` does."""
+    import trl
+
     method = _method(words, config)
     kinds = _kinds(command, method, extra)
     parser = _Parser(list(kinds.values()), prog=f"genft {command}", allow_abbrev=False, add_help=False)
     parser.set_defaults_with_config(**_defaults(command, method))
     if unknown := [name for name in config if name not in _names(parser)]:
         raise UserError(f"--config: unknown {unknown[0]}{_close(unknown[0], _names(parser))}")
-    parser.set_defaults_with_config(**copy.deepcopy(config))  # TRL changes nested values in place
+    parser.set_defaults_with_config(**copy.deepcopy(dict(config)))  # TRL changes nested values in place
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(
-            words, return_remaining_strings=True, look_for_args_file=False
+            list(words), return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise UserError(one_line(error)) from None
@@ -290,7 +305,7 @@ def _normal(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def _take(words: list[str], name: str) -> tuple[str | None, list[str]]:
+def _take(words: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     """(the last value of the option, the other words)."""
     value, rest, position = None, [], 0
     while position < len(words):
@@ -328,11 +343,15 @@ def _config(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(environment, dict):
         raise UserError(f"--config {name}: env must be a mapping")
     os.environ.update({str(key): str(value) for key, value in environment.items()})
-    names = {key: SHORT.get(f"--{key}", f"--{key}")[2:].replace("-", "_") for key in values}
-    return {names[key]: methods.number(value) for key, value in values.items()}, rest
+    return {field_of(key): methods.number(value) for key, value in values.items()}, rest
 
 
-def _method(words: list[str], config: Mapping[str, Any]) -> str:
+def field_of(key: str) -> str:
+    """The field that a key of a YAML file stands for: dataset is dataset_name."""
+    return SHORT.get(f"--{key}", f"--{key}")[2:].replace("-", "_")
+
+
+def _method(words: Sequence[str], config: Mapping[str, Any]) -> str:
     method = _take(words, "--method")[0] or config.get("method", MethodArguments.method)
     if method not in methods.names():
         raise UserError(f"--method {method}: unknown; choose from {', '.join(methods.names())}")

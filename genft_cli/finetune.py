@@ -28,7 +28,7 @@ def run(options: Options) -> dict[str, Any]:
     with where as (directory, resume_from):
         trainer = _trainer(checked, tokenizer)
         _warn_of_cut(trainer)
-        return job.train(checked, trainer, directory, resume_from, _probe(trainer, tokenizer))
+        return job.train(checked, trainer, directory, resume_from, probe(trainer, tokenizer))
 
 
 def check(options: Options) -> tuple[job.Job, Any]:
@@ -170,7 +170,8 @@ def _warn_of_cut(trainer: Any) -> None:
         say(f"{cut:,} of {len(rows):,} sequences reach --max_length {limit}; what is longer was cut off")
 
 
-def _probe(trainer: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
+def probe(trainer: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
+    """A text of the data as inputs of the model, on which a saved adapter is compared with the trained one."""
     rows = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
     row = next(iter(rows))
     ids = row.get("input_ids") or row.get("prompt_ids")

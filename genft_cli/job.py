@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from genft_cli.arguments import Options
 from genft_cli.bases import launched, load_base, model_config, place
 from genft_cli.console import UserError, one_line, say
 from genft_cli.measure import PeakMemory
-from genft_cli.training import End, Keeper, Progress, Trained, TrainerMixin, flat
+from genft_cli.training import End, Keeper, Progress, Trained, TrainerMixin, flat, held_out_losses
 from genft_modules.disk.adapters import save_adapter
 from genft_modules.files import added_files, writing
 from genft_modules.model import distributed
@@ -228,6 +228,23 @@ def train(
         RunError: the loss or a parameter is no longer finite.
         KeyboardInterrupt: after a signal, with a checkpoint saved.
     """
+    if job.peft_config is not None:
+        methods.apply_fused(trainer.model, job.options.method.method, job.options.method.backend)
+        if resume_from is None:  # else the selection comes from the checkpoint
+            select(job, trainer)
+        distributed.align_adapters(trainer.model)
+    say(_announcement(job, trainer))
+    facts = fit(job, trainer, directory, resume_from, lambda place: _save(job, trainer, _unwrapped(trainer), place))
+    if distributed.rank() != 0:
+        return {}  # only rank 0 logs and verifies
+    return _proved(job, trainer, directory, {**record(job, trainer), **facts}, probe)
+
+
+def fit(
+    job: Job, trainer: Any, directory: Path, resume_from: Path | None, save: Callable[[Path], None]
+) -> dict[str, Any]:
+    """Train and save, with what surrounds a training: the progress bar and the log, checkpoints in time and on signals,
+    memory. Returns what was measured. Arguments and errors as in `train`; `save` writes what was trained."""
     from transformers import EarlyStoppingCallback, ProgressCallback
     from transformers.trainer_callback import PrinterCallback
 
@@ -242,12 +259,6 @@ def train(
         trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=patience))
     if trainer.eval_dataset is None or resume_from is not None:  # or the evaluation is in the checkpoint's history
         training.eval_on_start = False
-    if job.peft_config is not None:
-        methods.apply_fused(trainer.model, options.method.method, options.method.backend)
-        if resume_from is None:  # else the selection comes from the checkpoint
-            _select(job, trainer)
-        distributed.align_adapters(trainer.model)
-    say(_announcement(job, trainer))
     memory = PeakMemory(training.device)
     idle = memory.now()
     memory.start()
@@ -258,21 +269,26 @@ def train(
                 raise KeyboardInterrupt
             peak = memory.peak()
             _evaluate_last(trainer)
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         say("saving")
         if training.push_to_hub:
             trainer.push_to_hub()
         runs.check_there(directory)
-        _save(job, trainer, model, directory)
+        save(directory)
     except OSError:
-        _rescue(job, trainer, directory)
+        _rescue(trainer, directory, save)
         raise
     finally:
         progress.close()
-    if distributed.rank() != 0:
-        return {}  # only rank 0 logs and verifies
-    record = _record(job, trainer, progress, idle, peak, time.perf_counter() - began)
-    return _proved(job, trainer, model, directory, record, probe)
+    return {
+        "seconds_per_step": progress.seconds_per_step(),
+        "peak_memory_mib": peak,
+        "idle_memory_mib": idle,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _unwrapped(trainer: Any) -> Any:
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def _train(trainer: Any, resume_from: Path | None) -> None:
@@ -287,11 +303,11 @@ def _train(trainer: Any, resume_from: Path | None) -> None:
             trainer._load_best_model()
 
 
-def _select(job: Job, trainer: Any) -> None:
+def select(job: Job, trainer: Any, adapter_name: str = "default") -> None:
     """For methods that select by gradients before training."""
     from genft_modules.model.slices import needs_slices, select_slices
 
-    if not needs_slices(trainer.model):
+    if not needs_slices(trainer.model, adapter_name):
         return
     options, rows = job.options, trainer.train_dataset
     size = options.training.per_device_train_batch_size
@@ -306,7 +322,9 @@ def _select(job: Job, trainer: Any) -> None:
         )
     try:
         # The factor does not change the selection and prevents fp16 gradients from underflowing.
-        select_slices(trainer.model, batches, loss=lambda model, batch: 4096 * model(**batch).loss)
+        select_slices(
+            trainer.model, batches, loss=lambda model, batch: 4096 * model(**batch).loss, adapter_name=adapter_name
+        )
     except ValueError as error:
         raise UserError(f"--calibration_batches {len(batches)}: {one_line(error)}") from None
 
@@ -324,7 +342,7 @@ def _announcement(job: Job, trainer: Any) -> str:
 def _evaluate_last(trainer: Any) -> None:
     """Evaluate after the last step, unless the Trainer did."""
     history = trainer.state.log_history
-    done = any("eval_loss" in row and row["step"] == trainer.state.global_step for row in history)
+    done = any(held_out_losses(row) and row["step"] == trainer.state.global_step for row in history)
     done = done and not trainer.args.load_best_model_at_end  # the best checkpoint may be an earlier one
     if trainer.eval_dataset is not None and not done:
         trainer.evaluate()
@@ -344,7 +362,7 @@ def _save(job: Job, trainer: Any, model: Any, directory: Path) -> None:
             trainer.processing_class.save_pretrained(str(partial))
 
 
-def _rescue(job: Job, trainer: Any, directory: Path) -> None:
+def _rescue(trainer: Any, directory: Path, save: Callable[[Path], None]) -> None:
     """The run cannot go on: what no checkpoint contains of it is saved where the system keeps temporary files."""
     step = trainer.state.global_step
     newest = runs.checkpoints(directory)[-1:]
@@ -352,16 +370,19 @@ def _rescue(job: Job, trainer: Any, directory: Path) -> None:
         return
     place = Path(tempfile.mkdtemp(prefix="genft-"))
     try:
-        _save(job, trainer, trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), place)
+        save(place)
     except OSError:
         shutil.rmtree(place, ignore_errors=True)
     else:
         say(f"what was trained until step {step} is saved in {place}")
 
 
-def _record(job: Job, trainer: Any, progress: Progress, idle: float, peak: float, seconds: float) -> dict[str, Any]:
+def record(job: Job, trainer: Any, adapter: str = "") -> dict[str, Any]:
+    """What a run's record holds beside what `fit` measures; `adapter`: one of a group."""
     options, history = job.options, trainer.state.log_history
-    held_out = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
+    loss, prefix = (f"{adapter}/loss", f"eval_{adapter}_") if adapter else ("loss", "eval_")
+    held_out_loss = f"{prefix}loss"
+    held_out = [(row["step"], row[held_out_loss]) for row in history if held_out_loss in row]
     quantization = getattr(getattr(trainer.model, "config", None), "quantization_config", None)
     return {
         "command": options.command,
@@ -377,33 +398,30 @@ def _record(job: Job, trainer: Any, progress: Progress, idle: float, peak: float
         "quantization": None if quantization is None else quantization.to_dict(),
         "trainable_parameters": job.trainable,
         "all_parameters": job.total,
-        "learning_rate": trainer.args.learning_rate,
+        "learning_rate": options.training.learning_rate,
         "steps": trainer.state.global_step,
         "held_out_before": held_out[0][1] if held_out and held_out[0][0] == 0 else None,
         "held_out_after": held_out[-1][1] if held_out else None,
-        "metrics": next((_metrics(row) for row in reversed(history) if "eval_loss" in row), {}),
-        "seconds_per_step": progress.seconds_per_step(),
-        "peak_memory_mib": peak,
-        "idle_memory_mib": idle,
-        "seconds": seconds,
-        "training_curve": [(row["step"], row["loss"]) for row in history if "loss" in row],
+        "metrics": next((_metrics(row, prefix) for row in reversed(history) if held_out_loss in row), {}),
+        "training_curve": [(row["step"], row[loss]) for row in history if loss in row],
         "held_out_curve": held_out,
     }
 
 
-def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
+def _metrics(row: Mapping[str, Any], prefix: str) -> dict[str, float]:
     """What an evaluation found beside the loss."""
     other = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    names = [name.removeprefix("eval_") for name in row if name.startswith("eval_")]
-    return {name: row[f"eval_{name}"] for name in names if name not in other}
+    names = [name.removeprefix(prefix) for name in row if name.startswith(prefix)]
+    return {name: row[f"{prefix}{name}"] for name in names if name not in other}
 
 
 def _proved(
-    job: Job, trainer: Any, model: Any, directory: Path, record: dict[str, Any], probe: Mapping[str, Any]
+    job: Job, trainer: Any, directory: Path, record: dict[str, Any], probe: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The record, with the result of reloading in a new process."""
     from genft_cli import plotting, verify
 
+    model = _unwrapped(trainer)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if sharded:
         say("the saved adapter is not reloaded and compared: the model is sharded")

@@ -49,6 +49,7 @@ examples:
   genft finetune --model ./llama --dataset chat.jsonl --assistant_only_loss --packing --max_length 2048
   genft finetune --config run.yaml --output runs/second --per_device_train_batch_size 4
   genft finetune --config run.yaml --resume
+  genft finetune --model ./llama --dataset notes.txt --learning_rates 1e-4 3e-4 1e-3
 """,
     ),
     "dpo": (
@@ -379,10 +380,16 @@ def _train(command: str, words: list[str]) -> int:
         rest = [word for word in words if word != "--help-all"]
         print(arguments.full_help(command, rest, arguments.EXTRA.get(command)))
         return 0
-    from genft_cli import bases, classify, finetune, job
+    from genft_cli import bases, classify, finetune, group, job
 
     bases.join()
     options = arguments.parse(command, words, arguments.EXTRA.get(command))
+    if group.wanted(options):
+        if command != "finetune":
+            raise UserError(f"--runs and --learning_rates are options of genft finetune, not of genft {command}")
+        record = group.run(options)
+        print(group.summary(record, options.training.output_dir))
+        return 0 if record["reload"]["agree"] else 1
     record = classify.run(options) if command == "classify" else finetune.run(options)
     if not is_first():
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,9 +21,12 @@ def loss_curves(runs: Mapping[str, Mapping[str, Any]], path: Path, unit: str = "
     ends: dict[Any, list[tuple[str, float, float, str]]] = {left: [], right: []}
     for name, run in runs.items():
         style = look(name)
-        steps = [step for step, _ in run["training_curve"]]
-        bits = [value for _, value in run["training_curve"]]
-        held = run["held_out_curve"]
+        # An adapter of a group that diverged has losses that are not finite.
+        training, held = (
+            [(step, value) for step, value in run[curve] if math.isfinite(value)]
+            for curve in ("training_curve", "held_out_curve")
+        )
+        steps, bits = [step for step, _ in training], [value for _, value in training]
         for axes, places, values, mark in (
             (left, steps, _smooth(bits), None),
             (right, [s for s, _ in held], [v for _, v in held], style.mark),

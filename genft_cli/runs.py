@@ -66,9 +66,9 @@ def fault_of(checkpoint: Path) -> str | None:
             return f"{name} is missing"
     if not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):  # the latter: DeepSpeed's
         return "optimizer.pt is missing"
-    if not (any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("*model*"))):
+    if not (any(checkpoint.rglob("*.safetensors")) or any(checkpoint.glob("*model*"))):
         return "the weights are missing"
-    for path in sorted(checkpoint.iterdir()):
+    for path in sorted(checkpoint.rglob("*")):  # a group's adapters have a folder each
         if path.suffix in (".pt", ".pth") and not _whole_archive(path):
             return f"{path.name} is damaged"
         if path.suffix == ".safetensors" and not _whole_tensors(path):
@@ -216,8 +216,9 @@ def _ours(path: Path) -> list[Path]:
         return []
 
     def is_ours(found: Path) -> bool:
-        if found.is_dir():
-            return _CHECKPOINT.fullmatch(found.name) is not None
+        if found.is_dir():  # a checkpoint, or an adapter of a group
+            of_a_group = found.name != FORMER and (found / RECORD).is_file() and (found / files.CONFIG).is_file()
+            return of_a_group or _CHECKPOINT.fullmatch(found.name) is not None
         return found.name in _NAMES or _MODEL.fullmatch(found.name) is not None
 
     return [found for found in path.iterdir() if is_ours(found)]

@@ -9,7 +9,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,9 @@ class Progress(TrainerCallback):
             return
         if "loss" in logs and self.bar is not None:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-        if "eval_loss" in logs:
-            say(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
+        for key in held_out_losses(logs):
+            name = key.removeprefix("eval_").removesuffix("loss").rstrip("_")
+            say(f"step {state.global_step}: held-out loss {logs[key]:.4f}{name and f' of {name}'}")
         row = {"step": state.global_step, "time": round(time.time(), 3), **logs}
         with writing(self.log.parent), self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -103,6 +104,11 @@ class Progress(TrainerCallback):
     def seconds_per_step(self) -> float | None:
         steady = self.seconds[WARMUP_STEPS:] or self.seconds
         return statistics.median(steady) if steady else None
+
+
+def held_out_losses(logs: Mapping[str, Any]) -> list[str]:
+    """The keys of held-out losses: eval_loss, or eval_NAME_loss for each adapter of a group."""
+    return [key for key in logs if key.startswith("eval_") and key.endswith("loss")]
 
 
 class Trained(Exception):

@@ -57,6 +57,10 @@ class MixedBatch:
     _made: dict[int, Made] = field(default_factory=dict, repr=False)
     _stacks: dict[Any, tuple[list[Tensor], Stack]] = field(default_factory=dict, repr=False)
 
+    def __iter__(self) -> Iterator[str]:
+        """The names: peft reads them."""
+        return iter(self.names)
+
     def names_of(self, samples: int) -> list[str]:
         """The adapter names of a batch of `samples`, repeated if needed. Raises ValueError if the number is wrong."""
         for copies in (1, self.copies):
