@@ -132,7 +132,8 @@ class MixedBatch:
             self.stacked(low_rank),
             others,
         )
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Not in training: reentrant checkpointing computes a block first without gradients, then with them.
+        if not (torch.is_grad_enabled() or layer.training or torch.compiler.is_compiling()):
             self._made[id(layer)] = made
         return made
 

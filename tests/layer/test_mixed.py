@@ -211,19 +211,21 @@ def gradients(model: PeftModel, ids: torch.Tensor, names: list[str], adapter: st
 SEEDS = {"default": 5, "second": 6, "third": 7}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "not reentrant", "reentrant"])
 @pytest.mark.parametrize("case", dict.fromkeys((*METHODS, *KINDS)))
 def test_training_in_a_mixed_batch_is_training_alone(case, checkpointing):
     """In float64, with dropout: what an adapter's samples give depends on no other sample, whichever there are."""
     dropout = {DROPS[case]: 0.3} if case in DROPS else {}
     model = adapt(case, **dropout).double().train()
     model.set_requires_grad(["default", "second", "third"], True)
-    if checkpointing:
-        model.gradient_checkpointing_enable()
+    if checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        model.enable_input_require_grads()
     for adapter in ("second", "third"):
         mine = [place for place, name in enumerate(NAMES) if name == adapter]
         found = gradients(model, IDS, NAMES, adapter)
         alone = gradients(model, IDS[mine], [adapter] * len(mine), adapter)
+        assert any(f".{adapter}." in name for name in found)
         for name, gradient in found.items():
             if f".{adapter}." in name:
                 assert gradient.abs().max() > 0
