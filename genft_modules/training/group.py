@@ -39,9 +39,9 @@ class AdapterGroupTrainer(Trainer):
 
     Each adapter has its own loss, optimizer state, learning rate schedule, gradient clipping, order of samples and
     dropout. Losses, gradient norms and learning rates are logged as "<adapter>/loss" and so on, evaluations as
-    "eval_<adapter>_loss". Checkpoints have a folder for each adapter, as peft writes them. An adapter whose gradient is
-    not finite stops with the parameters it had before, which is logged as "<adapter>/stopped"; the others go on. An
-    adapter that has done its steps waits for the others.
+    "eval_<adapter>_loss". Checkpoints have a folder for each adapter, as peft writes them. An adapter whose loss or
+    gradient is not finite stops with the parameters it had before, which is logged as "<adapter>/stopped"; the others
+    go on. An adapter that has done its steps waits for the others.
 
     Args:
         model: `peft.PeftModel` with the adapters, of any methods of genft_modules, `LoRAConfig` included.
@@ -289,32 +289,33 @@ class AdapterGroupTrainer(Trainer):
         return cast(Tensor, loss)
 
     def _clip_or_stop(self) -> None:
-        """Clip the gradient of each adapter. Discard one that is not finite, and stop the adapter."""
-        norms = {}
+        """Clip the gradient of each adapter. If it or the loss is not finite, discard it and stop the adapter."""
+        norms, found = {}, []
         for name, parameters in self.parameters.items():
             gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
             if gradients:
                 norms[name] = torch.nn.utils.get_total_norm(gradients).to(self.args.device)
-        values = torch.stack(list(norms.values())).tolist() if norms else []  # one synchronisation for all
+                found.append(torch.stack([norms[name], torch.stack(self._reports[name].losses).sum().to(norms[name])]))
+        values = torch.stack(found).tolist() if found else []  # one synchronisation for all
         rates = {group["adapter"]: float(group["lr"]) for group in self.optimizer.param_groups}
-        for (name, norm), value in zip(norms.items(), values, strict=True):
-            if not math.isfinite(value):
-                self._stop(name, value)
+        for (name, norm), (size, loss) in zip(norms.items(), values, strict=True):
+            if not math.isfinite(size + loss):
+                self._stop(name, f"its gradient norm is {size} and its loss {loss}")
             elif self.own[name].max_grad_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters[name].values(), self.own[name].max_grad_norm, norm)
             report = self._reports[name]
-            report.updates, report.norm, report.rate = report.updates + 1, value, rates[name]
+            report.updates, report.norm, report.rate = report.updates + 1, size, rates[name]
         going = [name for name in self.runs if name not in self.stopped]
         if all(self.updates[name] <= self.state.global_step + 1 for name in going):
             self.control.should_training_stop = True
 
-    def _stop(self, name: str, norm: float) -> None:
+    def _stop(self, name: str, reason: str) -> None:
         for parameter in self.parameters[name].values():
             parameter.grad = None
         self.stopped.add(name)
         step = self.state.global_step
         warnings.warn(
-            f"{name}: stopped after {step} steps, because its gradient norm is {norm}. The other adapters go on.",
+            f"{name}: stopped after {step} steps, because {reason}. The other adapters go on.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -188,7 +188,7 @@ def test_one_that_diverges_stops_alone(checkpointing, tmp_path):
     calm = trained(AdapterGroupTrainer(adapted("lora"), args, RUNS))
     runs = {**RUNS, "a": dataclasses.replace(RUNS["a"], learning_rate=1e30)}
     group = AdapterGroupTrainer(adapted("lora"), args, runs)
-    with pytest.warns(RuntimeWarning, match="a: stopped after 1 steps, because its gradient norm is nan"):
+    with pytest.warns(RuntimeWarning, match="a: stopped after 1 steps, because its gradient norm is nan and its"):
         group.train()
     assert group.stopped == {"a"}
     assert [entry["step"] for entry in group.state.log_history if "a/stopped" in entry] == [1]
@@ -204,6 +204,20 @@ def test_one_that_diverges_stops_alone(checkpointing, tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert again.stopped == {"a"}
     assert_same(again, group, "b")
+
+
+def test_a_loss_that_is_not_finite_stops_alone_too(tmp_path):
+    """Though its gradient is: an infinity is added to the loss of the second adapter."""
+    calls = []
+
+    def loss(outputs, labels, num_items_in_batch):
+        calls.append(1)
+        found = nn.functional.cross_entropy(outputs.logits.mT, labels, reduction="sum") / num_items_in_batch
+        return found + (torch.inf if len(calls) == 5 else 0.0)  # two batches of three, then the third's second
+
+    with pytest.warns(RuntimeWarning, match=r"b: stopped after 0 steps, .* norm is 0\.\d+ and its loss inf"):
+        group = trained(AdapterGroupTrainer(adapted("lora"), arguments(tmp_path), RUNS, compute_loss_func=loss))
+    assert group.stopped == {"b"}
 
 
 def test_it_ends_when_all_that_go_on_are_done(tmp_path):
