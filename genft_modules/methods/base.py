@@ -7,8 +7,9 @@ returns the form of the layer's update. Injection, saving and merging are common
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ LARGEST_CONFIG = 2**22  # bytes
 IMPORT = "genft_modules"
 
 FactorsT = TypeVar("FactorsT", bound="Factors")
+ConfigT = TypeVar("ConfigT", bound="GeneratorConfig")
 
 
 class MethodType(str):
@@ -77,6 +79,10 @@ class GeneratorConfig(PeftConfig):
     """
 
     method: ClassVar[str]  # the name in METHODS; the peft type is GENFT_<METHOD>
+    ranks: ClassVar[Mapping[str, str]]  # field with a rank → field with its patterns, "" if there is none
+    # Fields in which an adapter may differ from one whose place it takes in a compiled model, besides `ranks`: its
+    # initialisation, its training, and the scale of ΔW. All others are taken to be part of the graph.
+    free: ClassVar[tuple[str, ...]] = ()
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -173,8 +179,78 @@ class GeneratorConfig(PeftConfig):
         """Field → its patterns of layer names. The tuner warns about patterns that match no adapted layer."""
         return {}
 
+    def refuses_padding(self) -> str:
+        """Why tensors that are padded with zeros to a higher rank do not give the same ΔW, as the rest of "because ";
+        "" if they do."""
+        return ""
 
-class Factors(nn.Module):
+    def widened(self: ConfigT, ranks: Mapping[str, int]) -> ConfigT:
+        """This configuration with higher ranks, field of `ranks` → rank, the same for all layers.
+
+        Raises:
+            ValueError: a rank is lower than the adapter's, or `refuses_padding`.
+        """
+        wide = copy.deepcopy(self)
+        for field, rank in ranks.items():
+            patterns = getattr(self, self.ranks[field]) if self.ranks[field] else {}
+            own = getattr(self, field)
+            highest = max(own, *patterns.values()) if patterns else own
+            if rank < highest:
+                raise ValueError(f"target_rank: got {rank}, expected at least {highest}, the adapter's {field}")
+            if rank > highest and (reason := self.refuses_padding()):
+                raise ValueError(
+                    f"target_rank: got {rank}, expected the adapter's {field}, {highest}, because {reason}"
+                )
+            setattr(wide, field, rank)
+            if patterns:
+                setattr(wide, self.ranks[field], {})
+        wide.__post_init__()
+        return wide
+
+
+class Holder(nn.Module):
+    """A module that holds tensors of an update: those of one layer, or those that layers share."""
+
+    linear: tuple[str, ...] = ()  # the parameters that all are multiplied by c to multiply ΔW by c
+
+    def held(self) -> dict[str, nn.Parameter]:
+        """The parameters by name, without those of holders inside this one."""
+        inner = tuple(f"{name}." for name, part in self.named_modules() if name and isinstance(part, Holder))
+        return {name: one for name, one in self.named_parameters() if not name.startswith(inner)}
+
+    def by_rank(self, name: str, tensor: Tensor) -> Tensor:
+        """A view of parameter `name`, or of a tensor like it, in which every dimension that depends on a rank is padded
+        at its end to get a higher rank."""
+        return tensor
+
+    def refuses_gain(self, gain: float) -> str:
+        """Why `linear` cannot multiply ΔW by `gain`, as a sentence that names the field; "" if it can."""
+        return ""
+
+    def values_for(self, other: Any, gain: float) -> dict[str, Tensor]:
+        """The values of the tensors with which ΔW is `gain` times that of `other`, a holder of the same kind with ranks
+        that are lower or equal; on its device, in its dtype or a wider one. For None, those with which ΔW = 0.
+
+        Raises:
+            ValueError: `refuses_gain`.
+        """
+        if other is None:
+            return {name: torch.zeros(one.shape, dtype=one.dtype) for name, one in self.held().items()}
+        if gain != 1 and (reason := self.refuses_gain(gain)):
+            raise ValueError(reason)
+        found, values = other.held(), {}
+        for name, one in self.held().items():
+            source = found[name].detach()
+            if gain != 1 and name in self.linear:
+                wide = torch.promote_types(torch.promote_types(source.dtype, one.dtype), torch.float32)
+                source = source.to(wide) * gain
+            values[name] = torch.zeros(one.shape, dtype=source.dtype, device=source.device)
+            source = other.by_rank(name, source)
+            self.by_rank(name, values[name])[tuple(map(slice, source.shape))] = source
+        return values
+
+
+class Factors(Holder):
     """Parameters owned by one layer or shared by several. Layers can only share them if their `sizes` are equal."""
 
     def __init__(self, **sizes: int) -> None:
@@ -182,7 +258,7 @@ class Factors(nn.Module):
         self.sizes = sizes
 
 
-class Generator(nn.Module):
+class Generator(Holder):
     """The adapter of one layer.
 
     The layer's own parameters are registered here. Shared ones are in the model's `shared_generators`; this module
@@ -191,10 +267,12 @@ class Generator(nn.Module):
     """
 
     backend = "auto"  # set by the layer
+    scale = 1.0  # of ΔW; 1 for methods that have none
 
     def __init__(self) -> None:
         super().__init__()
         self.shared: tuple[Factors, ...] = ()
+        self.referred: tuple[str, ...] = ()
 
     def refer(self, name: str, factors: Factors, *, own: bool) -> None:
         """Set self.<name> to `factors`, registered only if this layer owns them."""
@@ -203,6 +281,16 @@ class Generator(nn.Module):
         else:
             object.__setattr__(self, name, factors)  # nn.Module.__setattr__ would register it
             self.shared = (*self.shared, factors)
+        self.referred = (*self.referred, name)
+
+    def leaves(self) -> dict[str, Generator]:
+        """The generators of single updates by name: those of its parts, such as row blocks, or else this one, ""."""
+        parts = {name: part for name, part in self.named_children() if isinstance(part, Generator)}
+        return parts or {"": self}
+
+    def holders(self) -> dict[str, Holder]:
+        """The modules that hold the tensors of ΔW, own and shared, by name; this one is ""."""
+        return {"": self, **{name: getattr(self, name) for name in self.referred}}
 
     def form(self, weight: Tensor, *, dropout: bool = True) -> Form:
         """The form of ΔW for W0 `weight` [N, K]. `dropout=False` disables dropout even in training mode."""

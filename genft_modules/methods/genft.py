@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,8 @@ class GenFTConfig(GeneratorConfig):
     """
 
     method: ClassVar[str] = "genft"
+    ranks: ClassVar[Mapping[str, str]] = {"generator_share_dim": "", "individual_features": "rank_pattern"}
+    free: ClassVar[tuple[str, ...]] = ("scaling", "drop", "individual_init_a", "individual_init_b")
 
     generator_share_dim: int = 90
     individual_features: int = 10
@@ -202,6 +204,33 @@ class GenFTFactors(Factors):
                     nn.init.uniform_(bias_b, -1 / math.sqrt(r), 1 / math.sqrt(r))
                 self.register_parameter(f"bias_{stage}_a", nn.Parameter(bias_a))
                 self.register_parameter(f"bias_{stage}_b", nn.Parameter(bias_b))
+        self.linear = (f"shared_{stage}_b", f"bias_{stage}_b")  # of the last stage
+        self.outer = cast(str, config.outer_activation)
+
+    def refuses_gain(self, gain: float) -> str:
+        if self.outer == "none" or (self.outer in ("relu", "leakyrelu") and gain > 0):
+            return ""
+        return f"scaling: {gain:g} times the model's, expected the same because outer_activation is {self.outer!r}"
+
+    def values_for(self, other: Any, gain: float) -> dict[str, Tensor]:
+        values = super().values_for(other, gain)
+        if other is None:
+            return values
+        # bias_t_a is one for the shared rank, then one for the specific rank.
+        for stage in (1, 2):
+            if (name := f"bias_{stage}_a") in values:
+                values[name] = torch.cat(
+                    [
+                        F.pad(part, (0, room - len(part)))
+                        for part, room in zip(other.halves(stage), map(len, self.halves(stage)), strict=True)
+                    ]
+                )
+        return values
+
+    def halves(self, stage: int) -> tuple[Tensor, Tensor]:
+        """bias_t_a for the shared and for the specific rank."""
+        a, _, bias, _ = (one.detach() for one in self.of(stage))
+        return bias[: len(a)], bias[len(a) :]
 
     def of(self, stage: int) -> list[Tensor]:
         """shared_t_a and shared_t_b, then bias_t_a and bias_t_b if there are biases."""
@@ -226,6 +255,16 @@ class GenFTPair(Factors):
             infix = "" if self.single else f"{stage}_"
             self.register_parameter(f"specific_{infix}a", nn.Parameter(a))
             self.register_parameter(f"specific_{infix}b", nn.Parameter(b))
+        self.linear = (f"specific_{infix}b",)  # of the last stage
+        self.in_both_stages = self.single and len(stages) == 2
+
+    def refuses_gain(self, gain: float) -> str:
+        if not self.in_both_stages:
+            return ""
+        return (
+            f"scaling: {gain:g} times the model's, expected the same because a square weight has one specific pair for "
+            "both stages"
+        )
 
     def of(self, stage: int) -> tuple[Tensor, Tensor]:
         """The pair used in a stage."""

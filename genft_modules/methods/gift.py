@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from genft_modules.methods.base import Factors, Generator, GeneratorConfig, beside, module_type, row_blocks, share
 from genft_modules.methods.checks import check_flag, check_rank, check_row_blocks
 from genft_modules.methods.forms import Form, InputEdit, LowRank
-from genft_modules.methods.gift_blocks import Blocks, check_block
+from genft_modules.methods.gift_blocks import Blocks, by_head, check_block, padding_changes, queries_of
 from genft_modules.methods.patterns import fits
 from genft_modules.methods.weights import weight_features
 
@@ -41,6 +42,7 @@ class GIFTConfig(GeneratorConfig):
     """
 
     method: ClassVar[str] = "gift"
+    ranks: ClassVar[Mapping[str, str]] = {"r": ""}
 
     r: int = 16
     block: str = "simple_block"
@@ -64,6 +66,9 @@ class GIFTConfig(GeneratorConfig):
         """Whether ΔW = W0 (φᵀ ψᵀ): h is the identity and there are no biases."""
         identity = self.block == "simple_block" and self.block_kwargs.get("act_layer", "identity") == "identity"
         return identity and not (self.in_projection_bias or self.out_projection_bias)
+
+    def refuses_padding(self) -> str:
+        return padding_changes(self.block, self.block_kwargs)
 
     def build(self, name: str, in_features: int, out_features: int, shared: nn.ModuleDict | None) -> GIFTGenerator:
         flags = row_blocks("enable_gift", self.enable_gift, name, out_features)
@@ -126,7 +131,19 @@ class GIFTFactors(Factors):
         if config.out_projection_bias:
             self.psi_bias = nn.Parameter(torch.zeros(in_features))
         self.block = Blocks(config.block, config.r, more.get("tokens", 0), **config.block_kwargs)
+        self.heads = config.block_kwargs.get("num_heads", 1)
         self.is_edit = config.edits_input
+
+    def by_rank(self, name: str, tensor: Tensor) -> Tensor:
+        return by_head(name, tensor, self.heads)
+
+    def values_for(self, other: Any, gain: float) -> dict[str, Tensor]:
+        values = super().values_for(other, gain)
+        if other is not None and (more := self.phi.shape[-2] / other.phi.shape[-2]) != 1:
+            for name, value in values.items():
+                if (queries := queries_of(name, value)) is not None:
+                    queries.mul_(more**0.5)  # attention divides its scores by the root of r/heads
+        return values
 
     def edit(self, weight: Tensor) -> InputEdit:
         phi, psi = beside(weight, self.phi, self.psi)

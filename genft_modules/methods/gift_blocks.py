@@ -224,6 +224,37 @@ def options_of(block: str) -> dict[str, Any]:
     return {"num_blocks": 1} | {name: p.default for name, p in parameters.items() if name not in ("dim", "tokens")}
 
 
+def padding_changes(block: str, block_kwargs: dict[str, Any]) -> str:
+    """Why h changes if its r dimensions and its tensors are padded with zeros, "" if it does not: what is added stays
+    zero, or is multiplied by zeros of ψ. (For attention see `queries_of`.)"""
+    norm = {**options_of(block), **block_kwargs}.get("norm_layer")
+    if norm == "ln":
+        return 'norm_layer is "ln", whose mean and variance are over r elements'
+    if block == "mlp_mixer" and norm == "l2":
+        return 'block is "mlp_mixer" with norm_layer "l2": its biases fill the added dimensions, which changes the norm'
+    return ""
+
+
+def by_head(name: str, tensor: Tensor, heads: int) -> Tensor:
+    """A parameter of `Blocks` with its heads as a dimension, if it is one of an attention; else as it is."""
+    module = name.rpartition(".")[0]
+    if module.endswith(".attn.qkv"):
+        return tensor.view(3, heads, -1, *tensor.shape[1:])
+    if module.endswith((".attn.q", ".attn.k", ".attn.v")):
+        return tensor.view(heads, -1, *tensor.shape[1:])
+    if name.endswith(".attn.proj.weight"):
+        return tensor.view(len(tensor), heads, -1)
+    return tensor
+
+
+def queries_of(name: str, tensor: Tensor) -> Tensor | None:
+    """The part of a parameter of `Blocks` that makes the queries of an attention, a view; else None."""
+    module = name.rpartition(".")[0]
+    if module.endswith(".attn.qkv"):
+        return tensor[: len(tensor) // 3]
+    return tensor if module.endswith(".attn.q") else None
+
+
 MOST_OF = {"num_blocks": DEEPEST, "mlp_ratio": 64, "channel_mixing_ratio": 64}
 
 

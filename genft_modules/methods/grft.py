@@ -3,7 +3,7 @@ released code; the docstrings mark choices that the paper leaves open as ours.""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -43,6 +43,8 @@ class GRFTConfig(GeneratorConfig):
     """
 
     method: ClassVar[str] = "grft"
+    ranks: ClassVar[Mapping[str, str]] = {"k": "k_pattern"}
+    free: ClassVar[tuple[str, ...]] = ("selection", "penalty", "penalty_modules")
 
     k: int = 16
     orientation: str = "row"
@@ -132,6 +134,18 @@ class GRFTGenerator(Generator):
                 'before training, or use GRFTConfig(selection="random")'
             )
         self.selected = True
+
+    def values_for(self, other: Any, gain: float) -> dict[str, Tensor]:
+        """The rows or columns of `other` and, to have k of them, the first others with V = 0."""
+        values = super().values_for(other, gain)
+        if other is None:
+            return values
+        other.check_ready()
+        unused = torch.ones(self.size, dtype=torch.bool, device=other.indices.device)
+        unused[other.indices] = False
+        more = unused.nonzero().flatten()[: len(self.indices) - len(other.indices)]
+        indices, order = torch.cat([other.indices, more]).sort()
+        return {"values": values["values"].index_select(int(self.orientation == "column"), order), "indices": indices}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -4,6 +4,7 @@ tile."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -39,6 +40,8 @@ class HiRAConfig(GeneratorConfig):
     """
 
     method: ClassVar[str] = "hira"
+    ranks: ClassVar[Mapping[str, str]] = {"r": "rank_pattern"}
+    free: ClassVar[tuple[str, ...]] = ("hira_dropout", "init_weights")
 
     r: int = 32
     hira_dropout: float = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -48,6 +49,14 @@ class LoRAConfig(GeneratorConfig):
     """
 
     method: ClassVar[str] = "lora"
+    ranks: ClassVar[Mapping[str, str]] = {"r": "rank_pattern"}
+    free: ClassVar[tuple[str, ...]] = (
+        "lora_alpha",
+        "alpha_pattern",
+        "use_rslora",
+        "lora_dropout",
+        "init_lora_weights",
+    )
 
     r: int = 8
     lora_alpha: float = 8
@@ -94,6 +103,8 @@ class LoRAConfig(GeneratorConfig):
 
 class LoRAGenerator(Generator):
     """A = lora_A [r, K] and B = lora_B [N, r]."""
+
+    linear = ("lora_B",)
 
     def __init__(self, in_features: int, out_features: int, r: int, scale: float, dropout: float) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -42,6 +42,8 @@ class PeanutConfig(GeneratorConfig):
     """
 
     method: ClassVar[str] = "peanut"
+    ranks: ClassVar[Mapping[str, str]] = {"r": ""}
+    free: ClassVar[tuple[str, ...]] = ("scaling", "init_weights")
 
     r: int = 32
     depth: int = 0
@@ -63,6 +65,8 @@ class PeanutConfig(GeneratorConfig):
 
 class PeanutGenerator(Generator):
     """Low rank: A [r, N], B [N, r], encoders and decoders [r, r]."""
+
+    linear = ("B",)
 
     def __init__(self, config: PeanutConfig, out_features: int) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ parameters. The rest (the hypernetwork's input, size and initialisation) is our 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -51,6 +52,8 @@ class SaSConfig(GeneratorConfig):
     """
 
     method: ClassVar[str] = "sas"
+    ranks: ClassVar[Mapping[str, str]] = {"r_shared": "", "r_specific": ""}
+    free: ClassVar[tuple[str, ...]] = ("scaling",)
 
     r_shared: int = 8
     r_specific: int = 4
@@ -87,6 +90,8 @@ class SaSHypernetwork(Factors):
     """From embeddings to chunks: weight [hidden, embedding] and bias [hidden] initialised like nn.Linear, head_p and
     head_q [chunk·r_specific, hidden], head_q zero."""
 
+    linear = ("head_q",)
+
     def __init__(self, config: SaSConfig) -> None:
         super().__init__()
         width = config.hidden_dim
@@ -98,6 +103,9 @@ class SaSHypernetwork(Factors):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         nn.init.uniform_(self.bias, -(config.embedding_dim**-0.5), config.embedding_dim**-0.5)
         nn.init.kaiming_uniform_(self.head_p, a=math.sqrt(5))
+
+    def by_rank(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (-1, self.r)) if name.startswith("head_") else tensor
 
     def made(self, embeddings: Tensor, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
         """P_l [K, r_specific] and Q_l [N, r_specific] from the embeddings e_l + c_i [chunks of K and of N, d]."""
@@ -113,6 +121,8 @@ class SaSHypernetwork(Factors):
 class SaSPair(Factors):
     """The parameters shared by layers of a shape: P_sh [K, r] Kaiming-uniform(√5) over K, Q_sh [N, r] zero, and the
     embeddings of the chunks of K, then of N."""
+
+    linear = ("q",)
 
     def __init__(self, config: SaSConfig, in_features: int, out_features: int) -> None:
         super().__init__(in_features=in_features, out_features=out_features)

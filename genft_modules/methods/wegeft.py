@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -53,6 +54,8 @@ class WeGeFTConfig(GeneratorConfig):
     """
 
     method: ClassVar[str] = "wegeft"
+    ranks: ClassVar[Mapping[str, str]] = {"r": "rank_pattern"}
+    free: ClassVar[tuple[str, ...]] = ("wegeft_alpha", "alpha_pattern", "wegeft_dropout")
 
     r: int = 8
     wegeft_alpha: float = 8
@@ -140,6 +143,8 @@ class WeGeFTConfig(GeneratorConfig):
 class WeGeFTPair(Factors):
     """φ and ψ [r, K], initialised to zero and Kaiming-uniform(√5), so that ΔW = 0; [experts, r, K] for a pair per
     expert."""
+
+    linear = ("phi",)
 
     def __init__(self, in_features: int, r: int, experts: int | None = None) -> None:
         super().__init__(in_features=in_features, r=r, **({} if experts is None else {"experts": experts}))

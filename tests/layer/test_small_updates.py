@@ -33,7 +33,7 @@ def gains(name: str, size: float, backend: str) -> dict[str, float]:
     generator = layer.genft_generators["default"]
 
     def scale_by(factor: float) -> None:
-        if hasattr(generator, "scale"):
+        if "scale" in vars(generator):  # others have one that is 1 for the class
             generator.scale *= factor
             return
         parameters = layer.adapter_parameters()
