@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from genft_modules.disk.adapters import check_adapter, load_adapter, restore_adapter, save_adapter
 from genft_modules.disk.export import ExportedLayer, export_lora, lora_config, lora_state_dict
+from genft_modules.disk.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from genft_modules.disk.released import load_peft_hira, load_peft_peanut, load_released, load_released_genft
 from genft_modules.layer.experts import FusedGenExperts
 from genft_modules.layer.linear import FusedGenLinear
@@ -68,6 +69,7 @@ __all__ = [
     "export_lora",
     "fuse_lora",
     "grft_penalty",
+    "hotswap_adapter",
     "load_adapter",
     "load_peft_hira",
     "load_peft_peanut",
@@ -76,6 +78,7 @@ __all__ = [
     "lora_config",
     "lora_state_dict",
     "needs_slices",
+    "prepare_model_for_compiled_hotswap",
     "restore_adapter",
     "save_adapter",
     "select_slices",

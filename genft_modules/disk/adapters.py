@@ -54,14 +54,14 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         ValueError: the adapter does not exist, or `directory` is a file.
         OSError: something cannot be written; names the directory and the reason. What was there is unchanged.
     """
-    model = _with_adapter(model, adapter_name)
+    model = with_adapter(model, adapter_name)
     state = gathered_adapter(model, adapter_name) if several() else None
     if rank() == 0:
         _write_adapter(model, Path(directory), adapter_name, state)
     barrier()
 
 
-def _with_adapter(model: Any, adapter_name: str) -> Any:
+def with_adapter(model: Any, adapter_name: str) -> Any:
     model = unwrapped(model)
     if not hasattr(model, "peft_config"):
         raise TypeError(f"model: got {type(model).__name__}, expected a module with adapters, such as a peft.PeftModel")
@@ -156,7 +156,7 @@ def load_adapter(
         raise TypeError("in_place: got False for a module with injected adapters, expected True")
     if in_place and kwargs:
         raise TypeError(f"kwargs: got {list(kwargs)}, expected none with in_place=True")
-    with _whole(directory) as place:
+    with whole(directory) as place:
         config = _checked(model, place, adapter_name)
         if in_place:
             _inject(model, place, config, adapter_name, is_trainable)
@@ -201,21 +201,26 @@ def restore_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter
         TypeError: `model` has no adapters.
         ValueError: the adapter does not exist, or the saved one is invalid; nothing is changed.
     """
-    model, directory = _with_adapter(model, adapter_name), Path(directory)
+    model, directory = with_adapter(model, adapter_name), Path(directory)
     read_config(directory)
     state = model.state_dict()
     ours = {key: state[name] for key, name in adapter_keys(model, adapter_name).items()}
     saved = load_file(directory / WEIGHTS)
     refuse_misfits(str(directory / WEIGHTS), saved, ours, {})
-    with torch.no_grad():
-        for key, tensor in ours.items():
-            value = saved[key].to(tensor.device, tensor.dtype)
-            if is_sharded(tensor):
-                from torch.distributed.tensor import distribute_tensor
+    for key, tensor in ours.items():
+        overwrite(tensor, saved[key])
 
-                sharded = cast(Any, tensor)
-                value = distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
-            tensor.copy_(value)
+
+@torch.no_grad()
+def overwrite(tensor: Tensor, value: Tensor) -> None:
+    """Copy the whole `value` into a tensor, which may be sharded."""
+    if is_sharded(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded = cast(Any, tensor)
+        value = value.to(tensor.device, tensor.dtype)
+        value = distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    tensor.copy_(value)
 
 
 def check_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> PeftConfig:
@@ -235,37 +240,66 @@ def check_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_n
             field that does not fit or could take very long to match, or tensors that are missing, unknown, not finite,
             or of the wrong shape or dtype.
     """
-    with _whole(directory) as place:
+    with whole(directory) as place:
         return _checked(model, place, adapter_name)
 
 
 def _checked(model: nn.Module, directory: Path, adapter_name: str) -> PeftConfig:
-    config = _config_in(directory)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     if adapter_name in getattr(base, "peft_config", {}):
         raise ValueError(f"adapter_name: {adapter_name!r} already exists in the model, expected a new name")
+    config, saved = read_adapter(base, directory)
+    if isinstance(config, GeneratorConfig):
+        trial_with(base, config, saved, adapter_name, directory)
+    else:
+        _check_stock(base, directory, config, saved)
+    return config
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model that has the adapted layers."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def read_adapter(
+    base: nn.Module, directory: Path, device: str | torch.device = "cpu"
+) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """A saved adapter's configuration and tensors. Raises ValueError if they are invalid in any model, or if matching
+    the names of this one could take very long."""
+    config = _config_in(directory)
     with refusing(directory / CONFIG):
         check_matching(config, (name for name, _ in base.named_modules()))
     with refusing(directory / WEIGHTS):
-        saved = load_file(directory / WEIGHTS)
+        saved = load_file(directory / WEIGHTS, device=str(device))
         if broken := [key for key, tensor in saved.items() if not is_finite(tensor)]:
             raise ValueError(f"non-finite elements in {some(broken)}")
-    if not isinstance(config, GeneratorConfig):
-        _check_stock(base, directory, config, saved)
-        return config
+    return config, saved
+
+
+def trial_with(
+    base: nn.Module, config: GeneratorConfig, saved: dict[str, Tensor], adapter_name: str, directory: Path
+) -> nn.Module:
+    """A copy of the model on the meta device with the adapter in it. Raises ValueError if they do not match."""
     found = {_in_model(key): tensor for key, tensor in saved.items()}
+    try:
+        trial = injected(base, config, adapter_name)
+    except Exception as error:  # peft, transformers and torch raise many types
+        raise ValueError(one_line(f"{directory / CONFIG}: does not match the model: {error}")) from error
+    with refusing(directory / WEIGHTS), warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        wanted = get_peft_model_state_dict(trial, adapter_name=adapter_name, save_embedding_layers=False)
+        refuse_misfits(str(directory / WEIGHTS), found, wanted, trial.state_dict())
+        set_peft_model_state_dict(trial, found, adapter_name, low_cpu_mem_usage=True)
+    return trial
+
+
+def injected(base: nn.Module, config: GeneratorConfig, adapter_name: str) -> nn.Module:
+    """A copy of the model on the meta device with a new adapter."""
     trial = without_weights(base)
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # repeated when the adapter is loaded
-        try:
-            inject_adapter_in_model(copy.deepcopy(config), trial, adapter_name)
-        except Exception as error:  # peft, transformers and torch raise many types
-            raise ValueError(one_line(f"{directory / CONFIG}: does not match the model: {error}")) from error
-        with refusing(directory / WEIGHTS):
-            wanted = get_peft_model_state_dict(trial, adapter_name=adapter_name, save_embedding_layers=False)
-            refuse_misfits(str(directory / WEIGHTS), found, wanted, trial.state_dict())
-            set_peft_model_state_dict(trial, found, adapter_name, low_cpu_mem_usage=True)
-    return config
+        inject_adapter_in_model(copy.deepcopy(config), trial, adapter_name)
+    return trial
 
 
 def _in_model(key: str) -> str:
@@ -307,7 +341,7 @@ def _check_stock(base: nn.Module, directory: Path, config: PeftConfig, saved: di
 
 
 @contextmanager
-def _whole(directory: str | os.PathLike[str]) -> Iterator[Path]:
+def whole(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """As `whole_adapter`; what it refuses is said on one line."""
     with ExitStack() as stack:
         with refusing(Path(directory) / CONFIG):
@@ -317,7 +351,7 @@ def _whole(directory: str | os.PathLike[str]) -> Iterator[Path]:
 
 def read_config(directory: Path) -> PeftConfig:
     """The configuration of a saved adapter. Raises ValueError, naming the file, if a file is missing or invalid."""
-    with _whole(directory) as place:
+    with whole(directory) as place:
         return _config_in(place)
 
 

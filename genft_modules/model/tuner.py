@@ -137,7 +137,7 @@ class GenFTModel(BaseTuner):
             raise
         finally:
             self._clear(model)
-        adapted = _adapted(model, adapter_name)
+        adapted = adapted_layers(model, adapter_name)
         if state_dict is not None and shared:
             _compare(state_dict, adapted, adapter_name)
         names = [one for name, layer in adapted.items() for one in layer.names_of_targets(name, adapter_name)]
@@ -239,7 +239,7 @@ class GenFTModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, config: PeftConfig, adapter_name: str, **kwargs: Any) -> Any:
         """As in peft, but raises ValueError if the adapter is not ready."""
-        for layer in _adapted(model, adapter_name).values():
+        for layer in adapted_layers(model, adapter_name).values():
             cast(Generator, layer.genft_generators[adapter_name]).check_ready()
         return super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **kwargs)
 
@@ -432,7 +432,7 @@ def _giving_again(batch: MixedBatch, module: nn.Module) -> Iterator[None]:
 
 def _take(model: nn.Module, adapter_name: str) -> list[_Taken]:
     """Take the adapter out of the model's layers, to replace it. Raises ValueError if it is merged."""
-    layers = _adapted(model, adapter_name)
+    layers = adapted_layers(model, adapter_name)
     if merged := [name for name, layer in layers.items() if adapter_name in layer.merged_adapters]:
         raise ValueError(
             f"adapter_name: {adapter_name!r} is merged into {merged[0]}, expected a new name or an unmerged model"
@@ -461,7 +461,7 @@ def _give_back(taken: list[_Taken], adapter_name: str) -> None:
             one.container.genft_shared[adapter_name] = one.factors
 
 
-def _adapted(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
     """The layers with the adapter, by name."""
     return {
         name: layer
