@@ -62,6 +62,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
 
 
 def with_adapter(model: Any, adapter_name: str) -> Any:
+    """The model without wrappers. Raises TypeError if it has no adapters, ValueError if it has none of that name."""
     model = unwrapped(model)
     if not hasattr(model, "peft_config"):
         raise TypeError(f"model: got {type(model).__name__}, expected a module with adapters, such as a peft.PeftModel")
