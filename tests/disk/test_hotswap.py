@@ -123,7 +123,7 @@ def test_delta_is_that_of_a_fresh_model(case: str, tmp_path: Path) -> None:
     assert_same(large, small)
 
 
-@pytest.mark.parametrize("case", REPRESENTATIVES)
+@pytest.mark.parametrize("case", ["wegeft", "lora", "genft", "sas", "grft"])
 def test_what_is_saved_is_what_was_swapped_in(case: str, tmp_path: Path) -> None:
     config = CASES[case](target_modules=TARGETS)
     model, other = adapter(config, 1), adapter(config, 2, tmp_path, **others(config))
