@@ -357,4 +357,4 @@ class _Padded:
             if wide.shared:
                 layer.genft_shared[self.name] = nn.ModuleList(wide.shared)
                 factors = self.trial[name].containers[self.name].genft_shared[self.name]
-                layer.containers[self.name].genft_shared[self.name] = factors
+                layer.containers[self.name].genft_shared[self.name] = factors.train(layer.training)

@@ -389,6 +389,8 @@ def test_a_prepared_adapter_is_as_it_was(tmp_path: Path) -> None:
     assert model.active_adapter == "default"
     model(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    prepare_model_for_compiled_hotswap(model.eval(), target_rank=5)
+    assert not any(module.training for module in model.modules())
     model.base_model.set_requires_grad("default", False)  # reaches what layers share
     assert not any(p.requires_grad for p in model.parameters())
     model.delete_adapter("default")
