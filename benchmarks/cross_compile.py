@@ -1,7 +1,8 @@
 """Compiles what the launchers launch for GPUs that are not here, and reads the resources the compiler reports.
 
 `python -m benchmarks.cross_compile [--widest] [TARGET ...]` prints a line for every kernel of every default plan; with
---widest on sm_90 only at the largest rank that a plan serves, elsewhere each call of an algorithm once, in bfloat16.
+--widest on sm_90 each plan at the largest rank that it serves, elsewhere the backward of each algorithm once, in
+bfloat16.
 `python -m benchmarks.cross_compile --table docs/compiled.md` writes what one target's kernels are made of.
 """
 
@@ -238,8 +239,9 @@ def ranks_of(table: Iterable[tuple[Any, ...]], every: bool) -> tuple[int, ...]:
 
 
 def default_calls(target: str, *, every: bool = True) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every plan that `default_plan` chooses from on the target, at every padded rank, or at the widest that it serves;
-    dropout at the widest."""
+    """Every plan that `default_plan` chooses from on the target, at every padded rank; dropout at the widest. Without
+    `every`, each plan at the widest rank that it serves, and what other operations launch with it once for a rank, with
+    the largest blocks, which take the most registers."""
     facts = DeviceFacts(target, PROCESSORS[target])
     low_rank = [(size, r) for size in DTYPES for r in ranks_of(plans.SKINNY_DEFAULTS[size], every)]
     for itemsize, r in low_rank:
@@ -249,10 +251,15 @@ def default_calls(target: str, *, every: bool = True) -> Iterator[tuple[str, Cal
             problem = Problem("lowrank_linear", rows, N, K, r, itemsize)
             for plan in plans.default_candidates(problem, facts)[:-1]:
                 listed.setdefault(plan, rows)
+        most = max((plan.skinny.rows for plan in listed), default=0)
         for plan, rows in listed.items():
+            if plan.algorithm == "single" and not every and r < plans.SINGLE_RANK:
+                continue
             label = f"r={r} {dtype} {plan.algorithm} {_blocks_of(plan)}"
             for name, call in low_rank_calls(r, dtype, plan, rows=rows):
                 yield f"lowrank_{name} {label}", call
+            if plan.skinny.rows < most and not every:
+                continue
             if plan.algorithm == "seeded":
                 yield from ((f"{name} {label}", call) for name, call in edit_calls(r, dtype, plan))
                 yield from ((f"{name} {label}", call) for name, call in rescale_calls(dtype, plan))
@@ -275,7 +282,9 @@ def default_calls(target: str, *, every: bool = True) -> Iterator[tuple[str, Cal
             continue
         for algorithm, dropout in (("fused", 0.0), ("panel", 0.0), *((("panel", 0.1),) if r == 64 else ())):
             for name, call in generated_calls(r, dtype, replace(plan, algorithm=algorithm), dropout=dropout):
-                yield f"generated_{name} r={r} {dtype} {algorithm} dropout={dropout}", call
+                # Below, this rank has the same kernels with more in them, but for the features.
+                if every or r != 64 or dropout or name.startswith("features"):
+                    yield f"generated_{name} r={r} {dtype} {algorithm} dropout={dropout}", call
         # The update alone, with dropout of x, has the same kernels with less in them.
         for algorithm in ("fused", "panel") if every or r == 64 else ():
             modulated = generated_calls(r, dtype, replace(plan, algorithm=algorithm), combine="modulate")
@@ -288,8 +297,10 @@ def widest_calls(target: str) -> Iterable[tuple[str, Callable[[], object]]]:
     calls = default_calls(target, every=False)
     if target == "sm_90":
         return calls
-    # The last one of a kind is at its largest rank. The single pass has another kernel for few rows.
-    kinds = {re.sub(r" [rk]=\d+|(?<!single) \d+×\d+|×\d+", "", label): (label, call) for label, call in calls}
+    # The last one of a kind is at its largest rank, and a backward, which launches what the forward does and more. The
+    # single pass has another kernel for few rows.
+    varying = r"_(for|back)ward| [rk]=\d+|(?<!single) \d+×\d+|×\d+"
+    kinds = {re.sub(varying, "", label): (label, call) for label, call in calls}
     return [one for kind, one in kinds.items() if "float32" not in kind]
 
 

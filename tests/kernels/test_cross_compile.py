@@ -1,6 +1,6 @@
 """Every kernel of every plan compiles for GPUs that are not here: no spills, shared memory that fits, wgmma on Hopper.
 
-On sm_90 at the largest rank that a plan serves, elsewhere each call of an algorithm once; everything with
+On sm_90 each plan at the largest rank that it serves, elsewhere the backward of each algorithm once; everything with
 GENFT_ALL_RANKS=1, as in `make test-all`.
 
 In a process of its own, for there the kernels must not be interpreted.
