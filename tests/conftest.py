@@ -17,7 +17,11 @@ from pathlib import Path
 import pytest
 import triton  # noqa: F401 - its own functions are interpreted or compiled as the variable says when it is imported
 
+from tests.support import interpreter
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.lighten()
 
 
 # What takes longest begins first, so that no process waits for another at the end.
