@@ -305,20 +305,6 @@ def test_adapters_that_drop_different_shares_of_x():
     torch.testing.assert_close(layer.eval()(x), want)
 
 
-@all_kinds
-def test_compiles_as_one_graph(case):
-    torch._dynamo.reset()  # the layer's code is one for all methods, and recompiled for each: eight times at most
-    layer = make(case, dtype=torch.float32)
-    x = inputs(7, dtype=torch.float32)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), layer(x))
-    compiled(x).square().sum().backward()
-    got = [parameter.grad.clone() for parameter in layer.adapter_parameters().values()]
-    layer.zero_grad()
-    layer(x).square().sum().backward()
-    torch.testing.assert_close(got, [parameter.grad for parameter in layer.adapter_parameters().values()])
-
-
 @all_cases
 def test_base_layers_that_make_their_own_product(case):
     layer = make(case)
