@@ -76,7 +76,9 @@ def test_sizes_become_symbols_by_themselves(kind: str) -> None:
     assert graphs_of_operators(counter) == 2
 
 
-@torch._inductor.config.patch({"cpp.vec_isa_ok": False})  # no trying of which vector units the compiler knows
+# Graphs of earlier runs are kept on the disk and looked up without a look at our fake implementations; and which vector
+# units the compiler knows takes long to try.
+@torch._inductor.config.patch({"force_disable_caches": True, "cpp.vec_isa_ok": False})
 def test_inductor_fuses_around_the_operator() -> None:
     """Generated code before and after our operator, in both directions, has the layout that it expects."""
     layer = make("wegeft")
