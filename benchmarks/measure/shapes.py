@@ -1,7 +1,7 @@
 """The shapes that are measured, and what a layer of such a shape cannot do without.
 
 A shape is x [M, K] times one or several weights [N, K] that share x; floors count the operations and bytes of
-performance goals P1 to P10 (docs/benchmarks.md).
+performance goals P1 to P11 (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -93,4 +93,5 @@ CPU_GOAL = Shape(2048, (1024,), 1024)
 CPU_SHAPES = (CPU_GOAL, Shape(512, (2048,), 1024))
 CPU_CALL = Shape(16, (16,), 16)  # no arithmetic to speak of: what a call costs
 CPU_DECODE = grid((1, 8), ((1024, 1024),))
+CPU_MIXED = grid((1,), ((1024, 1024), (2048, 512)))  # one sample, or several with adapters of their own
 TINY = (Shape(48, (40,), 24), Shape(33, (24,), 56))

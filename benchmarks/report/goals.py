@@ -1,4 +1,4 @@
-"""The goals P1 to P10 and N1, and what records say of them."""
+"""The goals P1 to P11 and N1, and what records say of them."""
 
 from __future__ import annotations
 
@@ -270,6 +270,20 @@ def _p10(records: list[Record]) -> list[Finding]:
     return found
 
 
+def _p11(records: list[Record]) -> list[Finding]:
+    found = []
+    mixed = [r for r in _pick(records, suite="mixed", kind="genft") if "over_peer" in r]
+    for name in dict.fromkeys(r["contender"] for r in mixed):
+        for words, where in (("a layer", "m"), ("generate", "model")):
+            own = [r for r in mixed if r["contender"] == name and where in r]
+            if own:
+                worst = max(own, key=lambda r: r["over_peer"]["median"])
+                samples = worst["m"] if "m" in worst else worst["model"]["batch"]
+                note = f"worst: {samples} samples, {worst['mode'].partition(', ')[2]}, {worst['dtype']}"
+                found.append(Finding(f"{name}, {words}", worst["over_peer"]["median"], 1.0, note))
+    return found
+
+
 def _n1(records: list[Record]) -> list[Finding]:
     found = []
     for record in records:
@@ -362,6 +376,14 @@ GOALS = (
         ("cpu",),
         f"{CPU} --parts p10",
         _p10,
+    ),
+    Goal(
+        "P11",
+        "decode on a CPU with 1 to 64 adapters in a batch of 1 to 64 samples, against peft LoRA's loop",
+        "≤ 1",
+        ("cpu",),
+        f"{CPU} --parts mixed",
+        _p11,
     ),
     Goal(
         "N1",

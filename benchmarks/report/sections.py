@@ -65,6 +65,29 @@ def _matrix(records: list[Record], what: str) -> list[str]:
     return lines
 
 
+def _mixed(records: list[Record]) -> list[str]:
+    """Layers that are given an adapter per sample, over peft's: a row per batch, a column per contender."""
+    if not records:
+        return []
+    lines = ["### One layer, an adapter per sample", "", "Time over peft LoRA's loop, without gradients.", ""]
+    shown = list(dict.fromkeys(r["contender"] for r in records if r["kind"] != "peer"))
+    layers: dict[str, dict[tuple[int, str], dict[str, Record]]] = {}
+    for r in records:
+        rows = layers.setdefault(f"N×K = {r['n'][0]}×{r['k']}, {r['dtype']}", {})
+        rows.setdefault((r["m"], r["mode"].partition(", ")[2]), {})[r["contender"]] = r
+    for layer, rows in layers.items():
+        body = [
+            [
+                str(m),
+                words,
+                *(f"{c[name]['over_peer']['median']:.2f}" if "over_peer" in c.get(name, {}) else "" for name in shown),
+            ]
+            for (m, words), c in rows.items()
+        ]
+        lines += [f"#### {layer}", "", *text.table(["samples", "", *shown], body)]
+    return lines
+
+
 def _details(records: list[Record]) -> list[str]:
     lora = next((r["ms"]["median"] for r in records if r["contender"] == "peft-lora" and "ms" in r), None)
     rows = []
@@ -197,7 +220,8 @@ def of_device(device: Device, charts: list[Path], docs: Path) -> list[str]:
             for r in sorted({x["r"] for x in records if x["suite"] == suite and "model" not in x}):
                 own = [x for x in records if (x["suite"], x["mode"], x.get("r")) == (suite, mode, r)]
                 lines += _matrix(own, f"{suite}, {words}, r = {r}")
-    models = [r for r in records if r["suite"] in ("model", "block", "mixed") and "ms" in r]
+    lines += _mixed([r for r in records if r["suite"] == "mixed" and "model" not in r])
+    models = [r for r in records if r["suite"] in ("model", "block", "mixed") and "model" in r and "ms" in r]
     if models:
         lines += ["### Whole models and blocks", "", *_models(models)]
     fitting = [r for r in records if "largest" in r]

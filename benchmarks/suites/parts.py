@@ -20,6 +20,7 @@ from benchmarks.subjects import models
 from benchmarks.subjects.contenders import CONTENDERS, methods, names
 from benchmarks.subjects.operations import checks, large_offset_check, run_check
 from benchmarks.suites import answers, model_limits, model_step, sweep
+from benchmarks.suites import mixed as mixing
 from benchmarks.suites.comparison import Settings, compare
 from genft_kernels.plan import Problem, device_facts
 
@@ -201,16 +202,36 @@ def fits(run: Run) -> None:
 
 
 def mixed(run: Run) -> None:
-    """Decoding with 1, 8 and 64 adapters in one batch against one adapter."""
+    """Adapters mixed in one batch: on a CPU one layer and `generate` beside peft's loop, then the next token of a model
+    with 1, 8 and 64 adapters in the batch against one adapter."""
+    r = 4 if run.tiny else 16
+    if not _gpu(run):
+        _mixed_on_cpu(run, r)
     if run.tiny:
         size, counts = replace(models.TINY, batch=4, sequence=1), (1, 2, 4)
     elif _gpu(run):
         size, counts = replace(models.LLAMA3_BLOCK, layers=2, batch=64, sequence=1), (1, 8, 64)
     else:
         size, counts = replace(models.CPU_BLOCK, batch=16, sequence=1), (1, 8, 16)
-    settings = _settings(run, 4.0, max_rounds=30)
-    r = 4 if run.tiny else 16
-    add(run, model_limits.mixed(size, dtype_of(run), run.device, counts, r, settings))
+    add(run, mixing.next_token(size, dtype_of(run), run.device, counts, r, _settings(run, 4.0, max_rounds=30)))
+
+
+def _mixed_on_cpu(run: Run, r: int) -> None:
+    samples = (1, 4) if run.tiny else (1, 4, 16, 64)
+    listed = [
+        Case(replace(shape, m=m), r, dtype, run.device)
+        for shape in (shapes.TINY[:1] if run.tiny else shapes.CPU_MIXED)
+        for dtype in (torch.float32, torch.bfloat16)
+        for m in samples
+    ]
+    settings = _settings(run, 1.0, max_rounds=100)
+    for case in run.paced(listed):
+        counts = [count for count in samples if count <= case.shape.m]
+        show(mixing.layers(case, counts, settings, replicas=int(run.tiny), run=run))
+    size = models.TINY if run.tiny else models.CPU_MODEL
+    batches = [(m, count) for m in samples for count in samples if count <= m]
+    settings = _settings(run, 4.0, max_rounds=20)
+    show(mixing.generating(size, torch.float32, run.device, batches, r, settings, run=run))
 
 
 def p7(run: Run) -> None:

@@ -18,11 +18,11 @@ import torch
 from benchmarks import gpu, memcheck, runner
 from benchmarks.measure import results
 from benchmarks.measure.part import Part, add, line
-from benchmarks.measure.shapes import Shape
+from benchmarks.measure.shapes import Case, Shape
 from benchmarks.report import goals, sections
 from benchmarks.report.__main__ import main as report
 from benchmarks.subjects import models
-from benchmarks.suites import model_limits, model_step, parts, profiles, sweep
+from benchmarks.suites import mixed, model_limits, model_step, parts, profiles, sweep
 from benchmarks.suites.comparison import Settings
 from genft_kernels import plan as plans
 from genft_kernels.gate import EPSILON
@@ -91,7 +91,7 @@ def test_goals_are_read_from_records():
         "genft-wegeft": 0.5,
     }
     assert by_id["P1"] == []
-    assert [goal.id for goal in goals.GOALS] == [*(f"P{i}" for i in range(1, 11)), "N1"]
+    assert [goal.id for goal in goals.GOALS] == [*(f"P{i}" for i in range(1, 12)), "N1"]
 
 
 def test_gpu_goals_name_the_worst_shape():
@@ -534,11 +534,24 @@ def test_what_fits_is_measured_against_a_budget():
 def test_adapters_mixed_in_one_batch_are_measured_behind_a_check():
     size = dataclasses.replace(models.TINY, batch=4, sequence=1)
     settings = Settings(seconds=0.0, min_rounds=2, warmup=1)
-    records = {r["contender"]: r for r in model_limits.mixed(size, torch.float32, CPU, (1, 3), 4, settings)}
-    for name in ("genft-lora", "genft-wegeft", "peft-lora"):
+    records = {r["contender"]: r for r in mixed.next_token(size, torch.float32, CPU, (1, 3), 4, settings)}
+    for name in mixed.ENTRANTS:
         assert records[f"{name}, one active"]["ms"]["median"] > 0
         assert all(records[f"{name}, {count} in a batch"]["gate"]["ok"] for count in (1, 3))
-    assert "".join(sections._models(list(records.values()))).count("in a batch") == 6
+    assert "".join(sections._models(list(records.values()))).count("in a batch") == 8
+
+
+def test_mixed_batches_are_measured_beside_pefts_loop():
+    settings = Settings(seconds=0.0, min_rounds=2, warmup=1)
+    case = Case(Shape(4, (40,), 24), 4, torch.bfloat16, CPU)
+    records = mixed.layers(case, (1, 3), settings, replicas=1)
+    assert len(records) == 2 * 2 * (1 + len(mixed.ENTRANTS))
+    assert all(r["ms"]["median"] > 0 for r in records), [r.get("withheld") for r in records]
+    generated = mixed.generating(models.TINY, torch.float32, CPU, [(4, 3)], 4, settings)
+    assert {r["contender"] for r in generated} == {"frozen", *mixed.ENTRANTS}
+    (finding, *_) = goals._p11([*records, *generated])
+    assert finding.value == max(r["over_peer"]["median"] for r in records if r["contender"] == "genft-lora")
+    assert "| 4 | " in "".join(sections._mixed(records))
 
 
 @pytest.mark.parametrize("mode", ["step-graph", "decode"])
