@@ -10,7 +10,7 @@ from .dropout import draw_seed
 from .edit import input_edit, input_edit_linear
 from .features import weight_features
 from .generated import generated_features, generated_linear
-from .grouped import grouped_lowrank_linear
+from .grouped import grouped_lowrank_linear, stack_factors
 from .lowrank import lowrank_linear
 from .plan import ContractPlan, DeviceFacts, LaunchPlan, Problem, ProductPlan, SkinnyPlan, choose_plan, device_facts
 from .rescaled import rescaled_linear, row_squares
@@ -39,5 +39,6 @@ __all__ = [
     "row_squares",
     "sliced_linear",
     "squared_gradient_sums",
+    "stack_factors",
     "weight_features",
 ]

@@ -201,7 +201,7 @@ class _Pass:
         *given, plan = arguments
         like = given[self.like]
         module = self.reference
-        if not _is_library(plan, like):
+        if not is_library(plan, like):
             found = resolve(plan, self.operation, *self.sizes(given), like.dtype, like.device)
             if found.algorithm not in LIBRARY:
                 module = _triton(self.reference.__name__)
@@ -218,7 +218,7 @@ class _Pass:
             return run(*given)
 
 
-def _is_library(plan: LaunchPlan | str, like: Tensor) -> bool:
+def is_library(plan: LaunchPlan | str, like: Tensor) -> bool:
     """Whether the plan is the library's regardless of sizes."""
     if isinstance(plan, LaunchPlan):
         return plan.algorithm in LIBRARY

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from genft_kernels import grouped_lowrank_linear
 from genft_kernels.checks import FLOATS, check_tensor
 from genft_kernels.operation import eager
 from genft_kernels.sharded import is_sharded
@@ -29,7 +28,7 @@ from genft_modules.layer.mixed import MixedBatch, mixed_batch
 from genft_modules.layer.sharded import frozen_view, sharded_forward
 from genft_modules.methods import Generator, GeneratorConfig
 from genft_modules.methods.base import without_autocast
-from genft_modules.methods.forms import Form, InputEdit, apply, apply_around, side_by_side
+from genft_modules.methods.forms import Form, InputEdit, LowRank, apply, apply_around, side_by_side
 from genft_modules.methods.weights import QuantisedWeight, can_be_base, features_of, is_quantised, stored
 
 
@@ -193,24 +192,30 @@ class FusedGenLinear(AdaptedLayer):
         check_tensor("x", x)
         batch.names_of(x.shape[0])
         self._refuse_mixed_merged()
-        present = [name for name in batch.names if name in self.genft_generators]
+        known = cast(nn.Module, self._modules["genft_generators"])._modules
+        present = [name for name in batch.adapters if name in known]
         if self._disable_adapters or not present:
             return cast(Tensor, base(x))
         weight = self._weight()
         if is_sharded(weight):
             raise ValueError(f"adapter_names: got {batch.names}, expected None because the weight is sharded")
-        backend = self._generator(present[0]).backend
+        generator = cast(Generator, known[present[0]])
+        backend = generator.backend
+        if batch.names.count(present[0]) == len(batch.names) and not self.training:
+            form = generator.form(weight, dropout=False)
+            if isinstance(form, LowRank):  # one adapter for all, without what mixing costs
+                if self._is_plain(weight):
+                    return apply([form], x, weight, base.bias, backend)
+                return apply_around(base, [form], x, weight, backend)
         made = batch.made(self, weight)
         if made.edits is not None:
-            x = x + batch.updates(made.edits, x, backend)
+            x = x + batch.linear(made.edits, x, None, None, backend)
         if made.low_rank is None:
             y = base(x)
         elif self._is_plain(weight):
-            _, p, q = made.low_rank
-            rows = batch.rows(made.low_rank.adapters, x)
-            y = grouped_lowrank_linear(x, weight, p, q, rows, base.bias, backend=backend)
+            y = batch.linear(made.low_rank, x, weight, base.bias, backend)
         else:
-            y = base(x) + batch.updates(made.low_rank, x, backend)
+            y = base(x) + batch.linear(made.low_rank, x, None, None, backend)
         for name, form in made.others.items():
             places = batch.samples(name, x)
             with batch.dropout_of(name, self, x.device, draw=1):

@@ -5,25 +5,46 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from genft_kernels import RowGroups, group_rows, grouped_lowrank_linear
+from genft_kernels import RowGroups, group_rows, grouped_lowrank_linear, stack_factors
 from genft_kernels.operation import eager
 from genft_modules.methods.forms import InputEdit, LowRank, Slices
 
 BASE = "__base__"  # peft's name for no adapter
+_WORTH_STACKING = 4  # adapters: for fewer, a product of each takes as long as one of their stack
 
 
-class Stack(NamedTuple):
-    """Stacked low-rank updates of G adapters: P [G, K, r] and Q [G, N, r], zero-padded to a common rank."""
+@dataclass
+class Updates:
+    """Low-rank updates by adapter: P [K, r], Q [N, r] and the scale of each. On a CPU, they are stacked when they are
+    used again, as in the steps of decoding; in a single call it would take longer to copy than to use them."""
 
     adapters: tuple[str, ...]
-    p: Tensor
-    q: Tensor
+    p: list[Tensor]
+    q: list[Tensor]
+    scale: list[float]
+    used: bool = False
+    stack: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, forms: Mapping[str, LowRank]) -> Updates:
+        each = forms.values()
+        return cls(tuple(forms), [f.p for f in each], [f.q for f in each], [f.scale for f in each])
+
+    def stacked(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The stack, if there should be one for x and further calls without gradients."""
+        on_cpu = x.device.type == "cpu"
+        worth = not on_cpu or len(self.p) >= _WORTH_STACKING
+        if worth and self.stack is None and not torch.is_grad_enabled() and eager(x):
+            if self.used or not on_cpu:
+                self.stack = stack_factors(self.p, self.q, self.scale)
+            self.used = True
+        return self.stack
 
 
 @dataclass
@@ -31,8 +52,8 @@ class Made:
     """The updates of one layer for a batch: input edits, low-rank updates of the output, and others (of full rank, or
     with dropout on x), which are applied per adapter to its samples."""
 
-    edits: Stack | None
-    low_rank: Stack | None
+    edits: Updates | None
+    low_rank: Updates | None
     others: dict[str, Any]
 
 
@@ -40,8 +61,8 @@ class Made:
 class MixedBatch:
     """The adapter of each sample in one call of a model.
 
-    The samples are sorted once per call, and without gradients the updates are computed and stacked once per layer and
-    call. `generate` is one call, so decoding steps reuse both.
+    The samples are sorted once per call, and without gradients the updates are computed once per layer and call.
+    `generate` is one call, so decoding steps reuse both.
 
     Args:
         names: adapter names, one per sample, "__base__" for none.
@@ -55,7 +76,16 @@ class MixedBatch:
     _numbers: dict[str, dict[int, int]] = field(default_factory=dict, repr=False)  # the layers of each adapter
     _rows: dict[Any, RowGroups] = field(default_factory=dict, repr=False)
     _made: dict[int, Made] = field(default_factory=dict, repr=False)
-    _stacks: dict[Any, tuple[list[Tensor], Stack]] = field(default_factory=dict, repr=False)
+    _updates: dict[Any, Updates] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def adapters(self) -> list[str]:
+        """Each adapter once, those of most samples first: on a CPU, neighbours with equally many share a product."""
+        counts = dict.fromkeys(self.names, 0)
+        for name in self.names:
+            counts[name] += 1
+        counts.pop(BASE, None)
+        return sorted(counts, key=counts.__getitem__, reverse=True)
 
     def __iter__(self) -> Iterator[str]:
         """The names: peft reads them."""
@@ -65,7 +95,7 @@ class MixedBatch:
         """The adapter names of a batch of `samples`, repeated if needed. Raises ValueError if the number is wrong."""
         for copies in (1, self.copies):
             if samples == len(self.names) * copies:
-                return [name for name in self.names for _ in range(copies)]
+                return list(self.names) if copies == 1 else [name for name in self.names for _ in range(copies)]
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(self.names)} and {samples} respectively."
@@ -75,10 +105,13 @@ class MixedBatch:
         """The index of each sample's adapter in `adapters`, on the device of x [S, ...]."""
         key = (adapters, x.shape[0], x.device)
         if key not in self._rows:
-            group = {name: index for index, name in enumerate(adapters)}
-            index = torch.tensor([group.get(name, -1) for name in self.names_of(x.shape[0])], dtype=torch.int64)
-            self._rows[key] = RowGroups(*(part.to(x.device) for part in group_rows(index, len(adapters))))
+            self._rows[key] = group_rows(self.groups(adapters, x), len(adapters), x.device)
         return self._rows[key]
+
+    def groups(self, adapters: tuple[str, ...], x: Tensor) -> list[int]:
+        """The index of each sample's adapter in `adapters`, -1 for none."""
+        group = {name: index for index, name in enumerate(adapters)}
+        return [group.get(name, -1) for name in self.names_of(x.shape[0])]
 
     def samples(self, adapter: str, x: Tensor) -> Tensor:
         """The indices of the adapter's samples in x [S, ...]."""
@@ -118,45 +151,57 @@ class MixedBatch:
         """The updates of `layer` with W0 `weight`, with dropout in training."""
         if id(layer) in self._made:
             return self._made[id(layer)]
-        forms = {}
-        for name in dict.fromkeys(self.names):
-            if name in layer.genft_generators:
+        edits: dict[str, LowRank] = {}
+        low_rank: dict[str, LowRank] = {}
+        others: dict[str, Any] = {}
+        generators = layer._modules["genft_generators"]._modules
+        for name in self.adapters:
+            if name not in generators:
+                continue
+            if layer.training:
                 with self.dropout_of(name, layer, weight.device):
-                    forms[name] = layer.genft_generators[name].form(weight, dropout=layer.training)
-        forms = {name: form.low_rank() if isinstance(form, Slices) else form for name, form in forms.items()}
-        edits = {name: form for name, form in forms.items() if isinstance(form, InputEdit)}
-        low_rank = {name: form for name, form in forms.items() if isinstance(form, LowRank) and not form.dropout}
-        others = {name: form for name, form in forms.items() if name not in edits and name not in low_rank}
-        made = Made(
-            self.stacked({name: LowRank(form.psi.t(), form.phi.t(), form.scale) for name, form in edits.items()}),
-            self.stacked(low_rank),
-            others,
-        )
+                    form = generators[name].form(weight)
+            else:
+                form = generators[name].form(weight, dropout=False)
+            form = form.low_rank() if isinstance(form, Slices) else form
+            if isinstance(form, InputEdit):
+                edits[name] = LowRank(form.psi.t(), form.phi.t(), form.scale)
+            elif isinstance(form, LowRank) and not form.dropout:
+                low_rank[name] = form
+            else:
+                others[name] = form
+        updates = self._shared if layer.genft_shared else Updates.of
+        made = Made(updates(edits) if edits else None, updates(low_rank) if low_rank else None, others)
         # Not in training: reentrant checkpointing computes a block first without gradients, then with them.
         if not (torch.is_grad_enabled() or layer.training or torch.compiler.is_compiling()):
             self._made[id(layer)] = made
         return made
 
-    def stacked(self, forms: Mapping[str, LowRank]) -> Stack | None:
-        """The updates by adapter in one stack; None if there are none."""
-        if not forms:
-            return None
+    def _shared(self, forms: Mapping[str, LowRank]) -> Updates:
+        """The updates of layers that share factors are the same."""
         sources = [tensor for form in forms.values() for tensor in (form.p, form.q)]
         if torch.is_grad_enabled() or not eager(*sources):
-            return _stack(forms)  # fake tensors have no address
-        # Layers that share factors share the stack. It holds references to the sources, so that their addresses stay
-        # unique.
+            return Updates.of(forms)  # fake tensors have no address
+        # The updates hold references to the sources, so that their addresses stay unique.
         key = (
             tuple((name, form.scale) for name, form in forms.items()),
             tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in sources),
         )
-        if key not in self._stacks:
-            self._stacks[key] = (sources, _stack(forms))
-        return self._stacks[key][1]
+        return self._updates.setdefault(key, Updates.of(forms))
 
-    def updates(self, stack: Stack, x: Tensor, backend: str) -> Tensor:
-        """x_i P_g Q_gᵀ [S, ..., N] for each sample i with adapter g; 0 for samples without an adapter in the stack."""
-        return grouped_lowrank_linear(x, None, stack.p, stack.q, self.rows(stack.adapters, x), backend=backend)
+    def linear(self, updates: Updates, x: Tensor, weight: Tensor | None, bias: Tensor | None, backend: str) -> Tensor:
+        """x_i (W0 + s Q_g P_gᵀ)ᵀ + b [S, ..., N] for each sample i with adapter g, and x_i W0ᵀ + b for samples without
+        one of these; weight None for only the updates."""
+        stack = updates.stacked(x)
+        rows: RowGroups | list[int]
+        if stack is not None or x.device.type != "cpu":
+            rows = self.rows(updates.adapters, x)
+        else:
+            rows = self.groups(updates.adapters, x)
+        p, q = (updates.p, updates.q) if stack is None else stack
+        return grouped_lowrank_linear(
+            x, weight, p, q, rows, bias, scale=updates.scale if stack is None else None, backend=backend
+        )
 
 
 def mixed_batch(adapter_names: MixedBatch | Sequence[str], copies: int = 1) -> MixedBatch:
@@ -166,17 +211,3 @@ def mixed_batch(adapter_names: MixedBatch | Sequence[str], copies: int = 1) -> M
     if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):
         raise TypeError(f"adapter_names: got {adapter_names!r}, expected a list with one adapter name per sample")
     return MixedBatch(tuple(adapter_names), copies)
-
-
-def _stack(forms: Mapping[str, LowRank]) -> Stack:
-    r = max(form.p.shape[1] for form in forms.values())
-    dtype = next(iter(forms.values())).p.dtype
-    for form in forms.values():
-        dtype = torch.promote_types(dtype, torch.promote_types(form.p.dtype, form.q.dtype))
-
-    def filled(factor: Tensor) -> Tensor:
-        return F.pad(factor.to(dtype), (0, r - factor.shape[1]))
-
-    p = torch.stack([filled(form.p) for form in forms.values()])
-    q = torch.stack([filled(form.q.to(dtype) * form.scale) for form in forms.values()])
-    return Stack(tuple(forms), p, q)

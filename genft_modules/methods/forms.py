@@ -26,7 +26,6 @@ from genft_kernels import (
 from genft_kernels.activations import activation as activation_named
 from genft_kernels.checks import as_rows, autocast, like_rows
 from genft_kernels.dither import dithered_sum
-from genft_kernels.operation import eager
 from genft_modules.methods.weights import by_rows, weight_features
 
 
@@ -98,13 +97,7 @@ class InputEdit:
     def grouped_edit(self, to: Tensor, x: Tensor, rows: RowGroups, backend: str) -> Tensor:
         """to [S, ..., K] plus the edit of x [S, ..., K] with the pair of each sample's expert, which `rows` gives. All
         samples have one, and they are sorted by it."""
-        if x.device.type == "cpu" and backend != "triton" and eager(x):
-            # The reference gathers the factors of every sample; on a CPU nobody waits for the bounds.
-            psi, phi = self.psi.to(x.dtype), self.phi.to(x.dtype) * self.scale
-            samples = x.split(rows.bounds.diff().tolist())
-            update = torch.cat([part @ a.t() @ b for part, a, b in zip(samples, psi, phi, strict=True)])
-        else:
-            update = grouped_lowrank_linear(x, None, self.psi.mT, self.phi.mT * self.scale, rows, backend=backend)
+        update = grouped_lowrank_linear(x, None, self.psi.mT, self.phi.mT * self.scale, rows, backend=backend)
         return dithered_sum(to, update)
 
     def low_rank(self, weight: Tensor, backend: str) -> LowRank:

@@ -21,12 +21,12 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from genft_kernels import draw_seed, grouped_lowrank_linear, rescaled_linear, row_squares
+from genft_kernels import draw_seed, rescaled_linear, row_squares
 from genft_kernels.checks import FLOATS, autocasting
 from genft_kernels.operation import eager
 from genft_kernels.plan import BACKENDS
 from genft_modules.layer.adapted import PLAIN_FORWARDS, PLAIN_TENSORS, is_hooked, tensor_of
-from genft_modules.layer.mixed import BASE, Stack, mixed_batch
+from genft_modules.layer.mixed import BASE, Updates, mixed_batch
 from genft_modules.methods.base import without_autocast
 from genft_modules.methods.checks import check_choice
 from genft_modules.methods.forms import LowRank, apply, apply_around, side_by_side
@@ -256,11 +256,16 @@ class FusedForward:
                 return None
         batch, base = mixed_batch(names), layer.base_layer
         weight = _weight(base, x)
-        stack = cast(Stack, batch.stacked({name: cast(_Adapter, one).form() for name, one in adapters.items()}))
+        forms = {name: cast(_Adapter, one).form() for name, one in adapters.items()}
+        if len(forms) == 1 and len(set(names)) == 1:  # without what mixing costs
+            one = list(forms.values())
+            if weight is None:
+                return apply_around(base, one, x, x, self.backend)
+            return apply(one, x, weight, tensor_of(base, "bias"), self.backend)
+        updates = Updates.of(forms)
         if weight is None:
-            return cast(Tensor, base(x)) + batch.updates(stack, x, self.backend)
-        rows = batch.rows(stack.adapters, x)
-        return grouped_lowrank_linear(x, weight, stack.p, stack.q, rows, tensor_of(base, "bias"), backend=self.backend)
+            return cast(Tensor, base(x)) + batch.linear(updates, x, None, None, self.backend)
+        return batch.linear(updates, x, weight, tensor_of(base, "bias"), self.backend)
 
 
 class _Adapter(NamedTuple):

@@ -1,5 +1,6 @@
 """The grouped operation beyond what `test_operations.py` holds every operation to: samples of several rows, ranks that
-differ, groups that are empty, samples that must not see each other, and that the host waits for nothing."""
+differ, groups that are empty, samples that must not see each other, factors in lists, and that the host waits for
+nothing."""
 
 from __future__ import annotations
 
@@ -10,13 +11,25 @@ import torch
 from torch.nn import functional as F
 
 import genft_kernels as gk
-from genft_kernels import DeviceFacts, LaunchPlan, Problem, SkinnyPlan
-from tests.support.truth import GROUPS, Case, assert_close_to_truth, make_case, run
+from genft_kernels import DeviceFacts, LaunchPlan, Problem, SkinnyPlan, grouped
+from genft_kernels.reference import grouped as reference
+from tests.support.truth import EPSILON, GROUPS, Case, assert_close_to_truth, error, make_case, run
 from tests.support.watchers import Inside
 
-# Tiles of 16 rows; as many programs as to split the columns of a few tiles, too.
-PLANS = {"reference": LaunchPlan(), "thin": LaunchPlan("thin", SkinnyPlan(16, 32, groups=16, warps=4, stages=2))}
-algorithms = pytest.mark.parametrize("algorithm", PLANS)
+# "gathered": the reference as on a device whose values the host does not wait for. "thin": tiles of 16 rows; as many
+# programs as to split the columns of a few tiles, too.
+PLANS = {
+    "reference": LaunchPlan(),
+    "gathered": LaunchPlan(),
+    "thin": LaunchPlan("thin", SkinnyPlan(16, 32, groups=16, warps=4, stages=2)),
+}
+
+
+@pytest.fixture(params=PLANS)
+def algorithm(request, monkeypatch) -> str:
+    if request.param == "gathered":
+        monkeypatch.setattr(reference, "_on_host", lambda x: False)
+    return request.param
 
 
 def taking(index: list[int], *, t: int = 1, n: int = 45, k: int = 130, r: int = 5, dtype=torch.float32, device) -> Case:
@@ -25,7 +38,6 @@ def taking(index: list[int], *, t: int = 1, n: int = 45, k: int = 130, r: int = 
     return replace(case, options={"rows": gk.group_rows(torch.tensor(index, dtype=torch.int64, device=device), GROUPS)})
 
 
-@algorithms
 @pytest.mark.parametrize("t", [1, 7, 20])
 def test_samples_of_several_rows_and_split_columns(algorithm, t, device, poisoned):
     """Tiles that hold several samples, samples that take several tiles; both orders of the samples in a tile."""
@@ -33,7 +45,30 @@ def test_samples_of_several_rows_and_split_columns(algorithm, t, device, poisone
     assert_close_to_truth(case, torch.float32, plan=PLANS[algorithm])
 
 
-@algorithms
+@pytest.mark.parametrize(
+    "index",
+    [
+        [0, 0, 1, 1, 2, 3],  # in order, equal sizes side by side
+        [0, 0, -1, 1, 1, 3, 3, 2, 2],  # neighbours, in another order and with a sample without a group among them
+        [3, 1, 2, 0, 2, 3, 1, 0],  # in turn
+    ],
+    ids=str,
+)
+def test_orders_of_the_samples(algorithm, index, device, poisoned):
+    assert_close_to_truth(taking(index, t=2, device=device), torch.float32, plan=PLANS[algorithm])
+
+
+@pytest.mark.parametrize("group", [[7, 1, -5, 1, GROUPS], [1, 1, GROUPS]], ids=str)
+def test_numbers_of_no_group_mean_none(algorithm, group, device, poisoned):
+    """What a GPU does not check."""
+    group = torch.tensor(group, dtype=torch.int32, device=device)
+    order = torch.argsort(group, stable=True)
+    bounds = torch.searchsorted(group[order], torch.arange(GROUPS + 1, dtype=torch.int32, device=device))
+    rows = gk.RowGroups(group, order.to(torch.int32), bounds.to(torch.int32))
+    case = replace(taking([1] * len(group), t=3, device=device), options={"rows": rows})
+    assert_close_to_truth(case, torch.float32, plan=PLANS[algorithm])
+
+
 @pytest.mark.parametrize("index", [[-1, -1, -1], [2, 2, 2], [3], []], ids=str)
 def test_groups_without_samples(algorithm, index, device, poisoned):
     case = taking(index, t=3, device=device)
@@ -44,14 +79,12 @@ def test_groups_without_samples(algorithm, index, device, poisoned):
         assert not found["grad.q"][group].any()
 
 
-@algorithms
 def test_updates_alone(algorithm, device, poisoned):
     case = taking([1, 3, -1, 1, 0], t=5, dtype=torch.bfloat16, device=device)
     alone = replace(case, tensors={**case.tensors, "weight": None, "bias": None})
     assert_close_to_truth(alone, torch.bfloat16, plan=PLANS[algorithm])
 
 
-@algorithms
 def test_samples_do_not_see_each_other(algorithm, device):
     """A sample has the same bits whatever its neighbours take: another update, a broken one, or none."""
     case = taking([0, 1, -1, 0, 3], t=4, device=device)
@@ -72,7 +105,6 @@ def test_samples_do_not_see_each_other(algorithm, device):
         assert torch.equal(found[sample], want[sample])
 
 
-@algorithms
 def test_one_group_is_the_plain_operation(algorithm, device):
     case = make_case("lowrank_linear", (3, 6), 20, 24, 4, torch.float32, device, scale=1.0)
     x, weight, p, q, bias = (tensor.detach() for tensor in case.tensors.values())
@@ -81,7 +113,6 @@ def test_one_group_is_the_plain_operation(algorithm, device):
     torch.testing.assert_close(found, gk.lowrank_linear(x, weight, p, q, bias, backend="reference"))
 
 
-@algorithms
 def test_ranks_that_differ(algorithm, device):
     """An update of lower rank is filled up with zeros."""
     case = taking([1, 0, 1, -1], t=3, r=6, device=device)
@@ -108,22 +139,114 @@ class Waits(Inside):
             self.waits.append(name)
 
 
-@algorithms
 def test_the_host_waits_for_nothing_and_loops_over_no_groups(algorithm, device):
+    """The reference on a CPU makes one product for all groups with equally many samples."""
     calls = {}
-    for groups in (2, 40):
+    for groups in (3, 6, 40):
         x = torch.randn(6, 3, 10, device=device, requires_grad=True)
         p, q = (torch.randn(groups, size, 2, device=device, requires_grad=True) for size in (10, 8))
-        rows = gk.group_rows(torch.arange(6, device=device) % groups, groups)
+        rows = gk.group_rows(torch.arange(6, device=device) // (2 if groups == 3 else 1), groups)
         with Waits() as seen:
             y = gk.grouped_lowrank_linear(x, torch.ones(8, 10, device=device), p, q, rows, plan=PLANS[algorithm])
             torch.autograd.grad(y.sum(), (x, p, q))
         assert seen.waits == []
         calls[groups] = seen.calls
-    assert calls[2] == calls[40]
+    assert calls[3] == calls[6] == calls[40]
 
 
-@algorithms
+# ---- factors in lists
+
+
+def listed(index: list[int], dtype: torch.dtype, device, *, t: int = 1) -> tuple[list, dict, Case]:
+    """The arguments of a call with factors in lists, of several ranks and scales, and the same call with a stack."""
+    case = taking(index, t=t, dtype=dtype, device=device)
+    x, weight, p, q, bias = (tensor.detach() for tensor in case.tensors.values())
+    ranks, scale = [5, 2, 5, 3], [0.5, 1.0, -2.0, 0.25]
+    for g, r in enumerate(ranks):
+        p[g, :, r:] = 0
+        q[g, :, r:] = 0
+    factors = [[stack[g, :, :r].t().contiguous().t() for g, r in enumerate(ranks)] for stack in (p, q)]
+    stacked = dict(case.tensors, p=p, q=(q.double() * torch.tensor(scale, device=device)[:, None, None]).to(dtype))
+    return [x, weight, *factors, index, bias], {"scale": scale}, replace(case, tensors=stacked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("t", [1, reference._ROWS_TO_STAY])
+@pytest.mark.parametrize(
+    "index",
+    [[2, 2, 2], [-1, -1], [], [0, 0, -1, 3], [3, 1, -1, 3, 0, 1], [0, 1, 2, 3], [2, -1, 2]],
+    ids=str,
+)
+def test_factors_in_lists(index, t, dtype, device, poisoned):
+    arguments, more, case = listed(index, dtype, device, t=t)
+    for alone in (False, True):
+        if alone:
+            arguments[1] = arguments[-1] = None
+            case = replace(case, tensors={**case.tensors, "weight": None, "bias": None})
+        truth, own = (run(case.truth, case, kind)["y"] for kind in (torch.float64, dtype))
+        with torch.no_grad():
+            found = gk.grouped_lowrank_linear(*arguments, **more)
+        assert (found.shape, found.dtype) == (truth.shape, dtype)
+        assert error(found, truth) <= 2 * error(own, truth) + EPSILON[dtype]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("scale", [[1.0, 1.0], [0.5, 0.5], [2.0, -1.0]], ids=str)
+def test_stack_factors(scale, transposed, device):
+    def factors(size: int) -> list[torch.Tensor]:
+        return [
+            torch.randn(r, size, device=device).t() if transposed else torch.randn(size, r, device=device)
+            for r in (3, 2)
+        ]
+
+    p, q = factors(6), factors(4)
+    for stack, each, scales in zip(gk.stack_factors(p, q, scale), (p, q), ([1.0, 1.0], scale), strict=True):
+        want = [F.pad(factor * s, (0, 3 - factor.shape[1])) for factor, s in zip(each, scales, strict=True)]
+        assert torch.equal(stack, torch.stack(want))
+
+
+def test_factors_in_lists_are_differentiated(device):
+    arguments, more, _ = listed([1, 0, -1, 3, 1], torch.float64, device)
+    x, weight, p, q, index, bias = arguments
+    leaves = [x, *p, *q]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    found = gk.grouped_lowrank_linear(x, weight, p, q, index, bias, **more)
+    weights = [weight if g < 0 else weight + more["scale"][g] * q[g] @ p[g].t() for g in index]
+    want = torch.stack([F.linear(one, w, bias) for one, w in zip(x, weights, strict=True)])
+    torch.testing.assert_close(found, want)
+    gradients = (torch.autograd.grad(y.square().sum(), leaves, allow_unused=True) for y in (found, want))
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, torch.zeros_like(got) if expected is None else expected)
+
+
+@pytest.mark.parametrize("way", ["triton", "autocast", "compiled"])
+def test_where_factors_in_lists_are_stacked(way, device):
+    (x, weight, p, q, index, bias), more, _ = listed([1, 0, -1, 3, 1], torch.float32, device)
+    call = gk.grouped_lowrank_linear
+    if way == "compiled":
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=way == "autocast"):
+        found = call(x, weight, p, q, index, bias, **more, backend="triton" if way == "triton" else "auto")
+        stack = gk.stack_factors(p, q, more["scale"])
+        want = gk.grouped_lowrank_linear(x, weight, *stack, gk.group_rows(index, GROUPS, device), bias)
+    torch.testing.assert_close(found, want)
+
+
+def test_factors_in_lists_are_not_copied_on_a_cpu(device, monkeypatch):
+    if device.type != "cpu":
+        pytest.skip("stacked on a GPU")
+    arguments, more, _ = listed([1, 0, -1, 3, 1], torch.float32, device)
+    stacked = []
+    monkeypatch.setattr(grouped, "stack_factors", lambda *lists: stacked.append(lists) or gk.stack_factors(*lists))
+    with torch.no_grad():
+        gk.grouped_lowrank_linear(*arguments, **more)
+    assert not stacked
+    arguments[2][0].requires_grad_()
+    gk.grouped_lowrank_linear(*arguments, **more)
+    assert stacked
+
+
 def test_opcheck(algorithm, device):
     case = taking([1, -1, 3], t=2, n=9, k=10, r=3, device=device)
     x, weight, p, q, bias = case.tensors.values()
@@ -142,6 +265,7 @@ def test_opcheck(algorithm, device):
 
 def test_rows_are_sorted_by_group():
     rows = gk.group_rows(torch.tensor([2, -1, 0, 2, 0]), 4)
+    assert all(torch.equal(a, b) for a, b in zip(rows, gk.group_rows([2, -1, 0, 2, 0], 4), strict=True))
     assert rows.groups == 4
     assert rows.bounds.tolist() == [1, 3, 3, 5, 5]
     assert [rows.order[a:b].tolist() for a, b in zip(rows.bounds[:-1], rows.bounds[1:], strict=True)] == [
@@ -175,7 +299,19 @@ def refused():
     yield ValueError, "index: got values from -2", lambda: gk.group_rows(rows.group - 2, 4)
     yield ValueError, r"index: shape \(1, 3\)", lambda: gk.group_rows(rows.group[None], 4)
     yield TypeError, "index: got torch.float32", lambda: gk.group_rows(rows.group.float(), 4)
-    yield TypeError, "index: got list", lambda: gk.group_rows([0, 1], 4)
+    yield TypeError, "index: got tuple", lambda: gk.group_rows((0, 1), 4)
+    yield TypeError, r"index: got \[0, 1.0\], expected integers", lambda: gk.group_rows([0, 1.0], 4)
+    yield ValueError, "index: got values from 0 to 4, expected -1 to 3", lambda: gk.group_rows([0, 4], 4)
+    yield ValueError, "device: got cpu, expected None", lambda: gk.group_rows(rows.group, 4, torch.device("cpu"))
+    ps, qs = list(p), list(q)
+    yield ValueError, "p, q, scale: got 4, 3 and 4 groups", lambda: call(x, weight, ps, qs[1:], rows)
+    yield ValueError, "p, q, scale: got 4, 4 and 1 groups", lambda: call(x, weight, ps, qs, rows, scale=[1.0])
+    yield TypeError, "scale: got str", lambda: call(x, weight, ps, qs, rows, scale=["1"] * 4)
+    yield ValueError, "scale: got a list, expected None", lambda: call(x, weight, p, q, rows, scale=[1.0] * 4)
+    yield TypeError, "q: got list, expected a tensor", lambda: call(x, weight, p, qs, rows)
+    yield ValueError, r"q: shape \(5, 2\), expected \[5, 1\]", lambda: call(x, weight, [w[:, :1] for w in ps], qs, rows)
+    yield ValueError, "rows: got 2 samples, expected S = 3", lambda: call(x, weight, ps, qs, [0, 1])
+    yield ValueError, "index: got values from 0 to 4", lambda: call(x, weight, ps, qs, [0, 1, 4])
     yield ValueError, "count: got 0", lambda: gk.group_rows(rows.group, 0)
 
 

@@ -86,6 +86,25 @@ def test_the_reference_loses_nothing(name, size):
         assert abs(gain - 1) <= TOLERANCE, (what, gain)
 
 
+def test_factors_in_lists_lose_nothing():
+    device = torch.device("cpu")
+    case = _case("grouped_lowrank_linear", 512, device, bias=1.0)
+    x, weight, p, q, bias = (tensor.detach() for tensor in case.tensors.values())
+    rows = case.options["rows"]
+    base, scale = x @ weight.t(), 1e-3 / 8**0.5
+
+    def y(dtype: torch.dtype, s: float) -> torch.Tensor:
+        tensors = [tensor.to(dtype) for tensor in (x, weight, p, q, bias)]
+        index = rows.group.tolist()
+        with torch.no_grad():
+            lists = [list(stack) for stack in tensors[2:4]]
+            return gk.grouped_lowrank_linear(*tensors[:2], *lists, index, tensors[4], scale=[s] * len(p)).double()
+
+    true, found = (y(dtype, scale) - y(dtype, 0.0) for dtype in (torch.float64, torch.bfloat16))
+    assert 0.5e-3 < true.norm() / base.double().norm() < 2e-3
+    assert abs(float((found * true).sum() / (true * true).sum()) - 1) <= TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("name", "algorithm"),
     [

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from genft_modules import METHODS, FusedGenLinear
-from genft_modules.layer import linear, mixed
+from genft_modules.layer import mixed
 from genft_modules.methods import Generator
 from tests.support.architectures import ARCHITECTURES
 from tests.support.cases import CASES, DEVICE, DROPS, KINDS, llama, randomize
@@ -147,8 +147,9 @@ def test_updates_are_made_once_per_call_and_shared_factors_stacked_once(monkeypa
         form = kind.form
         monkeypatch.setattr(kind, "form", lambda self, *a, f=form, **kw: made.append(self) or f(self, *a, **kw))
         break
-    stack = mixed._stack
-    monkeypatch.setattr(mixed, "_stack", lambda forms: stacked.append(forms) or stack(forms))
+    stack = mixed.stack_factors
+    monkeypatch.setattr(mixed, "stack_factors", lambda *lists: stacked.append(lists) or stack(*lists))
+    monkeypatch.setattr(mixed, "_WORTH_STACKING", 1)
     model.generate(input_ids=IDS, adapter_names=NAMES, max_new_tokens=5, pad_token_id=0)
     generators = [module for module in model.modules() if isinstance(module, Generator)]
     assert len(made) == len(set(map(id, made))) == len(generators)
@@ -164,17 +165,53 @@ def test_updates_are_made_once_per_call_and_shared_factors_stacked_once(monkeypa
 @pytest.mark.parametrize(("cases", "count"), [(("lora",), 1), (("wegeft",), 1), (("wegeft", "lora"), 2)], ids=str)
 def test_operations_do_not_grow_with_the_adapters(cases, count, monkeypatch):
     calls = []
-    for module in (linear, mixed):
-        function = module.grouped_lowrank_linear
-        monkeypatch.setattr(
-            module, "grouped_lowrank_linear", lambda *a, f=function, **kw: calls.append(f) or f(*a, **kw)
-        )
+    function = mixed.grouped_lowrank_linear
+    monkeypatch.setattr(mixed, "grouped_lowrank_linear", lambda *a, **kw: calls.append(a) or function(*a, **kw))
     layer = FusedGenLinear(nn.Linear(10, 6).to(DEVICE).requires_grad_(False))
     for index in range(6):
         layer.add_adapter(f"a{index}", CASES[cases[index % len(cases)]]())
     randomize(layer)
     layer(torch.randn(6, 3, 10, device=DEVICE), adapter_names=[f"a{index}" for index in range(6)])
     assert len(calls) == count
+
+
+def test_factors_are_stacked_when_they_are_used_again(monkeypatch):
+    """A single call on a CPU would take longer to copy them than to use them; the steps of decoding share the copy."""
+    layer = FusedGenLinear(nn.Linear(10, 6).to(DEVICE).requires_grad_(False)).eval()
+    names = [f"a{index}" for index in range(mixed._WORTH_STACKING)]
+    for name in names:
+        layer.add_adapter(name, CASES["lora"]())
+    randomize(layer)
+    stacked = []
+    stack = mixed.stack_factors
+    monkeypatch.setattr(mixed, "stack_factors", lambda *lists: stacked.append(lists) or stack(*lists))
+    x = torch.randn(len(names), 10, device=DEVICE)
+    with torch.no_grad():
+        for batch, expected in ((names, 0), (mixed.mixed_batch(names), 1)):
+            found = [layer(x, adapter_names=batch) for _ in range(3)]
+            assert DEVICE != "cpu" or len(stacked) == expected
+            for y in found[1:]:
+                torch.testing.assert_close(y, found[0])
+
+
+class Doubling(nn.Linear):
+    """A base layer that makes its own product, as a quantised one."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("base", [nn.Linear, Doubling])
+@pytest.mark.parametrize("case", ["lora", "wegeft"])
+def test_one_adapter_for_all(case, base):
+    layer = FusedGenLinear(base(10, 6).to(DEVICE).requires_grad_(False)).eval()
+    for name in ("first", "second"):
+        layer.add_adapter(name, CASES[case]())
+    layer.set_adapter(["first", "second"])
+    randomize(layer)
+    layer.set_adapter("second")
+    x = torch.randn(3, 2, 10, device=DEVICE)
+    torch.testing.assert_close(layer(x, adapter_names=["second"] * 3), layer(x))
 
 
 def test_a_layer_alone_with_gradients():
@@ -253,13 +290,6 @@ def test_checkpointing_draws_what_the_forward_pass_drew():
     want = gradient()
     model.gradient_checkpointing_enable()
     torch.testing.assert_close(gradient(), want)
-
-
-class Doubling(nn.Linear):
-    """A base layer that makes its own product, as a quantised one."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
 
 
 def test_base_layers_that_make_their_own_product():
