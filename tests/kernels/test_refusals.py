@@ -154,6 +154,7 @@ WRONG: dict[str, tuple[object, ...]] = {
     "backend": NO_NAMES,
     "plan": ("thin", 1, {}, LaunchPlan),
     "rows": (None, 1, (1, 2, 3), gk.RowGroups(1, 2, 3), gk.RowGroups(*[torch.zeros(4)] * 3)),
+    "device": ("cpu", torch.device("cpu"), 1),  # of group_rows, whose index is a tensor here
     "count": (None, 0, -1, 1.0, True, "1", torch.tensor(1)),
 }
 
@@ -219,9 +220,12 @@ def refusal_of(call: Callable[..., object], arguments: dict[str, object], name: 
 def test_a_wrong_value_of_any_option_is_named(operation):
     call, good = calls()[operation]
     call(**good)
-    options = {name for name, parameter in inspect.signature(call).parameters.items() if "Tensor" not in str(parameter)}
-    for name in options | ({"seed", "rows"} & set(inspect.signature(call).parameters)):
+    parameters = inspect.signature(call).parameters
+    options = {name for name, parameter in parameters.items() if "Tensor" not in str(parameter)}
+    for name in options | ({"seed", "rows"} & set(parameters)):
         for wrong in WRONG[name]:
+            if wrong is None and parameters[name].default is None:
+                continue
             dropping = {"dropout": 0.5} if name == "seed" else {}
             refusal_of(call, {**good, **dropping, name: wrong}, name)
 
@@ -235,7 +239,7 @@ def test_a_tensor_of_another_kind_is_named(operation, kind, autocast):
     if "dropout" in inspect.signature(call).parameters:
         good |= {"dropout": 0.5, "seed": gk.draw_seed("cpu")}
     for name, tensor in good.items():
-        if isinstance(tensor, torch.Tensor):
+        if isinstance(tensor, torch.Tensor) and (operation, name, kind) != ("group_rows", "index", "a list"):
             other = others()[kind](tensor)
             with torch.autocast("cpu", enabled=autocast):
                 refusal_of(call, {**good, name: other}, name)
