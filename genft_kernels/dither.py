@@ -10,6 +10,7 @@ independent, sums over many rows with few distinct elements are noisier.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,26 @@ def dithered_sum(source: Tensor, update: Tensor) -> Tensor:
         return source + update.to(source.dtype)
     found: Tensor = _DitheredSum.apply(source, update)
     return found
+
+
+def dithered_edit(x: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
+    """x + edit(x) [..., C], dithered if x has 16 bits: also its gradient, a sum of which one term is as small."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return x + edit(x).to(x.dtype)
+    kept, edited = _Fork.apply(x)
+    return dithered_sum(kept, edit(edited))
+
+
+class _Fork(torch.autograd.Function):
+    """x twice; the gradients are added with dithering."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, kept: Tensor, edited: Tensor) -> Tensor:
+        return dithered_sum(kept, edited)
 
 
 class _DitheredSum(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from genft_kernels.checks import FLOATS, check_tensor
+from genft_kernels.checks import FLOATS, autocast, check_tensor
+from genft_kernels.dither import dithered_edit
 from genft_kernels.operation import eager
 from genft_kernels.sharded import is_sharded
 from genft_modules.layer.adapted import (
@@ -204,24 +206,33 @@ class FusedGenLinear(AdaptedLayer):
         if batch.names.count(present[0]) == len(batch.names) and not self.training:
             form = generator.form(weight, dropout=False)
             if isinstance(form, LowRank):  # one adapter for all, without what mixing costs
-                if self._is_plain(weight):
-                    return apply([form], x, weight, base.bias, backend)
-                return apply_around(base, [form], x, weight, backend)
+                return self._applied(form, x, weight, backend)
         made = batch.made(self, weight)
+        alone = []
+        for name, form in made.others.items():
+            places = batch.samples(name, x)
+            with batch.dropout_of(name, self, x.device, draw=1):
+                alone.append((places, self._applied(form, x.index_select(0, places), weight, backend)))
+        if sum(len(places) for places, _ in alone) == x.shape[0]:
+            return torch.cat([y for _, y in alone])[torch.cat([places for places, _ in alone]).argsort()]
         if made.edits is not None:
-            x = x + batch.linear(made.edits, x, None, None, backend)
+            (x,) = autocast(x)
+            x = dithered_edit(x, partial(batch.linear, made.edits, weight=None, bias=None, backend=backend))
         if made.low_rank is None:
             y = base(x)
         elif self._is_plain(weight):
             y = batch.linear(made.low_rank, x, weight, base.bias, backend)
         else:
             y = base(x) + batch.linear(made.low_rank, x, None, None, backend)
-        for name, form in made.others.items():
-            places = batch.samples(name, x)
-            with batch.dropout_of(name, self, x.device, draw=1):
-                update = form.update(x.index_select(0, places), weight, backend)
-            y = y.index_add(0, places, update.to(y.dtype))
+        for places, own in alone:
+            y = y.index_copy(0, places, own.to(y.dtype))
         return cast(Tensor, y)
+
+    def _applied(self, form: Form, x: Tensor, weight: Tensor, backend: str) -> Tensor:
+        """The layer with one update."""
+        if self._is_plain(weight):
+            return apply([form], x, weight, self.base_layer.bias, backend)
+        return apply_around(self.base_layer, [form], x, weight, backend)
 
     def _weight(self) -> Tensor:
         """The current W0 [N, K] of the base layer; a `QuantisedWeight` if it is quantised."""
