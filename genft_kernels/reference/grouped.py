@@ -101,7 +101,7 @@ def listed_lowrank_linear(
     for sample, g in enumerate(group):
         (without if g < 0 else places[g]).append(sample)
     each = x.shape[0] // max(len(group), 1)
-    y = (x.new_zeros if without else x.new_empty)(x.shape[0], q[0].shape[0])
+    y = x.new_empty(x.shape[0], q[0].shape[0])
     apart = any(mine and mine[-1] - mine[0] >= len(mine) for mine in places)
     alone = apart and len(group) - len(without) == max(map(len, places))
     order, xs = None, x
@@ -120,6 +120,12 @@ def listed_lowrank_linear(
         if scale[g] != 1.0:
             t.mul_(scale[g])
         torch.mm(t, cast(q[g], x.dtype).t(), out=y[rows])
+    if without:
+        begin = 0
+        for first, last in [*sorted((first, last) for _, first, last in parts), (len(group), len(group))]:
+            if begin < first:
+                y[begin * each : first * each].zero_()
+            begin = last
     if order is not None:
         y = _taken(y, order.argsort(), len(group))
     elif alone:  # what lies between the samples of the only group has been computed with them

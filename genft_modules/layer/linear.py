@@ -190,10 +190,13 @@ class FusedGenLinear(AdaptedLayer):
     def _mixed_forward(self, x: Tensor, batch: MixedBatch) -> Tensor:
         """The input edits of all adapters are one grouped operation, the low-rank updates another; updates of full rank
         or with dropout on x are applied per adapter to its samples."""
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
         check_tensor("x", x)
-        batch.names_of(x.shape[0])
-        self._refuse_mixed_merged()
+        if x.shape[0] != len(batch.names):
+            batch.names_of(x.shape[0])
+        if self.merged_adapters:
+            self._refuse_mixed_merged()
+        # Direct access to _modules because this runs in every call of every layer.
         known = cast(nn.Module, self._modules["genft_generators"])._modules
         present = [name for name in batch.adapters if name in known]
         if self._disable_adapters or not present:
@@ -203,7 +206,7 @@ class FusedGenLinear(AdaptedLayer):
             raise ValueError(f"adapter_names: got {batch.names}, expected None because the weight is sharded")
         generator = cast(Generator, known[present[0]])
         backend = generator.backend
-        if batch.names.count(present[0]) == len(batch.names) and not self.training:
+        if batch.single and not self.training:
             form = generator.form(weight, dropout=False)
             if isinstance(form, LowRank):  # one adapter for all, without what mixing costs
                 return self._applied(form, x, weight, backend)

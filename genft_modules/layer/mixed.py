@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -78,14 +77,17 @@ class MixedBatch:
     _made: dict[int, Made] = field(default_factory=dict, repr=False)
     _updates: dict[Any, Updates] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def adapters(self) -> list[str]:
-        """Each adapter once, those of most samples first: on a CPU, neighbours with equally many share a product."""
+    def __post_init__(self) -> None:
+        # Each adapter once, those of most samples first: on a CPU, neighbours with equally many share a product.
         counts = dict.fromkeys(self.names, 0)
-        for name in self.names:
-            counts[name] += 1
         counts.pop(BASE, None)
-        return sorted(counts, key=counts.__getitem__, reverse=True)
+        self.adapters = list(counts)
+        if len(counts) > 1:
+            for name in self.names:
+                if name != BASE:
+                    counts[name] += 1
+            self.adapters.sort(key=counts.__getitem__, reverse=True)
+        self.single = len(counts) == 1 and BASE not in self.names  # all samples have the same adapter
 
     def __iter__(self) -> Iterator[str]:
         """The names: peft reads them."""
