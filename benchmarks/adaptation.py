@@ -16,13 +16,14 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ import torch
 import transformers
 
 from benchmarks.measure import results
+from benchmarks.measure.store import Store
 from benchmarks.report import budget
 from benchmarks.report.__main__ import main as write_report
 from genft_cli import bases, job, measure, methods
@@ -135,43 +137,20 @@ def fitted(entrant: Entrant, size: Size, base: Path) -> tuple[int, int]:
             model_config, entrant.config(value, size.task), entrant.method, transformers.AutoModelForCausalLM
         )[0]
 
-    if not entrant.knob:
-        return 0, count(0)
-    low, high = count(2), count(6)
+    return nearest(count, size.budget, least=2) if entrant.knob else (0, count(0))
+
+
+def nearest(count: Callable[[int], int], budget: int, *, least: int = 1, most: float = math.inf) -> tuple[int, int]:
+    """(the value from `least` to `most` whose count is nearest to the budget, that count), of a count that grows
+    nearly in proportion."""
+    low, high = count(least), count(least + 4)
     slope = (high - low) / 4  # nearly: a rank may be split between two parts
-    near = max(3, 2 + round((size.budget - low) / slope))
-    return min(((value, count(value)) for value in (near - 1, near, near + 1)), key=lambda it: abs(it[1] - size.budget))
+    near = least + round((budget - low) / slope)
+    values = {int(min(most, max(least, value))) for value in (near - 1, near, near + 1)}
+    return min(((value, count(value)) for value in sorted(values)), key=lambda it: abs(it[1] - budget))
 
 
 # ---- what there is, and what is missing
-
-
-class Store:
-    """The file of one device and size, rewritten whenever a run ends."""
-
-    def __init__(self, path: Path, size: Size) -> None:
-        self.path = path
-        self.data: dict[str, Any] = {"schema": budget.SCHEMA, "size": size.name, "about": {}, "runs": {}, "steps": {}}
-        if path.is_file():
-            self.data = json.loads(path.read_text())
-            if self.data.get("schema") != budget.SCHEMA:
-                raise ValueError(f"{path.name}: not a file of schema {budget.SCHEMA}; remove it to begin again")
-
-    def has(self, key: str, settings: dict[str, Any]) -> bool:
-        return bool(self.data["runs"].get(key, {}).get("settings") == settings)
-
-    def keep(self, keys: Sequence[str], *, of_tuning: bool) -> None:
-        """Forgets the other runs, of those that choose the learning rates or of those that are compared."""
-        runs = self.data["runs"]
-        for key in [key for key, run in runs.items() if (run["settings"]["seed"] == budget.TUNING_SEED) == of_tuning]:
-            if key not in keys:
-                del runs[key]
-
-    def flush(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.data, indent=1) + "\n")
-        part.replace(self.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +166,10 @@ class Job:
     @property
     def key(self) -> str:
         return f"{self.entrant.method} lr={self.lr:g} seed={self.seed}"
+
+
+def of_tuning(settings: dict[str, Any]) -> bool:
+    return bool(settings["seed"] == budget.TUNING_SEED)
 
 
 def _digest(paths: Iterable[Path]) -> str:
@@ -240,7 +223,7 @@ def train(
         "idle_memory_mib": round(record["idle_memory_mib"], 1),
         "seconds": round(record["seconds"], 1),
         "commit": results.commit(),
-        "date": _now(),
+        "date": now(),
         "load": round(load, 2),
     }
 
@@ -255,7 +238,7 @@ def _call(command: Sequence[str], environment: dict[str, str] | None = None) -> 
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -285,7 +268,8 @@ def run(size: Size, folder: Path, cache: Path, *, workers: int) -> Path:
     # As in the demo: threads that wait asleep lose little beside a busy neighbour.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     device = results.describe(bases.check_device("auto"))
-    store = Store(folder / results.slug(device) / "adaptation" / f"{size.name}.json", size)
+    path = folder / results.slug(device) / "adaptation" / f"{size.name}.json"
+    store = Store(path, budget.SCHEMA, size=size.name, steps={})
     base, _ = demo.pretrained_base(size.task, cache)
     with tempfile.TemporaryDirectory(prefix="genft-") as directory:
         scratch = Path(directory)
@@ -300,18 +284,18 @@ def run(size: Size, folder: Path, cache: Path, *, workers: int) -> Path:
 
         tuning = plan.tuning()
         made(tuning, "learning rates")
-        store.keep([job.key for job in tuning], of_tuning=True)
+        store.keep([job.key for job in tuning], among=of_tuning)
         rates = {method: min(points, key=lambda it: it[1])[0] for method, points in budget.tuned(store.data).items()}
         compared = plan.compared(rates)
         news = made(compared, "comparison")
-        store.keep([job.key for job in compared], of_tuning=False)
+        store.keep([job.key for job in compared], among=lambda settings: not of_tuning(settings))
         settings = {"values": plan.values, "task": plan.task, "rounds": size.rounds}
         if news or store.data["steps"].get("settings") != settings:
             load = os.getloadavg()[0]
             stage = [sys.executable, "-m", "benchmarks.adaptation", "--time-steps", size.name]
             _call([*stage, str(base), str(texts["train"]), str(scratch / "times.json")])
             seconds = json.loads((scratch / "times.json").read_text(encoding="utf-8"))
-            steps = {"settings": settings, "seconds": seconds, "commit": results.commit(), "date": _now()}
+            steps = {"settings": settings, "seconds": seconds, "commit": results.commit(), "date": now()}
             store.data["steps"] = {**steps, "load": round(load, 2)}
     store.data["about"] = {
         "device": device,

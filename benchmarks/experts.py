@@ -19,7 +19,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import math
 import statistics
 import sys
 import tempfile
@@ -35,6 +34,8 @@ from torch import Tensor, nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks.measure import memory, results
+from benchmarks.subjects.tasks import Rows, windows
+from benchmarks.suites import training
 from genft_cli.demo import corpora
 from genft_cli.demo import run as demo
 from genft_cli.demo.bytes import byte_tokenizer
@@ -221,40 +222,6 @@ ENTRANTS = {  # of about 44,000 trained parameters each, with a scale of 1
 }
 
 
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
-
-
-def _windows(data: Tensor, size: int) -> Tensor:
-    return data[: len(data) // size * size].view(-1, size)
-
-
-def _train(model: Any, windows: Tensor, steps: int, batch: int, lr: float, seed: int) -> None:
-    """AdamW with a cosine to zero, on windows in an order of the seed."""
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    model.train()
-    for step in range(steps):
-        ids = windows[order[torch.arange(step * batch, (step + 1) * batch) % len(order)]]
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-
-@torch.no_grad()
-def _bits(model: Any, windows: Tensor) -> float:
-    """Bits per byte, without the loss that balances the experts."""
-    model.eval()
-    losses = []
-    for ids in windows.split(8):
-        logits = model(input_ids=ids).logits[:, :-1]
-        losses.append(float(nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())))
-    return statistics.fmean(losses) / math.log(2)
-
-
 def _base(task: Task, cache: Path) -> Path:
     """The pre-trained model, from the cache if it is there."""
     code = corpora.stdlib_code(task.pretrain_steps * task.pretrain_batch * task.window)
@@ -264,8 +231,9 @@ def _base(task: Task, cache: Path) -> Path:
         transformers.set_seed(0)
         model = task.model()
         print(f"pre-training {model.num_parameters() / 1e6:.1f} M parameters", flush=True)
-        windows = _windows(_bytes(code), task.window)
-        _train(model, windows, task.pretrain_steps, task.pretrain_batch, task.pretrain_lr, 0)
+        rows = windows(code, task.window)
+        steps, batch = task.pretrain_steps, task.pretrain_batch
+        training.train(model, rows, steps=steps, batch=batch, lr=task.pretrain_lr, seed=0)
         model.save_pretrained(place)
     return place
 
@@ -274,16 +242,16 @@ def measure_quality(task: Task, seeds: Sequence[int], cache: Path, keep: Callabl
     base = _base(task, cache)
     with tempfile.TemporaryDirectory() as folder:
         texts = demo.write_texts(demo.Demo(held_out=task.held_out_share), Path(folder))
-        train, held = (_windows(_bytes(texts[name].read_text()), task.window) for name in ("train", "held-out"))
-    held = held[: task.held_out]
+        rows, held = (windows(texts[name].read_text(), task.window) for name in ("train", "held-out"))
+    held = Rows(*(tensor[: task.held_out] for tensor in held))
 
     def adapt(entrant: Entrant, lr: float, seed: int) -> tuple[float, int]:
         transformers.set_seed(seed)
         model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), entrant.config())
-        _train(model, train, task.steps, task.batch, lr, seed)
-        return _bits(model, held), sum(p.numel() for p in model.parameters() if p.requires_grad)
+        training.train(model, rows, steps=task.steps, batch=task.batch, lr=lr, seed=seed)
+        return training.evaluate(model, held)[0], sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    before = _bits(transformers.AutoModelForCausalLM.from_pretrained(base), held)
+    before, _ = training.evaluate(transformers.AutoModelForCausalLM.from_pretrained(base), held)
     found: dict[str, Any] = {"before": round(before, 4), "task": dataclasses.asdict(task), "entrants": {}}
     print(f"before: {before:.4f} bits per byte", flush=True)
     for name, entrant in ENTRANTS.items():

@@ -17,13 +17,17 @@ _LEFT_OUT = {"test", "tests", "encodings", "pydoc_data", "site-packages", "dist-
 SHARED_RUN = 64  # in characters: held-out paragraphs that share a substring of this length with training are dropped
 
 
-def stdlib_code(limit: int) -> str:
-    """Up to `limit` characters of the standard library's source code, files in a fixed pseudo-random order."""
-    root = Path(sysconfig.get_path("stdlib"))
+def stdlib_files() -> list[Path]:
+    """The standard library's source files, in a fixed pseudo-random order."""
+    root = _stdlib()
     files = [path for path in root.rglob("*.py") if not _LEFT_OUT & set(path.relative_to(root).parts)]
-    files.sort(key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
+    return sorted(files, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
+
+
+def stdlib_code(limit: int) -> str:
+    """Up to `limit` characters of the standard library's source code, from the first of `stdlib_files` on."""
     texts, size = [], 0
-    for path in files:
+    for path in stdlib_files():
         if size >= limit:
             break
         try:
@@ -33,8 +37,13 @@ def stdlib_code(limit: int) -> str:
         texts.append(text)
         size += len(text)
     if size < limit / 2:
-        raise UserError(f"the demo needs the standard library's source code; {root} has only {size} characters of it")
+        where = _stdlib()
+        raise UserError(f"the demo needs the standard library's source code; {where} has only {size} characters of it")
     return "\n".join(texts)[:limit]
+
+
+def _stdlib() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
 
 
 def pydoc_prose(fraction: float = 0.08) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import pytest
 from transformers import LlamaConfig
 
 from benchmarks import adaptation
+from benchmarks.measure.store import Store
 from benchmarks.report import budget
 from benchmarks.report.__main__ import main as report
 from benchmarks.report.text import spread
@@ -197,4 +198,4 @@ def test_a_file_of_another_schema_is_refused(tmp_path):
     path = tmp_path / "full.json"
     path.write_text(json.dumps({"schema": 0}))
     with pytest.raises(ValueError, match=r"full.json: not a file of schema 1; remove it to begin again"):
-        adaptation.Store(path, SMOKE)
+        Store(path, budget.SCHEMA)
