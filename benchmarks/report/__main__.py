@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.measure import results
-from benchmarks.report import budget, charts, page, readme, text
+from benchmarks.report import budget, charts, frontier, page, readme, text
 from benchmarks.report.devices import read_devices
 from benchmarks.report.regressions import compare_files
 
@@ -34,8 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         (data, charts.draw_adaptation(slug, data, arguments.docs / "charts"))
         for slug, data in budget.load_folder(arguments.results)
     ]
+    frontiers = [
+        (files, charts.draw_frontier(slug, files, arguments.docs / "charts"))
+        for slug, files in frontier.load_folder(arguments.results)
+    ]
     arguments.docs.mkdir(parents=True, exist_ok=True)
-    (arguments.docs / "benchmarks.md").write_text(page.document(devices, drawn, arguments.docs, adapted))
+    (arguments.docs / "benchmarks.md").write_text(page.document(devices, drawn, arguments.docs, adapted, frontiers))
     readme.draw_kept(devices, arguments.docs / "charts" / "memory.svg")
     refreshed = text.refresh(arguments.readme, readme.blocks(devices, [data for data, _ in adapted]))
     told = "README refreshed" if refreshed else "README lacks markers"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.measure.results import Record
-from benchmarks.report import budget, text
+from benchmarks.report import budget, frontier, text
 from benchmarks.report.devices import Device, grouped
 from benchmarks.report.drawing import MARKS, bar, canvas, dot, line, look, save
+from genft_cli.demo.run import NAMES
 from genft_cli.palette import LOOKS, name_ends
 
 _TICKS = [digit * 10.0**power for power in range(-3, 6) for digit in (1, 2, 5)]
@@ -190,6 +191,66 @@ def draw_adaptation(slug: str, data: Record, folder: Path) -> Path:
         axis.set_yticks(list(places), [])
     figure.suptitle(data["about"]["device"]["name"], fontsize=9)
     return save(figure, folder / f"{slug}-adaptation.svg")
+
+
+def draw_frontier(slug: str, files: Sequence[Record], folder: Path) -> Path:
+    """Bits held out over trainable parameters, a line for each method; a panel for each target task and base."""
+    tasks = list(dict.fromkeys(data["task"] for data in files))
+    depths = sorted({data["depth"] for data in files})
+    figure, axes = canvas(len(tasks), len(depths), 4.2 * len(depths) + 2, 3.8 * len(tasks) + 0.4)
+    for row in axes:
+        for axis in row:
+            axis.set_visible(False)
+    shown = {}
+    for data in files:
+        axis = axes[tasks.index(data["task"])][depths.index(data["depth"])]
+        axis.set_visible(True)
+        found = frontier.points(data)
+        for method in (name for name in LOOKS if any(point.method == name for point in found)):
+            own = sorted((point for point in found if point.method == method), key=lambda point: point.trainable)
+            style = LOOKS[method]
+            means = [point.mean for point in own]
+            shown[NAMES[method]] = axis.errorbar(
+                [point.trainable for point in own],
+                means,
+                yerr=[
+                    [mean - min(point.bits) for point, mean in zip(own, means, strict=True)],
+                    [max(point.bits) - mean for point, mean in zip(own, means, strict=True)],
+                ],
+                color=style.colour,
+                linestyle=style.line,
+                marker=style.mark,
+                markersize=4,
+                linewidth=1,
+                elinewidth=0.8,
+            )
+        best = frontier.pareto(found)
+        (shown["Pareto set"],) = axis.plot(
+            [point.trainable for point in best],
+            [point.mean for point in best],
+            "o",
+            markersize=10,
+            markerfacecolor="none",
+            markeredgecolor="black",
+            markeredgewidth=0.8,
+        )
+        before = data["about"]["before"]["bits"]
+        if data["task"] == "prose":  # before it is trained, a base knows nothing of labels
+            shown["the base"] = axis.axhline(before, color="black", linewidth=0.8, linestyle="--")
+            # Learning rates are chosen on other text: what is worse than the base here is not worth the room.
+            low = min(point.mean for point in found)
+            axis.set_ylim(low - 0.08 * (before - low), before + 0.12 * (before - low))
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.set_xlabel("trainable parameters")
+        axis.set_ylabel(f"held-out bits per {'byte' if data['task'] == 'prose' else 'label'}")
+        axis.set_title(f"{data['task']}, {data['depth']} layers of {data['about']['base']['hidden']}", fontsize=9)
+        axis.grid(alpha=0.2)
+    figure.legend(
+        list(shown.values()), list(shown), fontsize=8, loc="outside right center", ncols=1, frameon=False
+    )  # fmt: skip
+    figure.suptitle(files[0]["about"]["device"]["name"], fontsize=9)
+    return save(figure, folder / f"{slug}-frontier.svg")
 
 
 def draw(device: Device, folder: Path) -> list[Path]:

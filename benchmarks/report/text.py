@@ -50,6 +50,13 @@ def spread(bits: Sequence[float]) -> str:
     return f"{statistics.mean(bits):.3f} [{min(bits):.3f}, {max(bits):.3f}]"
 
 
+def plus_minus(values: Sequence[float]) -> str:
+    """Mean and half of the range, if there are several."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
+
+
 def refresh(path: Path, blocks: dict[str, str]) -> bool:
     """Puts each block between its markers, `<!-- NAME:start -->` and `<!-- NAME:end -->`; False where the file or a
     marker is not there."""
