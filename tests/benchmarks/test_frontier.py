@@ -14,6 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import frontier
+from benchmarks.measure import results
 from benchmarks.measure.store import Store
 from benchmarks.report import frontier as report
 from benchmarks.report.text import plus_minus
@@ -326,3 +327,18 @@ def test_runs_that_diverged_are_counted_and_not_averaged():
     assert found.key == "lora 1000"
     assert report.points({"runs": {"a": run(0, None)}}) == []
     assert set(NAMES) >= {found.method}
+
+
+def test_the_guide_says_what_the_file_says():
+    """docs/guides/choose.md, on prose with four layers: whoever makes the file anew reads the guide again."""
+    (path,) = results.FOLDER.glob("*/frontier/prose-4.json")
+    found = report.points(json.loads(path.read_text()))
+    order = {
+        budget: [p.method for p in sorted(found, key=lambda p: p.mean) if p.budget == budget]
+        for budget in (1_000, 4_000, 16_000, 64_000, 256_000)
+    }
+    near = {budget: [point.method for point in points] for budget, points, _ in report.leaders(found)}
+    assert order[1_000][:4] == ["wegeft", "gift", "sas", "hira"]
+    assert "lora" not in near[1_000]
+    assert set(order[4_000][:4]) == {"wegeft", "gift", "sas", "hira"}
+    assert all(near[budget][:2] == ["lora", "hira"] for budget in (16_000, 64_000, 256_000))
