@@ -282,6 +282,7 @@ class Comparison:
     def train(self) -> None:
         """All runs: settings are chosen and the first seed is trained budget by budget; then seed by seed."""
         study, data = self.study, self.store.data
+        data["about"]["finished"] = False
         self.store.flush()
         picked = {}
         for budget in study.budgets:

@@ -59,8 +59,9 @@ def test_the_command_goes_on_where_it_stopped_and_the_report_shows_it(monkeypatc
     assert frontier.main(places) == 0
     assert len(made) == 3, "and no run after the deadline"
     assert "stopped after 60 minutes at prose-4" in capsys.readouterr().err
-    assert frontier.main([*places, "--parts", "train", "steps"]) == 0
     (path,) = folder.glob("*/frontier/prose-4.json")
+    assert not json.loads(path.read_text())["about"]["finished"]
+    assert frontier.main([*places, "--parts", "train", "steps"]) == 0
     data = json.loads(path.read_text())
     # Three learning rates and a second configuration where there is one, and two seeds of each.
     assert len(made) == len(data["runs"]) == (4 + 2) + (4 + 2) + (3 + 2)
