@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import genft_kernels
 import genft_modules
 from benchmarks.measure import results
-from benchmarks.report import budget, readme
+from benchmarks.report import budget, frontier, readme
 from benchmarks.report.devices import read_devices
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +99,8 @@ def test_the_readmes_figures_are_those_of_the_result_files():
     """`python -m benchmarks.report` writes them; counts of parameters are those of the guide's block, which runs."""
     text = (ROOT / "README.md").read_text()
     adapted = [data for _, data in budget.load_folder(results.FOLDER)]
-    for block, made in readme.blocks(read_devices(results.FOLDER), adapted).items():
+    studied = [data for _, files in frontier.load_folder(results.FOLDER) for data in files]
+    for block, made in readme.blocks(read_devices(results.FOLDER), adapted, studied).items():
         assert made
         assert f"<!-- {block}:start -->\n{made}<!-- {block}:end -->" in text
     guide = (DOCS / "guides" / "choose.md").read_text()

@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.docs.mkdir(parents=True, exist_ok=True)
     (arguments.docs / "benchmarks.md").write_text(page.document(devices, drawn, arguments.docs, adapted, frontiers))
     readme.draw_kept(devices, arguments.docs / "charts" / "memory.svg")
-    refreshed = text.refresh(arguments.readme, readme.blocks(devices, [data for data, _ in adapted]))
+    studied = [data for files, _ in frontiers for data in files]
+    refreshed = text.refresh(arguments.readme, readme.blocks(devices, [data for data, _ in adapted], studied))
     told = "README refreshed" if refreshed else "README lacks markers"
     print(f"{arguments.docs / 'benchmarks.md'}: {len(devices)} devices, {sum(map(len, drawn.values()))} charts; {told}")
     return 0

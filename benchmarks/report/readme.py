@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.measure.results import Record
-from benchmarks.report import budget, text
+from benchmarks.report import budget, frontier, text
 from benchmarks.report.devices import Device
 from benchmarks.report.drawing import bar, canvas, save
 
@@ -50,10 +50,12 @@ def _memory_pairs(devices: dict[str, Device]) -> list[tuple[str, Record, Record]
     return max(found, key=lambda item: item[:2], default=(0, 0, []))[2]
 
 
-def blocks(devices: dict[str, Device], adapted: Sequence[Record] = ()) -> dict[str, str]:
-    """What stands between the README's markers, by the name of the pair of markers. `adapted`: result files of
-    `benchmarks.adaptation`, of which the first counts."""
-    return {"memory": _memory_block(devices), "methods": _methods_block(devices, adapted)}
+def blocks(
+    devices: dict[str, Device], adapted: Sequence[Record] = (), frontiers: Sequence[Record] = ()
+) -> dict[str, str]:
+    """What is between the README's markers, by the name of the pair of markers. `adapted`, `frontiers`: result files
+    of `benchmarks.adaptation` and `benchmarks.frontier`, of which the first counts."""
+    return {"memory": _memory_block(devices), "methods": _methods_block(devices, adapted, frontiers)}
 
 
 def _memory_block(devices: dict[str, Device]) -> str:
@@ -68,7 +70,7 @@ def _memory_block(devices: dict[str, Device]) -> str:
     )
 
 
-def _methods_block(devices: dict[str, Device], adapted: Sequence[Record]) -> str:
+def _methods_block(devices: dict[str, Device], adapted: Sequence[Record], frontiers: Sequence[Record]) -> str:
     typical = [{r["contender"]: r for r in device.typical() if "ratio" in r} for device in devices.values()]
     typical = [records for records in typical if records]
     lines: list[str] = []
@@ -103,7 +105,32 @@ def _methods_block(devices: dict[str, Device], adapted: Sequence[Record]) -> str
                 + (f"; full fine-tuning {full:.2f}." if full else "."),
                 "",
             ]
+    lines += [line for data in frontiers[:1] if (line := _frontier_line(data))]
     return "\n".join(lines).rstrip() + "\n" if lines else ""
+
+
+def _frontier_line(data: Record) -> str:
+    """Who leads with the fewest parameters, and with the most that are not a quarter of the model."""
+    found = frontier.points(data)
+    full = next((point.mean for point in found if point.method == "full"), None)
+    told = [one for one in frontier.leaders(found) if one[0] <= data["about"]["parameters"] / 4]
+    if full is None or not told:
+        return ""
+
+    def gain(point: frontier.Point) -> str:
+        return f"{(data['about']['before']['bits'] - point.mean) / (data['about']['before']['bits'] - full):.0%}"
+
+    parts = []
+    for limit, near, lora in (told[0], told[-1]):
+        names = [frontier.NAMES[point.method].split(" (")[0] for point in near]
+        other = f", LoRA {gain(lora)}" if lora is not None and lora not in near else ""
+        listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+        parts.append(f"with {limit:,}, {listed} ({names[0]} {gain(near[0])}{other})")
+    return (
+        f"**Who leads depends on how many parameters are trained.** On a base of {data['about']['parameters']:,}: "
+        f"{'; '.join(parts)}. The shares are of what full fine-tuning gains; "
+        "[From few to many](docs/benchmarks.md#from-few-to-many-trainable-parameters) has the curves."
+    )
 
 
 def _across(typical: list[dict[str, Record]], contender: str) -> str:
