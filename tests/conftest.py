@@ -18,6 +18,7 @@ import pytest
 import triton  # noqa: F401 - its own functions are interpreted or compiled as the variable says when it is imported
 
 from tests.support import interpreter
+from tests.support.forks import Forks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -25,7 +26,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 # What takes longest begins first, so that no process waits for another at the end.
-LONG = ("test_cross_compile", "tests/distributed", "tests/benchmarks", "tests/cli", "test_long_sums", "test_resume")
+LONG = ("test_cross_compile", "tests/benchmarks", "tests/cli", "test_long_sums")
+FORKS = ("tests/distributed", "test_resume", "two_writers")  # before all, in one worker, which then has one `forks`
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,11 +35,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    long = [item for item in items if any(name in item.nodeid for name in LONG)]
-    rest = [item for item in items if not any(name in item.nodeid for name in LONG)]
+    first: list[pytest.Item] = []
+    long: list[pytest.Item] = []
+    rest: list[pytest.Item] = []
+    for item in items:
+        named = [any(name in item.nodeid for name in names) for names in (FORKS, LONG)]
+        (first if named[0] else long if named[1] else rest).append(item)
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # each begins with a part of the list
     cuts = [len(rest) * worker // workers for worker in range(workers + 1)]
-    items[:] = [
+    items[:] = first + [
         item for worker in range(workers) for item in (*long[worker::workers], *rest[cuts[worker] : cuts[worker + 1]])
     ]
 
@@ -49,6 +55,14 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device(DEVICE)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs modules in forks of one process."""
+    started = Forks()
+    yield started
+    started.close()
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +28,6 @@ from tests.support.cases import CASES, KINDS, MODELS, llama, logits, randomize
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 TARGETS = MODELS["llama"][1]
-ROOT = Path(__file__).parents[2]
 
 
 def adapt(case: str = "genft", **fields) -> PeftModel:
@@ -440,15 +437,10 @@ def test_an_interrupted_save_loads(tmp_path, monkeypatch):
     assert without == [False, True]
 
 
-def test_two_writers_of_one_directory_leave_one_whole_adapter(tmp_path, pytestconfig):
+def test_two_writers_of_one_directory_leave_one_whole_adapter(tmp_path, pytestconfig, forks):
     """Never a configuration with another's weights, and nothing is left behind. `--fuzz N`: N bursts."""
     bursts = pytestconfig.getoption("fuzz") or 2
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.two_writers", tmp_path, str(bursts)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run("tests.support.two_writers", tmp_path, bursts)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("whole") == bursts
 

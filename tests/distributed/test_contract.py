@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 from genft_modules import METHODS
 
-ROOT = Path(__file__).parents[2]
 
-
-def test_the_contract_holds_in_two_and_in_four_processes(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.contract", str(tmp_path / "report.json")],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GENFT_CHECKPOINTS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
+def test_the_contract_holds_in_two_and_in_four_processes(tmp_path, forks):
+    done = forks.run("tests.distributed.contract", tmp_path / "report.json", GENFT_CHECKPOINTS=tmp_path)
     reports = {path.suffixes[0]: json.loads(path.read_text())["checks"] for path in tmp_path.glob("report.*.json")}
     failed = [f"{n} {name}: {error}" for n, found in reports.items() for name, error in found.items() if error]
     assert not failed, "\n\n".join(failed)

@@ -6,9 +6,6 @@ One test, so that its processes run once, whatever the workers.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,18 +13,9 @@ from safetensors.torch import load_file
 
 from tests.distributed.finetune_runs import STEPS
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
-
-def test_finetune_in_two_processes(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.finetune_runs", str(tmp_path)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+def test_finetune_in_two_processes(tmp_path, forks):
+    done = forks.run("tests.distributed.finetune_runs", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     before, ends, after = next(
         done.stdout.partition(line) for line in done.stdout.splitlines() if line.startswith('{"refused": ')

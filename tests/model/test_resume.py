@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 from safetensors.torch import load_file
 
 from tests.support.killed_training import METHODS, SAVE_EVERY, STEPS
-
-ROOT = Path(__file__).parents[2]
 
 
 def assert_same(found, wanted, at: str) -> None:
@@ -32,16 +25,10 @@ def assert_same(found, wanted, at: str) -> None:
         assert found == wanted, at
 
 
-def test_resuming_is_bit_exact(tmp_path, pytestconfig):
+def test_resuming_is_bit_exact(tmp_path, pytestconfig, forks):
     """`--fuzz N`: N kills."""
     kills = pytestconfig.getoption("fuzz") or len(METHODS)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.killed_training", tmp_path, str(kills)],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run("tests.support.killed_training", tmp_path, kills)
     assert done.returncode == 0, done.stderr[-3000:]
     compared = 0
     for case in METHODS:
