@@ -1,33 +1,31 @@
-"""Settings for all tests. Without a GPU, Triton interprets the kernels on CPU tensors; on a GPU it compiles them."""
+"""Settings for all tests."""
 
 from __future__ import annotations
 
 import gc
 import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ["GENFT_CACHE"] = os.devnull  # plans that were measured on this machine are no business of the tests
-
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import triton  # noqa: F401 - its own functions are interpreted or compiled as the variable says when it is imported
 
-from tests.support import interpreter
 from tests.support.forks import Forks
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if os.environ.get("TRITON_INTERPRET") == "1":
-    interpreter.lighten()
+if TYPE_CHECKING:
+    import torch
 
+os.environ["GENFT_CACHE"] = os.devnull  # plans that were measured on this machine are no business of the tests
 
 # What takes longest begins first, so that no process waits for another at the end.
 LONG = ("test_cross_compile", "tests/benchmarks", "tests/cli", "test_long_sums")
-FORKS = ("tests/distributed", "test_resume", "two_writers")  # before all, in one worker, which then has one `forks`
+# Before all, and in one worker, so that one process is started for `forks`.
+FORKS = ("tests/distributed", "test_resume", "two_writers", "pytest_benchmarks")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        from tests.support import device  # noqa: F401 - before any test is; who only hands them out imports no torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,12 +33,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    first: list[pytest.Item] = []
-    long: list[pytest.Item] = []
-    rest: list[pytest.Item] = []
-    for item in items:
-        named = [any(name in item.nodeid for name in names) for names in (FORKS, LONG)]
-        (first if named[0] else long if named[1] else rest).append(item)
+    def within(names: tuple[str, ...], item: pytest.Item) -> int:
+        """The place of the first that names the item, or behind all."""
+        return next((place for place, name in enumerate(names) if name in item.nodeid), len(names))
+
+    first = sorted((item for item in items if within(FORKS, item) < len(FORKS)), key=lambda item: within(FORKS, item))
+    others = [item for item in items if within(FORKS, item) == len(FORKS)]
+    long = [item for item in others if within(LONG, item) < len(LONG)]
+    rest = [item for item in others if within(LONG, item) == len(LONG)]
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # each begins with a part of the list
     cuts = [len(rest) * worker // workers for worker in range(workers + 1)]
     items[:] = first + [
@@ -54,6 +54,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
+    import torch
+
+    from tests.support.device import DEVICE
+
     return torch.device(DEVICE)
 
 
@@ -67,6 +71,8 @@ def forks() -> Iterator[Forks]:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -87,6 +93,8 @@ def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 @pytest.fixture
 def poisoned():
     """Uninitialised memory is NaN: a tile that a kernel forgot to write shows."""
+    import torch
+
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -31,8 +31,8 @@ from genft_modules import (
 from genft_modules.disk import hotswap
 from genft_modules.files import CONFIG, WEIGHTS
 from genft_modules.model.tuner import adapted_layers
-from tests.conftest import DEVICE
 from tests.support.cases import CASES, REPRESENTATIVES, genft, randomize, seeded
+from tests.support.device import DEVICE
 from tests.support.experts import moe, stacks
 
 TARGETS = ["q", "down"]

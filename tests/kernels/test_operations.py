@@ -17,7 +17,7 @@ from genft_kernels import (
     SkinnyPlan,
 )
 from genft_kernels.activations import ACTIVATIONS
-from tests.conftest import DEVICE
+from tests.support.device import DEVICE
 from tests.support.grids import pairwise
 from tests.support.plans import CONTRACT, DTYPES, PLANS, SKINNY, short
 from tests.support.truth import ALGORITHMS, OPERATIONS, WITH_DROPOUT, Case, assert_close_to_truth, error, make_case, run

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from genft_modules import FusedGenLinear
-from tests.conftest import DEVICE
 from tests.support.cases import CASES, randomize
+from tests.support.device import DEVICE
 
 SIDE = 512
 LOW_RANK_KINDS = ("wegeft", "lora", "grft")

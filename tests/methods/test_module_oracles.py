@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from genft_modules import METHODS, FusedGenLinear, GenFTConfig, PeanutConfig, WeGeFTConfig
-from tests.conftest import DEVICE
+from tests.support.device import DEVICE
 from tests.support.truth import EPSILON
 
 ORACLES = Path(__file__).parents[1] / "oracles"

@@ -23,8 +23,8 @@ from genft_kernels import draw_seed
 from genft_modules import FusedGenLinear, FusedLayer, LoRAConfig, fuse_lora, unfuse_lora
 from genft_modules.methods import forms
 from genft_modules.model import fused
-from tests.conftest import DEVICE
 from tests.support.cases import llama
+from tests.support.device import DEVICE
 from tests.support.grids import pairwise
 from tests.support.truth import dropped
 from tests.support.watchers import Allocations, Doubling

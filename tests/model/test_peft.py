@@ -29,8 +29,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from genft_modules import FusedGenLinear, GIFTConfig, LoRAConfig, SharedGenerators, WeGeFTConfig
-from tests.conftest import DEVICE
 from tests.support.cases import CASES, IDS, KINDS, MODELS, llama, logits, randomize
+from tests.support.device import DEVICE
 
 cases = pytest.mark.parametrize("case", KINDS)
 # A kind on one model, by turns, and the first kind on all: `test_contract.py` has every method on every architecture.

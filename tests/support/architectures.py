@@ -21,8 +21,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from tests.conftest import DEVICE
 from tests.support.cases import IDS, bert, gpt2, llama, seeded
+from tests.support.device import DEVICE
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -29,7 +29,7 @@ from genft_modules import (
     SaSConfig,
     WeGeFTConfig,
 )
-from tests.conftest import DEVICE
+from tests.support.device import DEVICE
 
 
 def genft(inner: str, outer: str, **kw: Any) -> GenFTConfig:

@@ -28,8 +28,8 @@ from transformers import (
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from genft_modules import FusedGenExperts, GeneratorConfig
-from tests.conftest import DEVICE
 from tests.support.cases import randomize, seeded
+from tests.support.device import DEVICE
 
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 IDS = torch.arange(18, device=DEVICE).reshape(2, 9) * 7 % 61
