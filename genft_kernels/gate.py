@@ -97,7 +97,7 @@ def poisoned() -> Iterator[None]:
         settings.fill_uninitialized_memory = fill
 
 
-def differing(run: Callable[[], Tensors]) -> list[str]:
-    """Names of the tensors that differ in any bit between two runs."""
-    first, second = run(), run()
-    return [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
+def differing(found: Tensors, run: Callable[[], Tensors]) -> list[str]:
+    """Names of the tensors that differ in any bit from those of another run."""
+    again = run()
+    return [name for name, tensor in found.items() if not torch.equal(tensor, again[name])]

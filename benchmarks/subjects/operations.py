@@ -135,7 +135,7 @@ def run_check(check: Check, device: torch.device) -> dict[str, Any]:
     try:
         with gate.poisoned():
             got = examination.results(**how)
-            unequal = gate.differing(lambda: examination.results(**how))
+            unequal = gate.differing(got, lambda: examination.results(**how))
         verdict = examination.verdict(got)
     except Exception as error:
         return {"what": str(check), "ok": False, "error": f"{type(error).__name__}: {error}"[:400]}

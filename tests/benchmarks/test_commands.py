@@ -391,17 +391,6 @@ def test_swapping_is_measured_on_hollow_weights():
     assert found["genft-wegeft"]["layers"] == 14
 
 
-def _python(*words, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [
@@ -490,10 +479,9 @@ def test_without_a_gpu_the_gpu_command_says_so():
     assert stopped.value.code == 3
 
 
-def test_pytest_benchmarks_measures(tmp_path):
-    done = _python(
-        "pytest", "benchmarks/suites/test_layer.py", "-q", "-k", "call and frozen", "--results", str(tmp_path)
-    )
+def test_pytest_benchmarks_measures(tmp_path, forks):
+    words = ("benchmarks/suites/test_layer.py", "-q", "-k", "call and frozen", "--assert", "plain")
+    done = forks.run("pytest", *words, "--results", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
     assert "1.000 x frozen" in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -189,6 +190,13 @@ def test_the_rule():
 def test_the_hardware_gate_sees_what_is_wrong(monkeypatch):
     check = operations.Check("input_edit", 17, 33, 35, 5, "fp32")
     assert operations.run_check(check, CPU)["ok"]
+    right, calls = operations.genft_kernels.input_edit, itertools.count()
+
+    def another_each_time(*args, **kwargs):
+        return right(*args, **kwargs) * (1 + 2**-20 * next(calls))
+
+    monkeypatch.setattr(operations.genft_kernels, "input_edit", another_each_time)
+    assert operations.run_check(check, CPU)["error"].startswith("not bit-equal in two runs: y")
     monkeypatch.setattr(operations.genft_kernels, "input_edit", lambda x, psi, phi, **_: x + 0 * (x @ psi.t()) @ phi)
     assert not operations.run_check(check, CPU)["ok"]
 
