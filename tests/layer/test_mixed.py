@@ -248,8 +248,14 @@ def gradients(model: PeftModel, ids: torch.Tensor, names: list[str], adapter: st
 SEEDS = {"default": 5, "second": 6, "third": 7}
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "not reentrant", "reentrant"])
-@pytest.mark.parametrize("case", dict.fromkeys((*METHODS, *KINDS)))
+# What is drawn again differs by the form: an edit, a low-rank update with dropout, a generated one, slices.
+CHECKPOINTING = [("none", case) for case in dict.fromkeys((*METHODS, *KINDS))]
+CHECKPOINTING += [
+    (way, case) for way in ("not reentrant", "reentrant") for case in ("wegeft", "lora", "genft_gelu", "grft")
+]
+
+
+@pytest.mark.parametrize(("checkpointing", "case"), CHECKPOINTING)
 def test_training_in_a_mixed_batch_is_training_alone(case, checkpointing):
     """In float64, with dropout: what an adapter's samples give depends on no other sample, whichever there are."""
     dropout = {DROPS[case]: 0.3} if case in DROPS else {}

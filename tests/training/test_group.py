@@ -107,11 +107,12 @@ def assert_same(group: Trainer, other: Trainer, name: str, *, rtol: float = 1e-9
 
 @pytest.mark.parametrize("case", REPRESENTATIVES)
 def test_each_adapter_is_trained_as_alone(case, tmp_path):
-    """With lengths, rates, schedules, clipping, decay, batches and orders of their own."""
+    """With lengths, rates, schedules, clipping, decay, batches and orders of their own, which are the same for all
+    methods: the second of the others, which has adapters on both sides."""
     args = arguments(tmp_path)
     group = trained(AdapterGroupTrainer(adapted(case), args, RUNS))
-    for name, run in RUNS.items():
-        assert_same(group, alone(name, adapted(case), args, run), name)
+    for name in RUNS if case == "wegeft" else "b":
+        assert_same(group, alone(name, adapted(case), args, RUNS[name]), name)
     assert group.state.global_step == group.state.max_steps == 6
 
 
@@ -171,14 +172,13 @@ def test_losses(kind, tmp_path):
 
 @pytest.mark.parametrize("case", DROPS)
 def test_dropout_is_that_of_a_group_of_one(case, tmp_path):
-    args = arguments(tmp_path)
+    args, run = arguments(tmp_path), {"b": RUNS["b"]}
     fields = {DROPS[case]: 0.3}
     group = trained(AdapterGroupTrainer(adapted(case, **fields), args, RUNS))
-    whole = trained(AdapterGroupTrainer(adapted(case), args, RUNS))
-    for name in ("b", "c"):
-        one = trained(AdapterGroupTrainer(adapted(case, **fields), args, {name: RUNS[name]}))
-        assert history(group, f"{name}/loss") == pytest.approx(history(one, f"{name}/loss"), rel=1e-6)
-        assert history(group, f"{name}/loss") != pytest.approx(history(whole, f"{name}/loss"), rel=1e-6)
+    one = trained(AdapterGroupTrainer(adapted(case, **fields), args, run))
+    without = trained(AdapterGroupTrainer(adapted(case), args, run))
+    assert history(group, "b/loss") == pytest.approx(history(one, "b/loss"), rel=1e-6)
+    assert history(group, "b/loss") != pytest.approx(history(without, "b/loss"), rel=1e-6)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
