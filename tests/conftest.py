@@ -71,9 +71,9 @@ def forks() -> Iterator[Forks]:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    import torch
+    from tests.support import device
 
-    torch.manual_seed(0)
+    device.seed(0)
 
 
 @pytest.fixture

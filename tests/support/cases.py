@@ -29,6 +29,7 @@ from genft_modules import (
     SaSConfig,
     WeGeFTConfig,
 )
+from tests.support import device
 from tests.support.device import DEVICE
 
 
@@ -131,7 +132,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def randomize(module: nn.Module, seed: int = 1, std: float = 0.1) -> nn.Module:
     """Gives every trainable parameter another value, so that ΔW is not zero."""
-    torch.manual_seed(seed)
+    device.seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
@@ -140,5 +141,5 @@ def randomize(module: nn.Module, seed: int = 1, std: float = 0.1) -> nn.Module:
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
+    device.seed(0)
     return make().to(DEVICE).eval()

@@ -16,3 +16,8 @@ from tests.support import interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.lighten()
+
+
+def seed(number: int) -> None:
+    """torch.manual_seed, which formats the stack of its caller for each kind of device that was not used yet."""
+    (torch.default_generator if DEVICE == "cpu" else torch).manual_seed(number)
