@@ -206,9 +206,14 @@ class FusedGenLinear(AdaptedLayer):
             raise ValueError(f"adapter_names: got {batch.names}, expected None because the weight is sharded")
         generator = cast(Generator, known[present[0]])
         backend = generator.backend
-        if batch.single and not self.training:
+        if batch.single and self.training:  # one adapter for all, without what mixing costs
+            with batch.dropout_of(present[0], self, x.device):
+                form = generator.form(weight)
+            with batch.dropout_of(present[0], self, x.device, draw=1):
+                return self._applied(form, x, weight, backend)
+        if batch.single:
             form = generator.form(weight, dropout=False)
-            if isinstance(form, LowRank):  # one adapter for all, without what mixing costs
+            if isinstance(form, LowRank):
                 return self._applied(form, x, weight, backend)
         made = batch.made(self, weight)
         alone = []
