@@ -93,9 +93,17 @@ def listed_lowrank_linear(
     """y [M,N] with s_g x_i P_g Q_gᵀ for factors P_g [K,r_g] and Q_g [N,r_g] in lists; on a CPU, without gradients.
 
     Between two layers, decoding evicts everything from the caches, so each step of Python counts: samples stay where
-    they are if those of each group are neighbours, or if there is only one group. Samples of many rows stay in any
-    case, with products of their own.
+    they are if those of each group are neighbours, or if there is one group. Samples of many rows stay in any case,
+    with products of their own.
     """
+    if len(p) == 1 and 2 * group.count(-1) <= len(group):
+        t = x @ cast(p[0], x.dtype)
+        if scale[0] != 1.0:
+            t.mul_(scale[0])
+        y = t @ cast(q[0], x.dtype).t()
+        if -1 in group:  # computed with the others; not 0 times them, which may be infinite
+            y.view(len(group), -1).masked_fill_(torch.tensor([g < 0 for g in group])[:, None], 0.0)
+        return y if weight is None else add_base_(y, x, weight.t(), bias)
     places: list[list[int]] = [[] for _ in p]
     without: list[int] = []
     for sample, g in enumerate(group):
@@ -103,9 +111,8 @@ def listed_lowrank_linear(
     each = x.shape[0] // max(len(group), 1)
     y = x.new_empty(x.shape[0], q[0].shape[0])
     apart = any(mine and mine[-1] - mine[0] >= len(mine) for mine in places)
-    alone = apart and len(group) - len(without) == max(map(len, places))
     order, xs = None, x
-    if not apart or alone:
+    if not apart:
         parts = [(g, mine[0], mine[-1] + 1) for g, mine in enumerate(places) if mine]
     elif each >= _ROWS_TO_STAY:
         parts = [(g, sample, sample + 1) for sample, g in enumerate(group) if g >= 0]
@@ -128,8 +135,6 @@ def listed_lowrank_linear(
             begin = last
     if order is not None:
         y = _taken(y, order.argsort(), len(group))
-    elif alone:  # what lies between the samples of the only group has been computed with them
-        y.view(len(group), -1).index_fill_(0, torch.tensor(without), 0.0)
     return y if weight is None else add_base_(y, x, weight.t(), bias)
 
 

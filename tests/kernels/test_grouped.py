@@ -319,3 +319,16 @@ def refused():
 def test_refuses(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("index", [[0, -1, 0, 0], [0, -1, 1, 0], [1, 1, -1, 0]], ids=str)
+def test_an_infinite_update_stays_with_its_samples(index):
+    x, weight = torch.randn(4, 2, 6), torch.randn(5, 6)
+    p, q = [torch.randn(6, 3) for _ in range(max(index) + 1)], [torch.randn(5, 3) for _ in range(max(index) + 1)]
+    q[0].fill_(torch.inf)
+    with torch.no_grad():
+        y = gk.grouped_lowrank_linear(x, weight, p, q, index)
+    for sample, group in enumerate(index):
+        assert y[sample].isfinite().all() == (group != 0)
+        if group < 0:
+            torch.testing.assert_close(y[sample], x[sample] @ weight.t())
