@@ -26,7 +26,7 @@ def make_parts(arguments: argparse.Namespace) -> list[Part]:
         Part("n1", "what bf16 answers to small updates", parts.n1, 60),
         Part("layer", "other shapes, forward alone", parts.layer, 200),
         Part("p7", "decode", parts.p7, 60),
-        Part("mixed", "adapters mixed in one batch", parts.mixed, 300, 20),
+        Part("mixed", "adapters mixed in one batch", parts.mixed, 420, 20),
         Part("p6", "a small model's step, a block", parts.p6, 150),
         Part("scaling", "time and memory as sizes grow", parts.scaling, 400),
     ]
