@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import adapters
+from benchmarks.measure import results
 
 
 def test_a_step_mixed_and_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +32,14 @@ def test_the_gate_sees_a_wrong_gradient() -> None:
     assert adapters.agree(found, [one.clone() for one in found])
     assert not adapters.agree(found, found[:1])
     assert not adapters.agree(found, [found[0], found[1] * 1.01])
+
+
+def test_the_guides_figures_are_those_of_the_file() -> None:
+    (path,) = results.FOLDER.glob("*/adapters/step.json")
+    found = {(r["adapters"], r["method"], r["way"]): r for r in json.loads(path.read_text())["records"]}
+    guide = (results.ROOT / "docs" / "guides" / "many.md").read_text()
+    columns = [("peft-lora", "one by one"), *((m, w) for m in ("lora", "wegeft") for w in ("one by one", "mixed"))]
+    for count in (1, 4, 16, 32):
+        speeds = [f"{found[count, *column]['tokens_per_second']:,.0f}" for column in columns]
+        peak = f"{found[count, 'lora', 'mixed']['peak_mib']:.0f} MiB"
+        assert f"| {' | '.join([str(count), *speeds, peak])} |" in guide
