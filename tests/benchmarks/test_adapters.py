@@ -40,6 +40,6 @@ def test_the_guides_figures_are_those_of_the_file() -> None:
     guide = (results.ROOT / "docs" / "guides" / "many.md").read_text()
     columns = [("peft-lora", "one by one"), *((m, w) for m in ("lora", "wegeft") for w in ("one by one", "mixed"))]
     for count in (1, 4, 16, 32):
-        speeds = [f"{found[count, *column]['tokens_per_second']:,.0f}" for column in columns]
+        speeds = [f"{found[(count, *column)]['tokens_per_second']:,.0f}" for column in columns]
         peak = f"{found[count, 'lora', 'mixed']['peak_mib']:.0f} MiB"
         assert f"| {' | '.join([str(count), *speeds, peak])} |" in guide
