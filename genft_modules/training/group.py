@@ -78,7 +78,8 @@ class AdapterGroupTrainer(Trainer):
         self.own = {name: run.arguments(args) for name, run in self.runs.items()}
         self.parameters = _parameters(model, list(runs))
         self.stopped: set[str] = set()
-        self.updates = {name: Order(run.train_dataset, self.own[name]).updates for name, run in self.runs.items()}
+        self.orders = {name: Order(run.train_dataset, self.own[name]) for name, run in self.runs.items()}
+        self.updates = {name: order.updates for name, order in self.orders.items()}
         self._reports = {name: _Report() for name in self.runs}
         self._batches: Counter[str] = Counter()  # of each adapter in this update
         self._place = 0  # of the next batch in this update
@@ -116,10 +117,9 @@ class AdapterGroupTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The batches of all adapters side by side, for the whole training."""
         args = self.args
-        orders = [Order(run.train_dataset, self.own[name]) for name, run in self.runs.items()]
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
-            batch_sampler=GroupBatchSampler(orders, args.gradient_accumulation_steps),
+            batch_sampler=GroupBatchSampler([*self.orders.values()], args.gradient_accumulation_steps),
             collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="training"),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
@@ -215,7 +215,7 @@ class AdapterGroupTrainer(Trainer):
             super().training_step(model, inputs, num_items_in_batch)
         self._place += 1
         for name, loss in self._losses.items():
-            self._reports[name].losses.append(loss)
+            self._reports[name].add(loss)
         if self.accelerator.sync_gradients:
             self._clip_or_stop()
         kept = [loss for name, loss in self._losses.items() if name not in self.stopped]
@@ -295,7 +295,7 @@ class AdapterGroupTrainer(Trainer):
             gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
             if gradients:
                 norms[name] = torch.nn.utils.get_total_norm(gradients).to(self.args.device)
-                found.append(torch.stack([norms[name], torch.stack(self._reports[name].losses).sum().to(norms[name])]))
+                found.append(torch.stack([norms[name], self._reports[name].loss.to(norms[name])]))
         values = torch.stack(found).tolist() if found else []  # one synchronisation for all
         rates = {group["adapter"]: float(group["lr"]) for group in self.optimizer.param_groups}
         for (name, norm), (size, loss) in zip(norms.items(), values, strict=True):
@@ -328,7 +328,7 @@ class AdapterGroupTrainer(Trainer):
         if "loss" in logs:
             for name, report in self._reports.items():
                 if report.updates and name not in self.stopped:
-                    logs[f"{name}/loss"] = float(torch.stack(report.losses).sum()) / report.updates
+                    logs[f"{name}/loss"] = float(report.loss) / report.updates
                     logs[f"{name}/grad_norm"] = report.norm
                     logs[f"{name}/learning_rate"] = report.rate
                 self._reports[name] = _Report()
@@ -352,10 +352,13 @@ class AdapterGroupTrainer(Trainer):
 class _Report:
     """What an adapter did since the last log."""
 
-    losses: list[Tensor] = field(default_factory=list)
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))  # the sum
     updates: int = 0
     norm: float = math.nan
     rate: float = math.nan
+
+    def add(self, loss: Tensor) -> None:
+        self.loss = self.loss.to(loss) + loss
 
 
 class _Resume(TrainerCallback):
