@@ -124,7 +124,7 @@ def _trainer(checked: job.Job, tokenizer: Any) -> Any:
             peft_config=checked.peft_config,
             **details,
         )
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise UserError(one_line(error)) from None
     if options.method.method not in methods.PLAIN:
         # On quantised models TRL rounds them to bf16, in which small updates are lost.

@@ -16,18 +16,14 @@ from genft_cli.bases import launched
 from genft_cli.console import UserError, one_line, say, table
 from genft_modules.disk.adapters import save_adapter
 from genft_modules.files import added_files
+from genft_modules.training.runs import AdapterRun
 
+_OF_A_RUN = tuple(field.name for field in dataclasses.fields(AdapterRun))[2:]  # without its data
 # In what adapters may differ, beside the fields of the method.
 OWN = {
     "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "eval_dataset", "eval_fraction",
-    "r", "alpha", "dropout", "target_modules", "calibration_batches",
-    "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed",
+    "r", "alpha", "dropout", "target_modules", "calibration_batches", *_OF_A_RUN,
 }  # fmt: skip
-_OF_A_RUN = (
-    "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed",
-)  # fmt: skip
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -184,13 +180,13 @@ def _prepared(jobs: Mapping[str, job.Job], tokenizer: Any) -> dict[str, Any]:
                 model, one.options.training, train_dataset=one.train, eval_dataset=one.held_out,
                 processing_class=tokenizer,
             )  # fmt: skip
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise UserError(one_line(error)) from None
     return prepared
 
 
 def _trainer(jobs: Mapping[str, job.Job], prepared: Mapping[str, Any], tokenizer: Any) -> Any:
-    from genft_modules import AdapterGroupTrainer, AdapterRun
+    from genft_modules import AdapterGroupTrainer
 
     one = next(iter(prepared.values()))
     one.args.remove_unused_columns = False  # TRL's collator takes what it needs
