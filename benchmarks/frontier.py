@@ -5,12 +5,14 @@ python -m benchmarks.frontier --parts steps                time and memory of a 
 python -m benchmarks.frontier --tasks prose --depths 4     one target task, one base
 
 The bases are byte-level Llamas of equal size with 4, 8 and 16 layers, pre-trained on source code; the target tasks are
-those of benchmarks/subjects/tasks.py. For each method and budget, the configuration with the widest modules that comes
-near the budget is tried with a seed of its own at three learning rates around what was best at the budget before, and
-at further ones while the best is the lowest or the highest; then the next narrower one at the best of these. What is
-best on the tuning part of the held-out text is trained with three seeds and reported on the other part. Runs are made
-in this process, one after the other, and kept in benchmarks/results/<device>/frontier/<task>-<depth>.json: a run is not
-made again, unless what it depends on has changed, so that the work can be cut anywhere.
+those of benchmarks/subjects/tasks.py. For labels a base gets a linear probe as its head, fitted before and frozen, so
+that what is compared is how its states are adapted, and not who first learns that a label is asked for. For each method
+and budget, the configuration with the widest modules that comes near the budget is tried with a seed of its own at
+three learning rates around what was best at the budget before, and at further ones while the best is the lowest or the
+highest; then the next narrower one at the best of these. What is best on the tuning part of the held-out text is
+trained with three seeds and reported on the other part. Runs are made in this process, one after the other, and kept in
+benchmarks/results/<device>/frontier/<task>-<depth>.json: a run is not made again, unless what it depends on has
+changed, so that the work can be cut anywhere.
 """
 
 from __future__ import annotations
@@ -204,6 +206,8 @@ class Comparison:
         made = TASKS[task](study.bases[depth].seq_len, study.held_out)
         self.batch = study.tokens // made.train.ids.shape[1]
         self.task = Task(*(type(rows)(*(tensor.to(device) for tensor in rows)) for rows in made))
+        if task == "labels":
+            training.probe(self.base, self.task.train)
         # The weights themselves, for their training rounds differently with another number of threads.
         parts = [*(self.base.state_dict().values()), *(tensor for rows in self.task for tensor in rows)]
         seen = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in parts))
@@ -308,8 +312,8 @@ class Comparison:
             key: training.adapted(self.base, point.method, _without_choice(point, self.base.config.num_hidden_layers))
             for key, point in points.items()
         }  # fmt: skip
-        ids = self.task.train.ids[: self.batch]
-        batch = {"input_ids": ids, "labels": ids}
+        ids, labels = (tensor[: self.batch] for tensor in self.task.train)
+        batch = {"input_ids": ids, "labels": labels}
         load = os.getloadavg()[0]
         seconds = measure.step_seconds(models, batch, rounds=self.study.rounds, title=f"{self.name}: steps")
         found = {}

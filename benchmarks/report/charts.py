@@ -235,11 +235,10 @@ def draw_frontier(slug: str, files: Sequence[Record], folder: Path) -> Path:
             markeredgewidth=0.8,
         )
         before = data["about"]["before"]["bits"]
-        if data["task"] == "prose":  # before it is trained, a base knows nothing of labels
-            shown["the base"] = axis.axhline(before, color="black", linewidth=0.8, linestyle="--")
-            # Learning rates are chosen on other text: what is worse than the base here is not worth the room.
-            low = min(point.mean for point in found)
-            axis.set_ylim(low - 0.08 * (before - low), before + 0.12 * (before - low))
+        shown["the base"] = axis.axhline(before, color="black", linewidth=0.8, linestyle="--")
+        # Learning rates are chosen on other text: what is worse than the base here is not worth the room.
+        low = min(point.mean for point in found)
+        axis.set_ylim(low - 0.08 * (before - low), before + 0.12 * (before - low))
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_xlabel("trainable parameters")

@@ -104,8 +104,8 @@ def load_folder(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 _ASKED = {
     "prose": "adapted to prose, every byte predicted",
-    "labels": "taught to name the kind of token that a piece of Python source ends in (one of six, by Python's own "
-    "tokenizer), with the label alone predicted",
+    "labels": "asked which kind of token each byte of Python source belongs to (one of six, by Python's own tokenizer; "
+    "blanks are not counted), through a linear probe on its last hidden states, which was fitted before and is frozen",
 }
 
 
@@ -172,7 +172,7 @@ def _part(data: dict[str, Any]) -> list[str]:
         f"#### {data['task']}, {data['depth']} layers of {about['base']['hidden']}",
         "",
         f"Held-out bits per {of}, mean ± half of the range over {seeds}, by budget; "
-        "the Pareto set in bold. The base has "
+        f"the Pareto set in bold. The base{' and its probe have' if data['task'] == 'labels' else ' has'} "
         f"{before['bits']:.3f}"
         + (f", full fine-tuning {text.plus_minus(full.bits)} with {full.trainable:,} parameters." if full else "."),
         "",

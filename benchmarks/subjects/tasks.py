@@ -20,7 +20,8 @@ from genft_cli.demo import corpora
 
 HELD_OUT = 0.14  # of the prose, half of it to choose settings by
 KINDS = ("name", "keyword", "op", "number", "string", "comment")  # as tokenize names them
-TRAINED = 3072  # windows with labels
+TRAINED = 1024  # windows with labels
+OF_A_FILE = 8  # windows at most
 
 
 IGNORED = -100  # the label of what is not to be predicted
@@ -59,47 +60,40 @@ def prose(length: int, limit: int) -> Task:
 
 
 def labels(length: int, limit: int) -> Task:
-    """Which of KINDS the token is that a piece of Python source ends in, or within, by Python's own tokenizer: windows
-    of half of `length` bytes, the last of them the label, a digit, which alone is predicted.
+    """Which of KINDS each byte of Python source belongs to, by Python's own tokenizer: windows of `length` bytes, and
+    for each byte but the last a digit, predicted where the byte after it would be; none for blanks and line ends. At
+    most `limit` bytes in each part that is held out.
 
-    Every label is as frequent as any other. Whole files are held out; the files are the last in the order of which
-    pre-training takes the first.
+    Whole files are held out; the files are the last in the order of which pre-training takes the first.
     """
-    length //= 2
     files, parts = corpora.stdlib_files()[::-1], []
     for number, count in enumerate((TRAINED, limit // length, limit // length)):
-        each = count // len(KINDS)
-        found: list[list[str]] = [[] for _ in KINDS]
-        for path in files[number :: len(Task._fields)]:
-            if min(map(len, found)) >= each:
-                break
-            for texts, more in zip(found, _before(path, length - 1, most=each // 8), strict=True):
-                texts.extend(more)
-        rows = [f"{text}{kind}".encode() for kind, texts in enumerate(found) for text in texts[:each]]
-        ids = torch.tensor([list(row) for row in rows])
-        wanted = torch.full_like(ids, IGNORED)
-        wanted[:, -1] = ids[:, -1]
-        parts.append(Rows(ids, wanted))
+        found = itertools.chain.from_iterable(_tagged(path, length) for path in files[number :: len(Task._fields)])
+        ids, labels = zip(*itertools.islice(found, count), strict=True)
+        parts.append(Rows(torch.tensor(ids), torch.tensor(labels)))
     return Task(*parts)
 
 
-def _before(path: Path, length: int, most: int) -> list[list[str]]:
-    """For each of KINDS, `length` characters up to places in such tokens, `most` of them, spread over the file; none
-    where the file is no plain Python in ASCII."""
-    places: list[list[int]] = [[] for _ in KINDS]
+def _tagged(path: Path, length: int) -> list[tuple[list[int], list[int]]]:
+    """Windows and their labels, at most OF_A_FILE of them, spread over the file; none where it is no plain Python in
+    ASCII."""
     try:
         text = path.read_text(encoding="ascii")
-        lines = [0, *itertools.accumulate(map(len, text.splitlines(keepends=True)))]
+        begins = [0, *itertools.accumulate(map(len, io.StringIO(text)))]
+        digits = [IGNORED] * (len(text) + 1)
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
             kind = tokenize.tok_name[token.type].lower()
             if kind == "name" and keyword.iskeyword(token.string):
                 kind = "keyword"
             if kind in KINDS:
-                begin, end = (lines[row - 1] + column for row, column in (token.start, token.end))
-                places[KINDS.index(kind)] += range(max(begin, length - 1), end)
+                begin, end = (begins[row - 1] + column for row, column in (token.start, token.end))
+                # A byte's label stands where the byte after it does: a causal model is asked before it reads that one.
+                digits[begin + 1 : end + 1] = [ord(str(KINDS.index(kind)))] * (end - begin)
     except (ValueError, SyntaxError, tokenize.TokenError):
-        return [[] for _ in KINDS]
-    return [[text[at + 1 - length : at + 1] for at in own[:: max(1, -(-len(own) // most))]] for own in places]
+        return []
+    count = min(OF_A_FILE, len(text) // length)
+    starts = [(2 * index + 1) * (len(text) - length) // (2 * count) for index in range(count)]
+    return [(list(text[at : at + length].encode()), [IGNORED, *digits[at + 1 : at + length]]) for at in starts]
 
 
 TASKS: dict[str, Callable[[int, int], Task]] = {"prose": prose, "labels": labels}

@@ -15,6 +15,7 @@ from benchmarks.subjects.tasks import IGNORED, Rows
 from genft_cli import methods
 from genft_modules import needs_slices, select_slices
 
+NEVER = -1e9  # the logit of what must not be predicted
 CALIBRATION = 16  # batches by which GRFT chooses, the default of `genft finetune`
 
 
@@ -64,6 +65,31 @@ def train(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+
+
+def probe(base: Any, rows: Rows, batch: int = 32, decay: float = 1e-4) -> None:
+    """Replaces the head of a causal model by a linear probe, which is frozen: logistic regression from the last hidden
+    states to the labels of `rows`. Bytes that are no label get no chance."""
+    counted = rows.labels[:, 1:] != IGNORED
+    with torch.no_grad():
+        states = [base.base_model(input_ids=ids).last_hidden_state[:, :-1] for ids in rows.ids.split(batch)]
+        seen = nn.functional.pad(torch.cat(states)[counted], (0, 1), value=1.0)  # the last column is for the bias
+        values, wanted = rows.labels[:, 1:][counted].unique(return_inverse=True)
+    weight = seen.new_zeros(len(values), seen.shape[1]).requires_grad_()
+    optimizer = torch.optim.LBFGS([weight], max_iter=300, tolerance_change=1e-6, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        found = nn.functional.cross_entropy(seen @ weight.t(), wanted) + decay * weight.square().sum()
+        found.backward()
+        return found.detach()
+
+    optimizer.step(loss)
+    head = nn.Linear(seen.shape[1] - 1, base.config.vocab_size, device=seen.device, dtype=seen.dtype)
+    with torch.no_grad():
+        head.weight.zero_()[values] = weight[:, :-1]
+        head.bias.fill_(NEVER)[values] = weight[:, -1]
+    base.set_output_embeddings(head.requires_grad_(False))
 
 
 @torch.no_grad()

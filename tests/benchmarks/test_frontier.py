@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -223,32 +224,32 @@ def test_prose_is_in_three_parts_that_share_no_window():
     assert all((rows.labels == rows.ids).all() for rows in parts)
 
 
-def test_labels_say_what_a_text_ends_in(monkeypatch, tmp_path):
-    source = (
-        'def total(x):\n    """Sum it up, twice."""\n    return x + 12345  # and a comment on it\n\n\nodd = "not"\n'
-    )
-    files = [tmp_path / f"{number}.py" for number in range(30)] + [tmp_path / "latin.py"]
+def test_labels_say_which_kind_of_token_each_byte_belongs_to(monkeypatch, tmp_path):
+    source = 'def total(x):\n    """Sum it,\n\f twice."""\n    return x + 12345  # why\n'
+    digits = "111.000002022." + "...." + "4" * 22 + "." + "....111111.0.2.33333..55555."
+    assert len(source) == len(digits)
+    files = [tmp_path / f"{number}.py" for number in range(9)]
     for number, path in enumerate(files):
-        path.write_text(source.replace("total", f"total_{number}_") * 20)
-    files[-1].write_bytes(b"# \xe9\n")
-    monkeypatch.setattr(tasks.corpora, "stdlib_files", lambda: files)
-    monkeypatch.setattr(tasks, "TRAINED", 120)
-    parts = tasks.labels(64, 32 * 60)
-    assert [tuple(rows.ids.shape) for rows in parts] == [(120, 32), (60, 32), (60, 32)]
-    ends = [set("totalxd_0123456789"), set("defreturn"), set("():+="), set("12345"), None, None]
-    for part, rows in enumerate(parts):
-        assert (rows.labels[:, :-1] == IGNORED).all()
-        assert (rows.labels[:, -1] == rows.ids[:, -1]).all()
-        for ids in rows.ids:
-            text, kind = bytes(ids[:-1].tolist()).decode(), int(chr(int(ids[-1])))
-            if ends[kind]:
-                assert text[-1] in ends[kind], (text, tasks.KINDS[kind])
-            for number in re.findall(r"total_(\d+)_", text):
-                assert (30 - int(number)) % 3 == part, "a file is in one part"
-            if kind == tasks.KINDS.index("comment"):
-                assert "#" in text
-        counts = torch.bincount(rows.ids[:, -1] - ord("0"))
-        assert counts.tolist() == [len(rows.ids) // 6] * 6
+        path.write_text(source.replace("total", f"t{number:04}") * 40)
+    (tmp_path / "latin.py").write_bytes(source.encode() * 40 + b"# \xe9\n")
+    (tmp_path / "broken.py").write_text(source * 40 + "(")
+    monkeypatch.setattr(tasks.corpora, "stdlib_files", lambda: [*files, tmp_path / "broken.py", tmp_path / "latin.py"])
+    monkeypatch.setattr(tasks, "TRAINED", 24)
+    parts = tasks.labels(88, 88 * 16)
+    assert [tuple(rows.ids.shape) for rows in parts] == [(24, 88), (16, 88), (16, 88)]
+    seen = []
+    for rows in parts:
+        counts: dict[str, int] = {}
+        for ids, labels in zip(rows.ids.tolist(), rows.labels.tolist(), strict=True):
+            text = bytes(ids).decode()
+            number = re.findall(r"t(\d{4})", text)[0]
+            counts[number] = counts.get(number, 0) + 1
+            at = (source.replace("total", f"t{number}") * 3).index(text)
+            got = "".join("." if label == IGNORED else chr(label) for label in labels)
+            assert got == "." + (digits * 3)[at : at + 87], "a byte's label stands where the byte after it does"
+        assert set(counts.values()) == {tasks.OF_A_FILE}
+        seen += counts
+    assert len(seen) == len(set(seen)), "a file is in one part"
 
 
 # ---- training and held-out bits
@@ -279,6 +280,28 @@ def test_bits_are_of_what_is_to_be_predicted(small):
             right.append(int(chances.argmax()) == int(ids[row, at]))
     assert bits == pytest.approx(sum(found) / len(found), rel=1e-12)
     assert share == sum(right) / len(right)
+
+
+def test_a_probe_is_the_logistic_regression_of_the_last_hidden_states(small):
+    ids = torch.randint(0, 256, (6, 8), generator=torch.Generator().manual_seed(2))
+    labels = torch.where(ids % 3 == 0, IGNORED, ids % 3 + 48).roll(1, 1)
+    labels[:, 0] = IGNORED
+    rows, base = Rows(ids, labels), copy.deepcopy(small)
+    before = training.evaluate(base, rows)[0]
+    training.probe(base, rows, batch=4)
+    assert training.evaluate(base, rows)[0] < min(1.0, before), "two labels, about as frequent"
+    head = base.get_output_embeddings()
+    assert not any(parameter.requires_grad for parameter in head.parameters())
+    assert base.get_input_embeddings().weight.requires_grad
+    with torch.no_grad():
+        chances = base(input_ids=ids).logits.softmax(-1)
+    assert (chances > 0).sum(-1).eq(2).all(), "bytes that are no label have no chance"
+    for parameter in (head.weight, head.bias):
+        parameter.requires_grad_()
+    loss = base(input_ids=ids, labels=labels).loss
+    found = torch.autograd.grad(loss, [head.weight, head.bias])
+    for gradient, parameter in zip(found, (head.weight, head.bias), strict=True):
+        assert (gradient[49:51] + 2e-4 * parameter[49:51]).abs().max() < 1e-4, "the optimum, with the decay"
 
 
 def test_a_training_is_adamw_with_warm_up_cosine_and_clipped_gradients(small):
