@@ -1,4 +1,4 @@
-"""From result files to docs/benchmarks.md, its charts, and the README's picture and table of methods.
+"""From result files to docs/benchmarks.md, its charts, and the README's pictures and table of methods.
 
 python -m benchmarks.report                       writes docs/benchmarks.md, docs/charts, the README between markers
 python -m benchmarks.report --compare OLD NEW     what became slower or larger; exit code 1 past --threshold
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.docs.mkdir(parents=True, exist_ok=True)
     (arguments.docs / "benchmarks.md").write_text(page.document(devices, drawn, arguments.docs, adapted, frontiers))
     readme.draw_kept(devices, arguments.docs / "charts" / "memory.svg")
-    studied = [data for files, _ in frontiers for data in files]
+    studied = [data for files, _ in frontiers[:1] for data in files]
+    readme.draw_shares(studied, arguments.docs / "charts" / "frontier.svg")
     refreshed = text.refresh(arguments.readme, readme.blocks(devices, [data for data, _ in adapted], studied))
     told = "README refreshed" if refreshed else "README lacks markers"
     print(f"{arguments.docs / 'benchmarks.md'}: {len(devices)} devices, {sum(map(len, drawn.values()))} charts; {told}")

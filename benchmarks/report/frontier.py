@@ -90,6 +90,19 @@ def leaders(found: Sequence[Point]) -> list[tuple[int, list[Point], Point | None
     return told
 
 
+def shares(files: Sequence[dict[str, Any]]) -> dict[str, dict[tuple[str, int], list[float]]]:
+    """For each target task, method and budget: the share of what full fine-tuning gains, on each base."""
+    told: dict[str, dict[tuple[str, int], list[float]]] = {}
+    for data in files:
+        found, before = points(data), data["about"]["before"]["bits"]
+        full = next((point.mean for point in found if point.method == "full"), None)
+        for point in found:
+            if full is not None and point.budget:
+                own = told.setdefault(data["task"], {}).setdefault((point.method, point.budget), [])
+                own.append((before - point.mean) / (before - full))
+    return told
+
+
 def load_folder(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """(device slug, its files: each target task, from the shallowest base to the deepest), of every device."""
     for directory in sorted(folder.glob("*/frontier")):

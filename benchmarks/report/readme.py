@@ -1,4 +1,4 @@
-"""The README's picture, and what stands between its markers."""
+"""The README's pictures, and what stands between its markers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.measure.results import Record
 from benchmarks.report import budget, frontier, text
 from benchmarks.report.devices import Device
-from benchmarks.report.drawing import bar, canvas, save
+from benchmarks.report.drawing import LOOKS, bar, canvas, save
 
 # Method, contender, when to take it, and what it trains at r = 16 on the q, k, v, up and down projections of
 # Llama-3-8B, as docs/guides/choose.md counts it.
@@ -33,6 +33,8 @@ COMPARED = (
     ("LoRA", "genft-lora", ("peft-lora",)),
 )
 
+CURVES = ("wegeft", "gift", "lora")  # of the README's first picture
+
 
 def _memory_pairs(devices: dict[str, Device]) -> list[tuple[str, Record, Record]]:
     """Method, the formulation that it is compared with, and ours, from the device on which most of COMPARED was
@@ -54,8 +56,12 @@ def blocks(
     devices: dict[str, Device], adapted: Sequence[Record] = (), frontiers: Sequence[Record] = ()
 ) -> dict[str, str]:
     """What is between the README's markers, by the name of the pair of markers. `adapted`, `frontiers`: result files
-    of `benchmarks.adaptation` and `benchmarks.frontier`, of which the first counts."""
-    return {"memory": _memory_block(devices), "methods": _methods_block(devices, adapted, frontiers)}
+    of `benchmarks.adaptation`, of which the first counts, and of `benchmarks.frontier`, all of one device."""
+    return {
+        "quality": _quality_block(frontiers),
+        "memory": _memory_block(devices),
+        "methods": _methods_block(devices, adapted),
+    }
 
 
 def _memory_block(devices: dict[str, Device]) -> str:
@@ -70,7 +76,7 @@ def _memory_block(devices: dict[str, Device]) -> str:
     )
 
 
-def _methods_block(devices: dict[str, Device], adapted: Sequence[Record], frontiers: Sequence[Record]) -> str:
+def _methods_block(devices: dict[str, Device], adapted: Sequence[Record]) -> str:
     typical = [{r["contender"]: r for r in device.typical() if "ratio" in r} for device in devices.values()]
     typical = [records for records in typical if records]
     lines: list[str] = []
@@ -105,32 +111,45 @@ def _methods_block(devices: dict[str, Device], adapted: Sequence[Record], fronti
                 + (f"; full fine-tuning {full:.2f}." if full else "."),
                 "",
             ]
-    lines += [line for data in frontiers[:1] if (line := _frontier_line(data))]
     return "\n".join(lines).rstrip() + "\n" if lines else ""
 
 
-def _frontier_line(data: Record) -> str:
+def _quality_block(files: Sequence[Record]) -> str:
     """Who leads with the fewest parameters, and with the most that are not a quarter of the model."""
-    found = frontier.points(data)
-    full = next((point.mean for point in found if point.method == "full"), None)
-    told = [one for one in frontier.leaders(found) if one[0] <= data["about"]["parameters"] / 4]
-    if full is None or not told:
+    files = [data for data in files if data["about"]["finished"]]
+    told = frontier.shares(files)
+    size = max((data["about"]["parameters"] for data in files), default=0)
+    budgets = sorted({budget for own in told.values() for _, budget in own if budget <= size / 4})
+    if not budgets:
         return ""
-
-    def gain(point: frontier.Point) -> str:
-        return f"{(data['about']['before']['bits'] - point.mean) / (data['about']['before']['bits'] - full):.0%}"
-
     parts = []
-    for limit, near, lora in (told[0], told[-1]):
-        names = [frontier.NAMES[point.method].split(" (")[0] for point in near]
-        other = f", LoRA {gain(lora)}" if lora is not None and lora not in near else ""
-        listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-        parts.append(f"with {limit:,}, {listed} ({names[0]} {gain(near[0])}{other})")
+    for limit in dict.fromkeys((budgets[0], budgets[-1])):
+        own = {
+            method: {task: found[method, limit] for task, found in told.items() if (method, limit) in found}
+            for method in frontier.NAMES
+        }
+        # Those that have a figure for every task, by the mean of the tasks' means.
+        full = {method: of for method, of in own.items() if len(of) == len(told)}
+        order = sorted(full, key=lambda method: -statistics.mean(map(statistics.mean, full[method].values())))
+        shown = dict.fromkeys([order[0], *(method for method in CURVES if method in full)])
+        listed = ", ".join(f"{frontier.NAMES[method].split(' (')[0]} {_shares(full[method])}" for method in shown)
+        parts.append(f"with {limit:,}, {listed}")
+    depths = sorted({data["depth"] for data in files})
     return (
-        f"**Who leads depends on how many parameters are trained.** On a base of {data['about']['parameters']:,}: "
-        f"{'; '.join(parts)}. The shares are of what full fine-tuning gains; "
-        "[From few to many](docs/benchmarks.md#from-few-to-many-trainable-parameters) has the curves."
+        "Share of what full fine-tuning gains on small models of "
+        f"{', '.join(map(str, depths[:-1]))}{' and ' if depths[:-1] else ''}{depths[-1]} layers "
+        f"({size / 1e6:.2f} million parameters), by trained parameters: {'; '.join(parts)}. "
+        "[From few to many](docs/benchmarks.md#from-few-to-many-trainable-parameters) has every method and curve.\n"
     )
+
+
+def _shares(of: dict[str, list[float]]) -> str:
+    """Each task's share, from the least to the most of the bases."""
+    told = []
+    for task, found in of.items():
+        low, high = (f"{100 * value:.0f}" for value in (min(found), max(found)))
+        told.append(f"{low if low == high else f'{low}–{high}'}% ({task})")
+    return " and ".join(told)
 
 
 def _across(typical: list[dict[str, Record]], contender: str) -> str:
@@ -140,8 +159,41 @@ def _across(typical: list[dict[str, Record]], contender: str) -> str:
     return "–".join(dict.fromkeys((text.ratio(found[0]), text.ratio(found[-1])))) + "×"
 
 
+def draw_shares(files: Sequence[Record], path: Path) -> Path | None:
+    """The README's first picture: share of what full fine-tuning gains, by budget, a panel for each target task; mean
+    and range over the bases."""
+    told = frontier.shares([data for data in files if data["about"]["finished"]])
+    if not told:
+        return None
+    figure, axes = canvas(1, len(told), 4.4 * len(told), 3.2)
+    for axis, (task, found) in zip(axes[0], told.items(), strict=True):
+        bases = max(map(len, found.values()))
+        for method in CURVES:
+            # Only where every base has such a budget: a mean over others would bend the line.
+            own = {budget: of for (name, budget), of in sorted(found.items()) if name == method and len(of) == bases}
+            middle = [statistics.mean(of) for of in own.values()]
+            ends = [
+                [mean - min(of) for mean, of in zip(middle, own.values(), strict=True)],
+                [max(of) - mean for mean, of in zip(middle, own.values(), strict=True)],
+            ]
+            style = LOOKS[method]
+            axis.errorbar(
+                list(own), middle, yerr=ends, label=frontier.NAMES[method].split(" (")[0], color=style.colour,
+                linestyle=style.line, marker=style.mark, markersize=4, linewidth=1.2, elinewidth=0.8,
+            )  # fmt: skip
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_major_formatter("{x:.0%}")
+        axis.set_xlabel("trainable parameters")
+        axis.set_title(task, fontsize=9)
+        axis.grid(alpha=0.2)
+    axes[0][0].set_ylabel("share of what full fine-tuning gains")
+    axes[0][-1].legend(fontsize=8, frameon=False)
+    return save(figure, path)
+
+
 def draw_kept(devices: dict[str, Device], path: Path) -> Path | None:
-    """The README's picture: bytes saved for backward, method by method, beside the released formulation."""
+    """The README's second picture: bytes saved for backward, method by method, beside the released formulation."""
     pairs = _memory_pairs(devices)
     if not pairs:
         return None

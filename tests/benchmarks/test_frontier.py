@@ -18,6 +18,7 @@ from benchmarks import frontier
 from benchmarks.measure import results
 from benchmarks.measure.store import Store
 from benchmarks.report import frontier as report
+from benchmarks.report import readme
 from benchmarks.report.text import plus_minus
 from benchmarks.subjects import tasks
 from benchmarks.subjects.tasks import IGNORED, Rows
@@ -351,6 +352,42 @@ def test_runs_that_diverged_are_counted_and_not_averaged():
     assert found.key == "lora 1000"
     assert report.points({"runs": {"a": run(0, None)}}) == []
     assert set(NAMES) >= {found.method}
+
+
+def test_the_readme_has_shares_of_what_full_fine_tuning_gains(tmp_path):
+    def file(task, depth, before, finished=True, **bits):
+        runs = {
+            f"{name} {budget}": {
+                "settings": {
+                    "method": name, "budget": budget, "modules": "v", "options": {"r": 1}, "trainable": budget,
+                    "lr": 1.0, "seed": 0,
+                },
+                "bits": value,
+                "accuracy": 0.5,
+            }
+            for name, values in bits.items()
+            for budget, value in values.items()
+        }  # fmt: skip
+        about = {"parameters": 8_000, "before": {"bits": before}, "finished": finished}
+        return {"task": task, "depth": depth, "about": about, "runs": runs}
+
+    files = [
+        file("prose", 4, 3.0, full={0: 2.0}, wegeft={1000: 2.5, 2000: 2.4}, lora={1000: 2.6, 2000: 2.1, 4000: 2.0}),
+        file("prose", 8, 4.0, full={0: 2.0}, wegeft={1000: 2.9}, lora={1000: 3.4, 2000: 2.5}),
+        file("labels", 4, 1.0, full={0: 0.0}, wegeft={1000: 0.3, 2000: 0.25}, lora={1000: 0.6, 2000: 0.1}),
+    ]
+    unfinished = file("labels", 8, 1.0, finished=False, full={0: 0.0}, lora={500: 0.2})
+    assert report.shares(files)["prose"]["wegeft", 1000] == pytest.approx([0.5, 0.55])
+    shown = readme.blocks({}, [], [*files, unfinished])["quality"]
+    assert "of 4 and 8 layers" in shown
+    assert "with 1,000, WeGeFT 50–55% (prose) and 70% (labels), LoRA 30–40% (prose) and 40% (labels)" in shown
+    assert "; with 2,000, LoRA 75–90% (prose) and 90% (labels), WeGeFT 60% (prose) and 75% (labels)." in shown
+    assert "4,000" not in shown, "half of the model"
+    assert readme.blocks({}, [], [unfinished])["quality"] == ""
+    assert readme.draw_shares([unfinished], tmp_path / "it.svg") is None
+    picture = readme.draw_shares(files, tmp_path / "it.svg").read_text()
+    for words in ("prose", "labels", "WeGeFT", "LoRA", "90%"):
+        assert f">{words}<" in picture
 
 
 def test_the_guide_says_what_the_file_says():
