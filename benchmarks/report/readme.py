@@ -9,7 +9,8 @@ from pathlib import Path
 from benchmarks.measure.results import Record
 from benchmarks.report import budget, frontier, text
 from benchmarks.report.devices import Device
-from benchmarks.report.drawing import LOOKS, bar, canvas, save
+from benchmarks.report.drawing import bar, canvas, save
+from genft_cli.palette import LOOKS, name_ends
 
 # Method, contender, when to take it, and what it trains at r = 16 on the q, k, v, up and down projections of
 # Llama-3-8B, as docs/guides/choose.md counts it.
@@ -167,28 +168,31 @@ def draw_shares(files: Sequence[Record], path: Path) -> Path | None:
         return None
     figure, axes = canvas(1, len(told), 4.4 * len(told), 3.2)
     for axis, (task, found) in zip(axes[0], told.items(), strict=True):
-        bases = max(map(len, found.values()))
+        bases, ends = max(map(len, found.values())), []
         for method in CURVES:
             # Only where every base has such a budget: a mean over others would bend the line.
             own = {budget: of for (name, budget), of in sorted(found.items()) if name == method and len(of) == bases}
             middle = [statistics.mean(of) for of in own.values()]
-            ends = [
+            ranges = [
                 [mean - min(of) for mean, of in zip(middle, own.values(), strict=True)],
                 [max(of) - mean for mean, of in zip(middle, own.values(), strict=True)],
             ]
+            if not own:
+                continue
             style = LOOKS[method]
             axis.errorbar(
-                list(own), middle, yerr=ends, label=frontier.NAMES[method].split(" (")[0], color=style.colour,
-                linestyle=style.line, marker=style.mark, markersize=4, linewidth=1.2, elinewidth=0.8,
+                list(own), middle, yerr=ranges, color=style.colour, linestyle=style.line, marker=style.mark,
+                markersize=4, linewidth=1.2, elinewidth=0.8,
             )  # fmt: skip
+            ends.append((frontier.NAMES[method].split(" (")[0], max(own), middle[-1], style.colour))
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.yaxis.set_major_formatter("{x:.0%}")
         axis.set_xlabel("trainable parameters")
         axis.set_title(task, fontsize=9)
         axis.grid(alpha=0.2)
+        name_ends(axis, ends)
     axes[0][0].set_ylabel("share of what full fine-tuning gains")
-    axes[0][-1].legend(fontsize=8, frameon=False)
     return save(figure, path)
 
 
