@@ -202,6 +202,7 @@ class Comparison:
         self.commit = results.commit()
         place, _ = demo.pretrained_base(study.bases[depth], cache)
         self.base = transformers.AutoModelForCausalLM.from_pretrained(str(place), dtype=torch.float32).to(device)
+        parameters = self.base.num_parameters()  # a probe does not count
         self.sizes = Sizes(place)
         made = TASKS[task](study.bases[depth].seq_len, study.held_out)
         self.batch = study.tokens // made.train.ids.shape[1]
@@ -219,7 +220,7 @@ class Comparison:
         self.store.data["about"] = {
             "device": about,
             "before": {name: round(value, 5) for name, value in before.items()},
-            "parameters": self.base.num_parameters(),
+            "parameters": parameters,
             "base": dataclasses.asdict(study.bases[depth]),
             "rows": {name: list(rows.ids.shape) for name, rows in zip(Task._fields, self.task, strict=True)},
             **{name: value for name, value in dataclasses.asdict(study).items() if name != "bases"},
