@@ -119,8 +119,8 @@ def _quality_block(files: Sequence[Record]) -> str:
     """Who leads with the fewest parameters, and with the most that are not a quarter of the model."""
     files = [data for data in files if data["about"]["finished"]]
     told = frontier.shares(files)
-    size = max((data["about"]["parameters"] for data in files), default=0)
-    budgets = sorted({budget for own in told.values() for _, budget in own if budget <= size / 4})
+    sizes = sorted(data["about"]["parameters"] for data in files)
+    budgets = sorted({budget for own in told.values() for _, budget in own if budget <= sizes[0] / 4})
     if not budgets:
         return ""
     parts = []
@@ -136,10 +136,11 @@ def _quality_block(files: Sequence[Record]) -> str:
         listed = ", ".join(f"{frontier.NAMES[method].split(' (')[0]} {_shares(full[method])}" for method in shown)
         parts.append(f"with {limit:,}, {listed}")
     depths = sorted({data["depth"] for data in files})
+    millions = dict.fromkeys(f"{size / 1e6:.2f}" for size in (sizes[0], sizes[-1]))
     return (
         "Share of what full fine-tuning gains on small models of "
         f"{', '.join(map(str, depths[:-1]))}{' and ' if depths[:-1] else ''}{depths[-1]} layers "
-        f"({size / 1e6:.2f} million parameters), by trained parameters: {'; '.join(parts)}. "
+        f"({'–'.join(millions)} million parameters), by trained parameters: {'; '.join(parts)}. "
         "[From few to many](docs/benchmarks.md#from-few-to-many-trainable-parameters) has every method and curve.\n"
     )
 

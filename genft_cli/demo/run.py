@@ -350,6 +350,7 @@ def _notes(results: dict[str, Any]) -> list[str]:
         f"bits/byte: on held-out text. peak MiB: {memory}.",
         "saved adapters, reloaded in a new process: "
         + ("the logits agree, merged and not." if agrees(results) else "NOT ALL AGREE."),
+        "which method leads depends on how many parameters are trained: docs/benchmarks.md, from few to many.",
         f"total: {results['seconds']:.0f} s, "
         + ("base model from the cache." if results["base_was_cached"] else "including pretraining of the base."),
     ]

@@ -415,6 +415,12 @@ def test_the_guide_says_what_the_files_say():
     shared, lora = [[ends(task, *own) for task in ("prose", "labels")] for own in (("wegeft", "gift"), ("lora",))]
     assert f"gain {shared[0]} of what full fine-tuning gains on prose and {shared[1]} on labels, " in text
     assert f"LoRA {lora[0]} and {lora[1]}." in text
+    times = {
+        method: sorted(data["steps"]["points"][f"{method} 1000"]["times_full"][1] for data in files)
+        for method in ("wegeft", "lora")
+    }
+    shared_time, lora_time = (f"{own[0]:.2f}–{own[-1]:.2f}" for own in times.values())
+    assert f"its step takes {shared_time} times that of full fine-tuning, LoRA's {lora_time}." in text
     assert ends("prose", "wegeft", "gift", budget=64_000) == "76–80%", "about four fifths"
 
     rates = {
