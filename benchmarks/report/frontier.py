@@ -94,13 +94,18 @@ def shares(files: Sequence[dict[str, Any]]) -> dict[str, dict[tuple[str, int], l
     """For each target task, method and budget: the share of what full fine-tuning gains, on each base."""
     told: dict[str, dict[tuple[str, int], list[float]]] = {}
     for data in files:
-        found, before = points(data), data["about"]["before"]["bits"]
-        full = next((point.mean for point in found if point.method == "full"), None)
+        found = points(data)
         for point in found:
-            if full is not None and point.budget:
-                own = told.setdefault(data["task"], {}).setdefault((point.method, point.budget), [])
-                own.append((before - point.mean) / (before - full))
+            share = _share(point, found, data["about"]["before"]["bits"])
+            if share is not None and point.budget:
+                told.setdefault(data["task"], {}).setdefault((point.method, point.budget), []).append(share)
     return told
+
+
+def _share(point: Point, found: Sequence[Point], before: float) -> float | None:
+    """Of what full fine-tuning gains; None where it is not among those found."""
+    full = next((other.mean for other in found if other.method == "full"), None)
+    return None if full is None else (before - point.mean) / (before - full)
 
 
 def load_folder(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -228,10 +233,10 @@ def _configuration(point: Point) -> str:
 
 def _told(found: Sequence[Point], before: float) -> str:
     """Who leads at each budget, in a sentence."""
-    full = next((point.mean for point in found if point.method == "full"), None)
 
     def gain(point: Point) -> str:
-        return f"{point.mean:.3f}" + (f", {(before - point.mean) / (before - full):.0%}" if full is not None else "")
+        share = _share(point, found, before)
+        return f"{point.mean:.3f}" + (f", {share:.0%}" if share is not None else "")
 
     parts = []
     for budget, near, lora in leaders(found):
@@ -241,5 +246,5 @@ def _told(found: Sequence[Point], before: float) -> str:
         if len(near) > 1:
             words += f", within the seeds' range of {', '.join(NAMES[point.method] for point in near[1:])}"
         parts.append(words)
-    of = " (and share of what full fine-tuning gains)" if full is not None else ""
+    of = " (and share of what full fine-tuning gains)" if any(point.method == "full" for point in found) else ""
     return f"Fewest bits{of}: {'; '.join(parts)}." if parts else ""

@@ -173,13 +173,13 @@ def draw_shares(files: Sequence[Record], path: Path) -> Path | None:
         for method in CURVES:
             # Only where every base has such a budget: a mean over others would bend the line.
             own = {budget: of for (name, budget), of in sorted(found.items()) if name == method and len(of) == bases}
+            if not own:
+                continue
             middle = [statistics.mean(of) for of in own.values()]
             ranges = [
                 [mean - min(of) for mean, of in zip(middle, own.values(), strict=True)],
                 [max(of) - mean for mean, of in zip(middle, own.values(), strict=True)],
             ]
-            if not own:
-                continue
             style = LOOKS[method]
             axis.errorbar(
                 list(own), middle, yerr=ranges, color=style.colour, linestyle=style.line, marker=style.mark,
