@@ -1,4 +1,4 @@
-"""Every method from 1,000 to 256,000 trainable parameters: held-out bits, time and memory, on bases of three depths.
+"""Every method from 1,000 to 500,000 trainable parameters: held-out bits, time and memory, on bases of three depths.
 
 python -m benchmarks.frontier                              what is missing, in order of use, for an hour
 python -m benchmarks.frontier --parts steps                time and memory of a step; on a quiet machine
@@ -102,7 +102,7 @@ class Study:
     """What is compared, and how a run is made."""
 
     bases: dict[int, Demo]
-    budgets: tuple[int, ...] = (1_000, 4_000, 16_000, 64_000, 256_000)
+    budgets: tuple[int, ...] = (1_000, 4_000, 16_000, 64_000, 256_000, 500_000)
     methods: tuple[str, ...] = tuple(RATES)
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 96
