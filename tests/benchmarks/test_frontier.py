@@ -422,6 +422,9 @@ def test_the_guide_says_what_the_files_say():
     shared_time, lora_time = (f"{own[0]:.2f}–{own[-1]:.2f}" for own in times.values())
     assert f"its step takes {shared_time} times that of full fine-tuning, LoRA's {lora_time}." in text
     assert ends("prose", "wegeft", "gift", budget=64_000) == "76–80%", "about four fifths"
+    assert not any((method, 500_000) in own for own in shares.values() for method in ("wegeft", "gift"))
+    most = [share for own in shares.values() for method in ("lora", "hira") for share in own[method, 500_000]]
+    assert f"LoRA and HiRA gain at least {100 * min(most):.0f}%." in text
 
     rates = {
         (method, budget): sorted(
