@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.measure.results import Record
 from benchmarks.report import budget, frontier, text
 from benchmarks.report.devices import Device, grouped
-from benchmarks.report.drawing import MARKS, bar, canvas, dot, line, look, save
+from benchmarks.report.drawing import MARKS, bar, canvas, curve, dot, line, look, over_parameters, save
 from genft_cli.demo.run import NAMES
 from genft_cli.palette import LOOKS, name_ends
 
@@ -208,21 +208,8 @@ def draw_frontier(slug: str, files: Sequence[Record], folder: Path) -> Path:
         found = frontier.points(data)
         for method in (name for name in LOOKS if any(point.method == name for point in found)):
             own = sorted((point for point in found if point.method == method), key=lambda point: point.trainable)
-            style = LOOKS[method]
-            means = [point.mean for point in own]
-            shown[NAMES[method]] = axis.errorbar(
-                [point.trainable for point in own],
-                means,
-                yerr=[
-                    [mean - min(point.bits) for point, mean in zip(own, means, strict=True)],
-                    [max(point.bits) - mean for point, mean in zip(own, means, strict=True)],
-                ],
-                color=style.colour,
-                linestyle=style.line,
-                marker=style.mark,
-                markersize=4,
-                linewidth=1,
-                elinewidth=0.8,
+            shown[NAMES[method]] = curve(
+                axis, method, [point.trainable for point in own], [point.bits for point in own]
             )
         best = frontier.pareto(found)
         (shown["Pareto set"],) = axis.plot(
@@ -239,12 +226,8 @@ def draw_frontier(slug: str, files: Sequence[Record], folder: Path) -> Path:
         # Learning rates are chosen on other text: what is worse than the base here is not worth the room.
         low = min(point.mean for point in found)
         axis.set_ylim(low - 0.08 * (before - low), before + 0.12 * (before - low))
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:,.0f}")
-        axis.set_xlabel("trainable parameters")
         axis.set_ylabel(f"held-out bits per {'byte' if data['task'] == 'prose' else 'label'}")
-        axis.set_title(f"{data['task']}, {data['depth']} layers of {data['about']['base']['hidden']}", fontsize=9)
-        axis.grid(alpha=0.2)
+        over_parameters(axis, f"{data['task']}, {data['depth']} layers of {data['about']['base']['hidden']}")
     figure.legend(
         list(shown.values()), list(shown), fontsize=8, loc="outside right center", ncols=1, frameon=False
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,34 @@ def bar(record: Record) -> dict[str, Any]:
     """Keywords of a bar, in the same way."""
     colour = look(record).colour
     return {"color": colour if ours(record) else "white", "edgecolor": colour, "linewidth": 1.2}
+
+
+def curve(axis: Any, method: str, over: Sequence[int], values: Sequence[Sequence[float]], width: float = 1) -> Any:
+    """A method's line over trainable parameters: the mean of the values at each, and their range."""
+    middle, style = [statistics.mean(own) for own in values], LOOKS[method]
+    return axis.errorbar(
+        over,
+        middle,
+        yerr=[
+            [mean - min(own) for mean, own in zip(middle, values, strict=True)],
+            [max(own) - mean for mean, own in zip(middle, values, strict=True)],
+        ],
+        color=style.colour,
+        linestyle=style.line,
+        marker=style.mark,
+        markersize=4,
+        linewidth=width,
+        elinewidth=0.8,
+    )
+
+
+def over_parameters(axis: Any, title: str) -> None:
+    """What is below and around such lines."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.set_xlabel("trainable parameters")
+    axis.set_title(title, fontsize=9)
+    axis.grid(alpha=0.2)
 
 
 def canvas(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:

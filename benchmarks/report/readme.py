@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.measure.results import Record
 from benchmarks.report import budget, frontier, text
 from benchmarks.report.devices import Device
-from benchmarks.report.drawing import bar, canvas, save
+from benchmarks.report.drawing import bar, canvas, curve, over_parameters, save
 from genft_cli.palette import LOOKS, name_ends
 
 # Method, contender, when to take it, and what it trains at r = 16 on the q, k, v, up and down projections of
@@ -103,7 +103,7 @@ def _methods_block(devices: dict[str, Device], adapted: Sequence[Record]) -> str
     for data in adapted[:1]:
         best: dict[str, float] = {}
         for row in budget.rows(data):
-            best.setdefault(row.name.split(" (")[0], statistics.mean(row.bits))
+            best.setdefault(_short(row.name), statistics.mean(row.bits))
         full = best.pop("full fine-tuning", None)
         if best:
             lines += [
@@ -133,7 +133,7 @@ def _quality_block(files: Sequence[Record]) -> str:
         full = {method: of for method, of in own.items() if len(of) == len(told)}
         order = sorted(full, key=lambda method: -statistics.mean(map(statistics.mean, full[method].values())))
         shown = dict.fromkeys([order[0], *(method for method in CURVES if method in full)])
-        listed = ", ".join(f"{frontier.NAMES[method].split(' (')[0]} {_shares(full[method])}" for method in shown)
+        listed = ", ".join(f"{_short(frontier.NAMES[method])} {_shares(full[method])}" for method in shown)
         parts.append(f"with {limit:,}, {listed}")
     depths = sorted({data["depth"] for data in files})
     millions = dict.fromkeys(f"{size / 1e6:.2f}" for size in (sizes[0], sizes[-1]))
@@ -143,6 +143,11 @@ def _quality_block(files: Sequence[Record]) -> str:
         f"({'–'.join(millions)} million parameters), by trained parameters: {'; '.join(parts)}. "
         "[From few to many](docs/benchmarks.md#from-few-to-many-trainable-parameters) has every method and curve.\n"
     )
+
+
+def _short(name: str) -> str:
+    """A method's name without its variant."""
+    return name.split(" (")[0]
 
 
 def _shares(of: dict[str, list[float]]) -> str:
@@ -175,23 +180,11 @@ def draw_shares(files: Sequence[Record], path: Path) -> Path | None:
             own = {budget: of for (name, budget), of in sorted(found.items()) if name == method and len(of) == bases}
             if not own:
                 continue
-            middle = [statistics.mean(of) for of in own.values()]
-            ranges = [
-                [mean - min(of) for mean, of in zip(middle, own.values(), strict=True)],
-                [max(of) - mean for mean, of in zip(middle, own.values(), strict=True)],
-            ]
-            style = LOOKS[method]
-            axis.errorbar(
-                list(own), middle, yerr=ranges, color=style.colour, linestyle=style.line, marker=style.mark,
-                markersize=4, linewidth=1.2, elinewidth=0.8,
-            )  # fmt: skip
-            ends.append((frontier.NAMES[method].split(" (")[0], max(own), middle[-1], style.colour))
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:,.0f}")
+            curve(axis, method, list(own), list(own.values()), width=1.2)
+            last = max(own)
+            ends.append((_short(frontier.NAMES[method]), last, statistics.mean(own[last]), LOOKS[method].colour))
+        over_parameters(axis, task)
         axis.yaxis.set_major_formatter("{x:.0%}")
-        axis.set_xlabel("trainable parameters")
-        axis.set_title(task, fontsize=9)
-        axis.grid(alpha=0.2)
         name_ends(axis, ends)
     axes[0][0].set_ylabel("share of what full fine-tuning gains")
     return save(figure, path)

@@ -79,9 +79,10 @@ def _tagged(path: Path, length: int) -> list[tuple[list[int], list[int]]]:
     ASCII."""
     try:
         text = path.read_text(encoding="ascii")
-        begins = [0, *itertools.accumulate(map(len, io.StringIO(text)))]
+        lines = io.StringIO(text).readlines()
+        begins = [0, *itertools.accumulate(map(len, lines))]
         digits = [IGNORED] * (len(text) + 1)
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        for token in tokenize.generate_tokens(iter(lines).__next__):
             kind = tokenize.tok_name[token.type].lower()
             if kind == "name" and keyword.iskeyword(token.string):
                 kind = "keyword"
